@@ -1,0 +1,29 @@
+# Two commands do everything on a fresh machine with git, make and python3: `make demo` and `make test`.
+BUILD ?= build
+JOBS ?= $(shell nproc)
+PYTHON = .venv/bin/python
+MLX_ROOT = $(shell $(PYTHON) -c 'import importlib.util as u; print(u.find_spec("mlx").submodule_search_locations[0])')
+
+.PHONY: build demo test clean format tidy
+.DEFAULT_GOAL = build
+
+build:
+	bash scripts/setup.sh
+	cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DMLX_ROOT=$(MLX_ROOT)
+	cmake --build $(BUILD) --parallel $(JOBS)
+
+demo: build
+	bash examples/demo.sh $(BUILD)/bin/veloxquant
+
+test: build
+	bash scripts/setup.sh --test
+	bash scripts/test.sh $(BUILD)
+
+format:
+	git ls-files '*.h' '*.cpp' | xargs clang-format -i
+
+tidy:
+	git ls-files 'veloxquant/*.cpp' | xargs -P $(JOBS) -n 1 clang-tidy -p $(BUILD) --quiet
+
+clean:
+	rm -rf $(BUILD)

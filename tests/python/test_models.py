@@ -1,0 +1,90 @@
+"""Logits against mlx_lm, which reads the same folders."""
+import json
+import subprocess
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tiny_models import CONFIGS, load_mlx_lm, write_model
+
+# Float32 sums in another order: relative to the range of the logits.
+TOLERANCE = 1e-4
+
+
+def our_logits(tools, folder, tokens, tmp_path, chunk=0):
+    source, result = tmp_path / "tokens.safetensors", tmp_path / "logits.safetensors"
+    save_file({"tokens": tokens.astype(np.float32)}, source)
+    done = subprocess.run([tools / "logits_tool", folder, source, result, str(chunk)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return load_file(result)["logits"]
+
+
+def their_logits(folder, tokens):
+    return np.array(load_mlx_lm(folder)(mx.array(tokens)))
+
+
+def assert_same(ours, theirs):
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() <= TOLERANCE * np.ptp(theirs)
+
+
+def random_tokens(batch, length, vocabulary=300, seed=1):
+    return np.random.default_rng(seed).integers(0, vocabulary, (batch, length))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_every_family(name, batch, tools, tmp_path):
+    folder = write_model(tmp_path / name, name)
+    # 100 tokens: past the 64 that the llama3 scaling takes for the original length
+    tokens = random_tokens(batch, 100)
+    theirs = their_logits(folder, tokens)
+    assert_same(our_logits(tools, folder, tokens, tmp_path), theirs)
+    assert_same(our_logits(tools, folder, tokens, tmp_path, chunk=33), theirs)
+
+
+def test_one_token_at_a_time(tools, tmp_path):
+    folder = write_model(tmp_path / "m", "llama_llama3")
+    tokens = random_tokens(2, 40)
+    assert_same(our_logits(tools, folder, tokens, tmp_path, chunk=1), their_logits(folder, tokens))
+
+
+@pytest.mark.parametrize("name", ["llama_llama3", "llama_linear", "qwen2"])
+def test_far_past_the_original_length(name, tools, tmp_path):
+    folder = write_model(tmp_path / name, name)
+    tokens = random_tokens(1, 700)
+    theirs = their_logits(folder, tokens)
+    assert_same(our_logits(tools, folder, tokens, tmp_path), theirs)
+    assert_same(our_logits(tools, folder, tokens, tmp_path, chunk=256), theirs)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_storage_types_and_shards(dtype, shards, tools, tmp_path):
+    folder = write_model(tmp_path / "m", "qwen3", dtype=dtype, shards=shards)
+    tokens = random_tokens(1, 50)
+    assert_same(our_logits(tools, folder, tokens, tmp_path), their_logits(folder, tokens))
+
+
+def test_rope_parameters_of_newer_configs(tools, tmp_path):
+    """transformers 5 writes rope_parameters; rope_theta and rope_scaling mean the same."""
+    folder = write_model(tmp_path / "m", "llama_llama3")
+    tokens = random_tokens(1, 90)
+    theirs = their_logits(folder, tokens)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {**config.pop("rope_scaling"), "rope_theta": config.pop("rope_theta")}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_same(our_logits(tools, folder, tokens, tmp_path), theirs)
+
+
+def test_bundled_model(tools, demo_model, tmp_path):
+    tokens = random_tokens(1, 512, vocabulary=8192)
+    assert_same(our_logits(tools, demo_model, tokens, tmp_path, chunk=200), their_logits(demo_model, tokens))
+
+
+@pytest.mark.parametrize("name", ["demo", "mid"])
+def test_trained_models(name, tools, shared, tmp_path):
+    tokens = random_tokens(1, 300, vocabulary=8192)
+    assert_same(our_logits(tools, shared / "models" / name, tokens, tmp_path), their_logits(shared / "models" / name, tokens))

@@ -1,0 +1,74 @@
+#include "veloxquant/cache/restoring_cache.h"
+
+#include <numeric>
+
+#include "mlx/ops.h"
+#include "veloxquant/cache/restore_graph.h"
+#include "veloxquant/core/parallel.h"
+#include "veloxquant/model/attention.h"
+#include "veloxquant/model/cpu_operation.h"
+
+namespace veloxquant {
+namespace {
+
+mx::array tokens(const mx::array& x, int begin, int end) {
+  return mx::slice(x, {0, 0, begin, 0}, {x.shape(0), x.shape(1), end, x.shape(3)});
+}
+
+mx::array after(const std::optional<mx::array>& before, const mx::array& x) { return before ? mx::concatenate({*before, x}, 2) : x; }
+
+// The quantizer over each run of tokens: one run a sequence and head, since groups of tokens do not cross either.
+mx::array restore_on_cpu(const std::shared_ptr<const Quantizer>& quantizer, const mx::array& x) {
+  return cpu_operation("Restore", {mx::contiguous(x)}, x.shape(), mx::float32,
+                       [quantizer](const std::vector<mx::array>& in, mx::array& out) {
+                         const std::size_t run = static_cast<std::size_t>(in[0].shape(2)) * in[0].shape(3);
+                         parallel_for(static_cast<std::size_t>(in[0].shape(0)) * in[0].shape(1), 1, [&](std::size_t begin, std::size_t end) {
+                           for (std::size_t i = begin; i < end; ++i)
+                             quantizer->restore({in[0].data<float>() + i * run, run}, {out.data<float>() + i * run, run});
+                         });
+                       });
+}
+
+}  // namespace
+
+mx::array RestoringCache::attend(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) {
+  const auto queries = (*spec.rope)(q, offset_);
+  const auto waiting_k = after(tail_k_, (*spec.rope)(k, offset_)), waiting_v = after(tail_v_, v);
+  offset_ += k.shape(2);
+  const auto restored_k = restore_keys_.apply(waiting_k), restored_v = restore_values_.apply(waiting_v);
+
+  const int group = std::lcm(restore_keys_.token_group, restore_values_.token_group), waiting = waiting_k.shape(2);
+  const int done = waiting / group * group;
+  tail_k_ = tail_v_ = std::nullopt;
+  if (done == waiting) {
+    const auto [keys, values] = complete_.append(restored_k, restored_v);
+    return causal_attention(queries, keys, values, spec);
+  }
+  tail_k_ = tokens(waiting_k, done, waiting);
+  tail_v_ = tokens(waiting_v, done, waiting);
+  const auto [keys, values] = complete_.append(tokens(restored_k, 0, done), tokens(restored_v, 0, done));
+  return causal_attention(queries, mx::concatenate({keys, tokens(restored_k, done, waiting)}, 2),
+                          mx::concatenate({values, tokens(restored_v, done, waiting)}, 2), spec);
+}
+
+Restore make_restore(const QuantizerParameters& parameters) {
+  const std::shared_ptr<const Quantizer> quantizer = make_quantizer(parameters);
+  return {[quantizer, on_gpu = restore_graph(parameters, *quantizer)](const mx::array& x) {
+            return on_cpu() ? restore_on_cpu(quantizer, x) : on_gpu(x);
+          },
+          quantizer->token_group()};
+}
+
+CacheFactory restoring_factory(const Plan& plan) {
+  std::vector<std::pair<Restore, Restore>> layers(static_cast<std::size_t>(plan.model.num_layers));
+  for (const auto& unit : plan.units) {
+    auto& [keys, values] = layers.at(static_cast<std::size_t>(unit.layer));
+    (unit.side == Side::kKeys ? keys : values) = make_restore(unit.quantizer);
+  }
+  return [layers = std::move(layers)](int layer) {
+    const auto& [keys, values] = layers.at(static_cast<std::size_t>(layer));
+    return std::make_unique<RestoringCache>(keys, values);
+  };
+}
+
+}  // namespace veloxquant

@@ -1,0 +1,114 @@
+#include "veloxquant/evaluate/evaluate.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "mlx/ops.h"
+#include "mlx/transforms.h"
+#include "veloxquant/calibrate/observe.h"
+#include "veloxquant/core/error.h"
+#include "veloxquant/model/divergence.h"
+
+namespace veloxquant {
+namespace {
+
+// Sums over positions for one storage.
+class Tally {
+ public:
+  void add(const std::vector<PositionScore>& reference, const std::vector<PositionScore>& scores) {
+    for (std::size_t t = 0; t < scores.size(); ++t) {
+      kl_.push_back(scores[t].kl);
+      agreements_ += scores[t].top == reference[t].top;
+      cross_entropy_ += scores[t].cross_entropy;
+    }
+    targets_ += scores.size() - 1;
+  }
+
+  void add_answer(bool right) {
+    ++asked_;
+    recalled_ += right;
+  }
+
+  EvaluationRow row(const Storage& storage) {
+    EvaluationRow row{.storage = storage.name, .effective_bits = storage.effective_bits};
+    const auto positions = static_cast<double>(kl_.size());
+    row.perplexity = std::exp(cross_entropy_ / static_cast<double>(std::max<std::size_t>(targets_, 1)));
+    for (const double kl : kl_) row.kl_mean += kl / positions;
+    const auto tail = kl_.begin() + static_cast<std::ptrdiff_t>(std::min(positions - 1, std::ceil(0.999 * positions) - 1));
+    std::nth_element(kl_.begin(), tail, kl_.end());
+    row.kl_p999 = *tail;
+    row.top1 = static_cast<double>(agreements_) / positions;
+    if (asked_ > 0) row.recall = static_cast<double>(recalled_) / static_cast<double>(asked_);
+    return row;
+  }
+
+ private:
+  std::vector<float> kl_;
+  double cross_entropy_ = 0;
+  std::size_t agreements_ = 0, targets_ = 0, asked_ = 0, recalled_ = 0;
+};
+
+// The token that follows each position; −1 for the last.
+std::vector<std::int32_t> next_tokens(std::span<const std::int32_t> tokens) {
+  std::vector<std::int32_t> next(tokens.begin() + 1, tokens.end());
+  next.push_back(-1);
+  return next;
+}
+
+void score_window(const Model& model, const TokenBatch& windows, int index, std::span<const Storage> storages, std::vector<Tally>& tallies,
+                  ProgressStage& stage) {
+  const auto tokens = token_array(windows, index, index + 1);
+  std::vector<mx::array> hidden;
+  for (const auto& storage : storages) {
+    hidden.push_back(model.forward(tokens, model.make_caches(storage.factory)));
+    mx::eval(hidden.back());
+    stage.advance();
+  }
+  const auto scores = score_hidden(model, hidden, next_tokens(windows.row(index)));
+  for (std::size_t s = 0; s < storages.size(); ++s) tallies[s].add(scores[0], scores[s]);
+}
+
+// Whether every token of each answer is the likeliest one after what stands before it.
+void ask(const Model& model, const RecallDocument& document, const Storage& storage, Tally& tally) {
+  const int length = static_cast<int>(document.tokens.size()) - 1;  // nothing is asked about what follows the last token
+  const mx::array tokens(document.tokens.data(), {1, length}, mx::int32);
+  const auto hidden = model.forward(tokens, model.make_caches(storage.factory));
+  const int width = hidden.shape(2);
+  std::vector<mx::array> tops;
+  for (const auto& [begin, end] : document.answers)
+    tops.push_back(mx::argmax(model.logits(mx::slice(hidden, {0, begin - 1, 0}, {1, end - 1, width})), -1));
+  mx::eval(tops);
+  for (std::size_t i = 0; i < tops.size(); ++i) {
+    const auto [begin, end] = document.answers[i];
+    const auto* top = tops[i].data<std::uint32_t>();
+    tally.add_answer(std::equal(top, top + (end - begin), document.tokens.begin() + begin,
+                                [](std::uint32_t predicted, std::int32_t token) { return static_cast<std::int32_t>(predicted) == token; }));
+  }
+}
+
+}  // namespace
+
+std::vector<EvaluationRow> evaluate(const Model& model, const TokenBatch& windows, std::span<const Storage> peers_and_plans,
+                                    std::span<const RecallDocument> documents, const ProgressCallback& progress) {
+  if (windows.length < 2) throw_invalid("evaluate", "expected windows of at least 2 tokens, got {}", windows.length);
+  std::vector<Storage> storages = {full_storage()};
+  storages.insert(storages.end(), peers_and_plans.begin(), peers_and_plans.end());
+  std::vector<Tally> tallies(storages.size());
+
+  ProgressStage stage(progress, "scoring windows", static_cast<std::size_t>(windows.count) * storages.size());
+  for (int i = 0; i < windows.count; ++i) score_window(model, windows, i, storages, tallies, stage);
+
+  ProgressStage asking(progress, "asking for facts", documents.size() * storages.size());
+  for (const auto& document : documents) {
+    for (std::size_t s = 0; s < storages.size(); ++s) {
+      ask(model, document, storages[s], tallies[s]);
+      asking.advance();
+    }
+  }
+
+  std::vector<EvaluationRow> rows;
+  for (std::size_t s = 0; s < storages.size(); ++s) rows.push_back(tallies[s].row(storages[s]));
+  return rows;
+}
+
+}  // namespace veloxquant

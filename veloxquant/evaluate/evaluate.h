@@ -1,0 +1,36 @@
+// What a model still knows with its keys and values stored in other ways.
+#pragma once
+
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "veloxquant/core/progress.h"
+#include "veloxquant/evaluate/peers.h"
+#include "veloxquant/model/model.h"
+#include "veloxquant/text/recall.h"
+#include "veloxquant/text/samples.h"
+
+namespace veloxquant {
+
+/// One row of a report; divergences are in nats per token against full precision.
+struct EvaluationRow {
+  std::string storage;
+  double effective_bits = 0;
+  double perplexity = 0;
+  double kl_mean = 0;
+  double kl_p999 = 0;            // the KL divergence that 99.9 % of the positions stay below
+  double top1 = 0;               // share of positions whose likeliest token is that of full precision
+  std::optional<double> recall;  // share of facts answered exactly; none where no documents were given
+};
+
+/// Runs full precision and every storage over the same windows and recall documents.
+///
+/// Each window is scored teacher-forced: query t sees the keys and values up to t as the storage gives them back.  Perplexity counts all
+/// tokens but a window's first, divergence and agreement all positions.  A fact counts as recalled if every token of its answer is the
+/// likeliest one.  The first row is full precision; then one row per storage, in order.
+std::vector<EvaluationRow> evaluate(const Model& model, const TokenBatch& windows, std::span<const Storage> storages,
+                                    std::span<const RecallDocument> documents, const ProgressCallback& progress = {});
+
+}  // namespace veloxquant

@@ -1,0 +1,181 @@
+#include "veloxquant/kernels/attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "veloxquant/core/parallel.h"
+#include "veloxquant/kernels/gemm.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "veloxquant/kernels/attention.cpp"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+#include "hwy/contrib/math/math-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace veloxquant {
+namespace HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+// One step of the running softmax of a query: scores [count] become weights relative to the new maximum; returns by how much what was
+// summed so far shrinks.
+float softmax_step(float* scores, std::size_t count, float& maximum, float& sum) {
+  const hn::ScalableTag<float> d;
+  const std::size_t lanes = hn::Lanes(d), whole = count / lanes * lanes;
+  float top = maximum;
+  auto tops = hn::Set(d, maximum);
+  for (std::size_t i = 0; i < whole; i += lanes) tops = hn::Max(tops, hn::LoadU(d, scores + i));
+  top = hn::GetLane(hn::MaxOfLanes(d, tops));
+  for (std::size_t i = whole; i < count; ++i) top = std::max(top, scores[i]);
+
+  auto sums = hn::Zero(d);
+  const auto vtop = hn::Set(d, top);
+  for (std::size_t i = 0; i < whole; i += lanes) {
+    const auto weight = hn::Exp(d, hn::Sub(hn::LoadU(d, scores + i), vtop));
+    hn::StoreU(weight, d, scores + i);
+    sums = hn::Add(sums, weight);
+  }
+  float added = hn::GetLane(hn::SumOfLanes(d, sums));
+  for (std::size_t i = whole; i < count; ++i) added += scores[i] = std::exp(scores[i] - top);
+
+  const float shrink = std::exp(maximum - top);
+  maximum = top;
+  sum = sum * shrink + added;
+  return shrink;
+}
+
+void scale_vector(float* x, std::size_t dim, float factor) {
+  const hn::ScalableTag<float> d;
+  const std::size_t lanes = hn::Lanes(d), whole = dim / lanes * lanes;
+  const auto vfactor = hn::Set(d, factor);
+  for (std::size_t i = 0; i < whole; i += lanes) hn::StoreU(hn::Mul(hn::LoadU(d, x + i), vfactor), d, x + i);
+  for (std::size_t i = whole; i < dim; ++i) x[i] *= factor;
+}
+
+// scores[s] = scale · q·k[s] for keys that lie token_stride apart.
+void score_keys(const float* q, const float* k, std::ptrdiff_t token_stride, std::size_t count, std::size_t dim, float scale, float* scores) {
+  const hn::ScalableTag<float> d;
+  const std::size_t lanes = hn::Lanes(d), whole = dim / lanes * lanes;
+  for (std::size_t s = 0; s < count; ++s, k += token_stride) {
+    auto sum = hn::Zero(d);
+    for (std::size_t i = 0; i < whole; i += lanes) sum = hn::MulAdd(hn::LoadU(d, q + i), hn::LoadU(d, k + i), sum);
+    float dot = hn::GetLane(hn::SumOfLanes(d, sum));
+    for (std::size_t i = whole; i < dim; ++i) dot += q[i] * k[i];
+    scores[s] = scale * dot;
+  }
+}
+
+// out += Σ weights[s] · v[s].
+void add_values(const float* weights, const float* v, std::ptrdiff_t token_stride, std::size_t count, std::size_t dim, float* out) {
+  const hn::ScalableTag<float> d;
+  const std::size_t lanes = hn::Lanes(d), whole = dim / lanes * lanes;
+  for (std::size_t s = 0; s < count; ++s, v += token_stride) {
+    const auto weight = hn::Set(d, weights[s]);
+    for (std::size_t i = 0; i < whole; i += lanes) hn::StoreU(hn::MulAdd(weight, hn::LoadU(d, v + i), hn::LoadU(d, out + i)), d, out + i);
+    for (std::size_t i = whole; i < dim; ++i) out[i] += weights[s] * v[i];
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace veloxquant
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace veloxquant {
+
+HWY_EXPORT(softmax_step);
+HWY_EXPORT(scale_vector);
+HWY_EXPORT(score_keys);
+HWY_EXPORT(add_values);
+
+namespace {
+
+// Blocks whose scores (128 KiB) stay in the second-level cache beside the keys and values that they meet.
+constexpr std::size_t kQueryBlock = 128, kKeyBlock = 256;
+
+// Up to here a matrix product is too thin to pay for packing its operands.
+constexpr std::size_t kFewQueries = 4;
+
+struct RunningSoftmax {
+  std::vector<float> maximum, sum;
+
+  explicit RunningSoftmax(std::size_t rows) : maximum(rows, std::numeric_limits<float>::lowest()), sum(rows, 0.0f) {}
+};
+
+// A block of queries of one head against all keys that they see.
+void attend_block(const AttentionShape& shape, float scale, std::size_t b, std::size_t h, std::size_t first, std::size_t rows, StridedView q,
+                  StridedView k, StridedView v, MutableStridedView out) {
+  const std::size_t kv = h / (shape.query_heads / shape.kv_heads), before = shape.key_tokens - shape.query_tokens;
+  const std::size_t visible = before + first + rows;
+  const auto n = static_cast<int>(rows), dim = static_cast<int>(shape.head_dim);
+  thread_local std::vector<float> scores(kQueryBlock * kKeyBlock);
+  RunningSoftmax softmax(rows);
+  for (std::size_t begin = 0; begin < visible; begin += kKeyBlock) {
+    const std::size_t keys = std::min(kKeyBlock, visible - begin);
+    const auto columns = static_cast<int>(keys);
+    gemm(false, true, n, columns, dim, scale, q.at(b, h, first), static_cast<int>(q.token_stride), k.at(b, kv, begin),
+         static_cast<int>(k.token_stride), 0.0f, scores.data(), columns);
+    for (std::size_t r = 0; r < rows; ++r) {
+      const std::size_t seen = before + first + r + 1;
+      const std::size_t count = seen > begin ? std::min(keys, seen - begin) : 0;
+      float* row = scores.data() + r * keys;
+      const float shrink = count > 0 ? HWY_DYNAMIC_DISPATCH(softmax_step)(row, count, softmax.maximum[r], softmax.sum[r]) : 1.0f;
+      std::fill(row + count, row + keys, 0.0f);
+      if (begin > 0 && shrink != 1.0f) HWY_DYNAMIC_DISPATCH(scale_vector)(out.at(b, h, first + r), shape.head_dim, shrink);
+    }
+    gemm(false, false, n, dim, columns, 1.0f, scores.data(), columns, v.at(b, kv, begin), static_cast<int>(v.token_stride),
+         begin > 0 ? 1.0f : 0.0f, out.at(b, h, first), static_cast<int>(out.token_stride));
+  }
+  for (std::size_t r = 0; r < rows; ++r) HWY_DYNAMIC_DISPATCH(scale_vector)(out.at(b, h, first + r), shape.head_dim, 1.0f / softmax.sum[r]);
+}
+
+// The few queries of all heads of a group: keys and values of a block are read from memory once.
+void attend_few(const AttentionShape& shape, float scale, std::size_t b, std::size_t kv, StridedView q, StridedView k, StridedView v,
+                MutableStridedView out) {
+  const std::size_t group = shape.query_heads / shape.kv_heads, rows = group * shape.query_tokens;
+  const std::size_t before = shape.key_tokens - shape.query_tokens;
+  float scores[kKeyBlock];
+  RunningSoftmax softmax(rows);
+  const auto head = [&](std::size_t row) { return kv * group + row / shape.query_tokens; };
+  for (std::size_t row = 0; row < rows; ++row) std::fill_n(out.at(b, head(row), row % shape.query_tokens), shape.head_dim, 0.0f);
+  for (std::size_t begin = 0; begin < shape.key_tokens; begin += kKeyBlock) {
+    for (std::size_t row = 0; row < rows; ++row) {
+      const std::size_t t = row % shape.query_tokens, seen = before + t + 1;
+      if (seen <= begin) continue;
+      const std::size_t count = std::min(kKeyBlock, seen - begin);
+      float* result = out.at(b, head(row), t);
+      HWY_DYNAMIC_DISPATCH(score_keys)(q.at(b, head(row), t), k.at(b, kv, begin), k.token_stride, count, shape.head_dim, scale, scores);
+      const float shrink = HWY_DYNAMIC_DISPATCH(softmax_step)(scores, count, softmax.maximum[row], softmax.sum[row]);
+      if (begin > 0) HWY_DYNAMIC_DISPATCH(scale_vector)(result, shape.head_dim, shrink);
+      HWY_DYNAMIC_DISPATCH(add_values)(scores, v.at(b, kv, begin), v.token_stride, count, shape.head_dim, result);
+    }
+  }
+  for (std::size_t row = 0; row < rows; ++row)
+    HWY_DYNAMIC_DISPATCH(scale_vector)(out.at(b, head(row), row % shape.query_tokens), shape.head_dim, 1.0f / softmax.sum[row]);
+}
+
+}  // namespace
+
+void causal_attention(const AttentionShape& shape, float scale, StridedView q, StridedView k, StridedView v, MutableStridedView out) {
+  if (shape.query_tokens <= kFewQueries) {
+    parallel_for(shape.batch * shape.kv_heads, 1, [&](std::size_t begin, std::size_t end) {
+      for (std::size_t i = begin; i < end; ++i) attend_few(shape, scale, i / shape.kv_heads, i % shape.kv_heads, q, k, v, out);
+    });
+    return;
+  }
+  const std::size_t blocks = (shape.query_tokens + kQueryBlock - 1) / kQueryBlock, heads = shape.batch * shape.query_heads;
+  parallel_for(heads * blocks, 1, [&](std::size_t begin, std::size_t end) {
+    for (std::size_t i = begin; i < end; ++i) {
+      // The longest blocks, at the end of the sequence, come first, so that threads finish together.
+      const std::size_t block = blocks - 1 - i / heads, head = i % heads, first = block * kQueryBlock;
+      attend_block(shape, scale, head / shape.query_heads, head % shape.query_heads, first, std::min(kQueryBlock, shape.query_tokens - first), q,
+                   k, v, out);
+    }
+  });
+}
+
+}  // namespace veloxquant
+#endif

@@ -1,0 +1,77 @@
+// The program's own cblas_sgemm stands before every library's: MLX's matrix products come through it too.  OpenBLAS with threads of its
+// own beside our pool costs a factor of three, since both fight over the cores; so OpenBLAS runs single-threaded here, on pieces of
+// the product that our pool shares out.  The pieces depend on the shape alone, and so does the result.
+#include "veloxquant/kernels/gemm.h"
+
+#include <algorithm>
+
+#include <fmt/format.h>
+
+#include "veloxquant/core/parallel.h"
+
+// Declared here, not by OpenBLAS's cblas.h: that header's names and types would clash with MLX's copy of another one.
+extern "C" {
+void sgemm_(const char* transpose_a, const char* transpose_b, const int* m, const int* n, const int* k, const float* alpha, const float* a,
+            const int* lda, const float* b, const int* ldb, const float* beta, float* c, const int* ldc);
+void openblas_set_num_threads(int threads);
+char* openblas_get_config();
+char* openblas_get_corename();
+}
+
+namespace veloxquant {
+namespace {
+
+constexpr int kPieces = 8;
+constexpr int kSmallestPiece = 64, kPieceMultiple = 16;
+
+int piece_of(int size) {
+  const int even = (size + kPieces - 1) / kPieces;
+  return std::max(kSmallestPiece, (even + kPieceMultiple - 1) / kPieceMultiple * kPieceMultiple);
+}
+
+}  // namespace
+
+void gemm(bool transpose_a, bool transpose_b, int m, int n, int k, float alpha, const float* a, int lda, const float* b, int ldb, float beta,
+          float* c, int ldc) {
+  static const bool single_threaded = (openblas_set_num_threads(1), true);
+  (void)single_threaded;
+  // Fortran sees row-major arrays transposed: Cᵀ = op(B)ᵀ · op(A)ᵀ.
+  const char first = transpose_b ? 'T' : 'N', second = transpose_a ? 'T' : 'N';
+  sgemm_(&first, &second, &n, &m, &k, &alpha, b, &ldb, a, &lda, &beta, c, &ldc);
+}
+
+std::string blas_description() { return fmt::format("{} for {}", openblas_get_config(), openblas_get_corename()); }
+
+namespace {
+
+// Rows of C, or its columns where there are more, in pieces on all threads.
+void parallel_gemm(bool transpose_a, bool transpose_b, int m, int n, int k, float alpha, const float* a, int lda, const float* b, int ldb,
+                   float beta, float* c, int ldc) {
+  if (m >= n) {
+    parallel_for(static_cast<std::size_t>(m), static_cast<std::size_t>(piece_of(m)), [&](std::size_t begin, std::size_t end) {
+      const float* rows = transpose_a ? a + begin : a + begin * static_cast<std::size_t>(lda);
+      gemm(transpose_a, transpose_b, static_cast<int>(end - begin), n, k, alpha, rows, lda, b, ldb, beta,
+           c + begin * static_cast<std::size_t>(ldc), ldc);
+    });
+  } else {
+    parallel_for(static_cast<std::size_t>(n), static_cast<std::size_t>(piece_of(n)), [&](std::size_t begin, std::size_t end) {
+      const float* columns = transpose_b ? b + begin * static_cast<std::size_t>(ldb) : b + begin;
+      gemm(transpose_a, transpose_b, m, static_cast<int>(end - begin), k, alpha, a, lda, columns, ldb, beta, c + begin, ldc);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace veloxquant
+
+// The standard's values: order 101 is row-major, 102 column-major; transpose 111 is no, 112 yes (113, conjugate, is the same here).
+extern "C" void cblas_sgemm(int order, int transpose_a, int transpose_b, int m, int n, int k, float alpha, const float* a, int lda,
+                            const float* b, int ldb, float beta, float* c, int ldc) {
+  constexpr int kColumnMajor = 102, kNoTranspose = 111;
+  const bool ta = transpose_a != kNoTranspose, tb = transpose_b != kNoTranspose;
+  if (order == kColumnMajor) {
+    veloxquant::parallel_gemm(tb, ta, n, m, k, alpha, b, ldb, a, lda, beta, c, ldc);
+  } else {
+    veloxquant::parallel_gemm(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+  }
+}

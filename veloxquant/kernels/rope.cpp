@@ -1,0 +1,64 @@
+#include "veloxquant/kernels/rope.h"
+
+#include <cmath>
+#include <vector>
+
+#include "veloxquant/core/parallel.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "veloxquant/kernels/rope.cpp"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace veloxquant {
+namespace HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+void rope_vector(const float* x, const float* cosines, const float* sines, float* out, std::size_t half) {
+  const hn::ScalableTag<float> d;
+  const std::size_t lanes = hn::Lanes(d), whole = half / lanes * lanes;
+  for (std::size_t i = 0; i < whole; i += lanes) {
+    const auto first = hn::LoadU(d, x + i), second = hn::LoadU(d, x + half + i);
+    const auto c = hn::LoadU(d, cosines + i), s = hn::LoadU(d, sines + i);
+    hn::StoreU(hn::NegMulAdd(second, s, hn::Mul(first, c)), d, out + i);
+    hn::StoreU(hn::MulAdd(first, s, hn::Mul(second, c)), d, out + half + i);
+  }
+  for (std::size_t i = whole; i < half; ++i) {
+    const float first = x[i], second = x[half + i];
+    out[i] = first * cosines[i] - second * sines[i];
+    out[half + i] = first * sines[i] + second * cosines[i];
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace veloxquant
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace veloxquant {
+
+HWY_EXPORT(rope_vector);
+
+void rope(const RopeShape& shape, StridedView x, std::span<const float> frequencies, std::ptrdiff_t offset, MutableStridedView out) {
+  constexpr std::size_t kBlockTokens = 32;
+  const std::size_t half = shape.head_dim / 2;
+  parallel_for(shape.tokens, kBlockTokens, [&](std::size_t begin, std::size_t end) {
+    std::vector<float> cosines(half), sines(half);
+    for (std::size_t t = begin; t < end; ++t) {
+      // One table of a position serves all sequences and heads.
+      for (std::size_t i = 0; i < half; ++i) {
+        const double angle = static_cast<double>(offset + static_cast<std::ptrdiff_t>(t)) * frequencies[i];
+        cosines[i] = static_cast<float>(std::cos(angle));
+        sines[i] = static_cast<float>(std::sin(angle));
+      }
+      for (std::size_t b = 0; b < shape.batch; ++b)
+        for (std::size_t h = 0; h < shape.heads; ++h)
+          HWY_DYNAMIC_DISPATCH(rope_vector)(x.at(b, h, t), cosines.data(), sines.data(), out.at(b, h, t), half);
+    }
+  });
+}
+
+}  // namespace veloxquant
+#endif

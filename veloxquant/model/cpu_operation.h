@@ -1,0 +1,27 @@
+// Our CPU kernels as nodes of MLX's graph.
+#pragma once
+
+#include <functional>
+#include <vector>
+
+#include "mlx/array.h"
+#include "veloxquant/kernels/strided.h"
+#include "veloxquant/model/device.h"
+
+namespace veloxquant {
+
+/// Reads evaluated inputs and fills `output`, which is row-contiguous and allocated.  Runs on MLX's stream thread; must not throw.
+using CpuKernel = std::function<void(const std::vector<mx::array>& inputs, mx::array& output)>;
+
+/// An array of `shape` and `dtype` that `kernel` computes from `inputs` when it is evaluated, on the default stream of the CPU.
+/// `name` (a literal) shows in MLX's graph printing.
+mx::array cpu_operation(const char* name, std::vector<mx::array> inputs, mx::Shape shape, mx::Dtype dtype, CpuKernel kernel);
+
+/// Whether new operations go to the CPU, so that a cpu_operation may stand for MLX's own.
+inline bool on_cpu() { return mx::default_device() == mx::Device::cpu; }
+
+/// A float32 array [B, H, T, D] whose last axis is contiguous, as our kernels take it.
+StridedView strided(const mx::array& x);
+MutableStridedView mutable_strided(mx::array& x);
+
+}  // namespace veloxquant

@@ -1,0 +1,64 @@
+// A causal language model, one layer at a time.
+#pragma once
+
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "mlx/array.h"
+#include "veloxquant/model/attention_cache.h"
+#include "veloxquant/model/config.h"
+#include "veloxquant/model/device.h"
+#include "veloxquant/plan/model_identity.h"
+
+namespace veloxquant {
+
+/// A decoder-only transformer with pre-norm blocks, grouped-query attention with RoPE and a gated MLP, in float32.  The families
+/// (families/) are variations of it.  Layers are called one by one, since calibration walks layer by layer over all samples.
+///
+/// A model is immutable and runs on MLX's default device at the time of the call (DeviceScope).
+class Model {
+ public:
+  /// Reads config.json and the safetensors files of `folder`.  Throws std::runtime_error that names file, field or tensor.
+  static Model load(const std::filesystem::path& folder);
+
+  Model(Model&&) noexcept;
+  ~Model();
+
+  const ModelConfig& config() const { return config_; }
+
+  /// What plans record of the model they were made for.
+  const ModelIdentity& identity() const { return identity_; }
+
+  /// tokens [B, T] int32 in [0, vocab_size) → hidden states [B, T, hidden_size].
+  mx::array embed(const mx::array& tokens) const;
+
+  /// hidden states [B, T, hidden_size] through layer `index`, whose keys and values go to `cache` → the same shape.
+  mx::array layer(int index, const mx::array& hidden, AttentionCache& cache) const;
+
+  /// hidden states [..., hidden_size] after the last layer → logits [..., vocab_size].
+  mx::array logits(const mx::array& hidden) const;
+
+  /// All of it but the head: tokens [B, T] → hidden states [B, T, hidden_size]; caches: one per layer.
+  mx::array forward(const mx::array& tokens, const AttentionCaches& caches) const;
+
+  /// One cache per layer.
+  AttentionCaches make_caches(const CacheFactory& factory) const;
+
+ private:
+  struct Layer;
+
+  explicit Model(ModelConfig config);
+
+  mx::array attention(const Layer& layer, const mx::array& x, AttentionCache& cache) const;
+
+  ModelConfig config_;
+  ModelIdentity identity_;
+  Rope rope_;
+  std::vector<Layer> layers_;
+  std::optional<mx::array> embedding_, final_norm_, head_;
+};
+
+}  // namespace veloxquant
