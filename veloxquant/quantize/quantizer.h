@@ -37,9 +37,8 @@ class Quantizer {
   /// encoded, encoded_bytes(tokens) bytes → vectors [tokens, dim].
   virtual void decode(std::span<const std::uint8_t> encoded, std::span<float> vectors) const = 0;
 
-  /// What is read back of `vectors` after storing them: decode(encode(vectors)).  `restored` may be `vectors` itself.
-  /// Overridden where going through packed bytes would cost time; the result is the same to the bit.
-  virtual void restore(std::span<const float> vectors, std::span<float> restored) const;
+  /// What is read back of `vectors` [tokens, dim] after storing them: decode(encode(vectors)).  `restored` may be `vectors` itself.
+  void restore(std::span<const float> vectors, std::span<float> restored) const;
 };
 
 }  // namespace veloxquant

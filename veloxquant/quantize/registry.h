@@ -32,7 +32,7 @@ struct QuantizerParameters {
 
 struct FitOptions {
   Side side = Side::kKeys;
-  int width = 2;           // bits of codes per element, one of the method's widths()
+  double width = 2;        // bits of codes per element, one of the method's widths()
   std::uint64_t seed = 0;  // of everything random in fitting
   int max_iter = 100;      // of K-means, where the method has any
 };
@@ -41,10 +41,10 @@ struct QuantizerMethod {
   std::string_view name;
 
   /// Widths (bits of codes per element, ascending) that the method offers for vectors of `dim`; empty: it cannot store such vectors.
-  std::vector<int> (*widths)(int dim);
+  std::vector<double> (*widths)(int dim);
 
   /// Bits stored per element at a width, scales and norms included: what Quantizer::rate() of the fitted quantizer says.
-  double (*rate)(int dim, int width);
+  double (*rate)(int dim, double width);
 
   /// Fits to vectors [tokens, dim].  Throws std::invalid_argument for a width or dim that the method does not offer, and for values
   /// that are not finite.

@@ -1,0 +1,189 @@
+#include "veloxquant/plan/plan_file.h"
+
+#include <set>
+
+#include "veloxquant/core/error.h"
+#include "veloxquant/core/hash.h"
+#include "veloxquant/core/json.h"
+#include "veloxquant/core/safetensors.h"
+
+namespace veloxquant {
+namespace {
+
+using Json = nlohmann::ordered_json;
+using Tensors = std::map<std::string, Tensor>;
+
+constexpr const char* kFormat = "veloxquant-plan";
+constexpr const char* kVersion = "1";
+constexpr std::int64_t kMaxSize = 1 << 24;
+
+std::string tensor_name(int layer, Side side, const std::string& name) { return fmt::format("layers.{}.{}.{}", layer, to_string(side), name); }
+
+Json model_json(const ModelIdentity& model) {
+  return {{"architecture", model.architecture}, {"num_layers", model.num_layers},     {"num_kv_heads", model.num_kv_heads},
+          {"head_dim", model.head_dim},         {"hidden_size", model.hidden_size},   {"vocab_size", model.vocab_size},
+          {"config_hash", model.config_hash},   {"weights_hash", model.weights_hash}};
+}
+
+ModelIdentity read_model(const JsonObject& json) {
+  json.expect_only({"architecture", "num_layers", "num_kv_heads", "head_dim", "hidden_size", "vocab_size", "config_hash", "weights_hash"});
+  const auto size = [&](const char* field) { return static_cast<int>(json.integer(field, 1, kMaxSize)); };
+  return {json.string("architecture"), size("num_layers"), size("num_kv_heads"),       size("head_dim"),
+          size("hidden_size"),         size("vocab_size"), json.string("config_hash"), json.string("weights_hash")};
+}
+
+Json unit_json(const UnitPlan& unit) {
+  auto tensors = Json::object();
+  for (const auto& [name, tensor] : unit.quantizer.tensors) tensors[name] = tensor_name(unit.layer, unit.side, name);
+  return {{"layer", unit.layer},
+          {"side", to_string(unit.side)},
+          {"method", unit.quantizer.method},
+          {"dim", unit.quantizer.dim},
+          {"numbers", Json(unit.quantizer.numbers)},
+          {"tensors", std::move(tensors)}};
+}
+
+// Takes the tensors of the unit out of `tensors`.
+UnitPlan read_unit(const JsonObject& json, Tensors& tensors) {
+  json.expect_only({"layer", "side", "method", "dim", "numbers", "tensors"});
+  const std::string side = json.string("side");
+  if (side != "keys" && side != "values") json.refuse("side", "\"keys\" or \"values\"");
+  UnitPlan unit{.layer = static_cast<int>(json.integer("layer", 0, kMaxSize)), .side = side == "keys" ? Side::kKeys : Side::kValues, .quantizer = {}};
+  unit.quantizer.method = json.string("method");
+  unit.quantizer.side = unit.side;
+  unit.quantizer.dim = static_cast<int>(json.integer("dim", 1, kMaxSize));
+  const JsonObject numbers = json.object("numbers"), names = json.object("tensors");
+  for (const auto& [name, value] : json.at("numbers").items()) unit.quantizer.numbers[name] = numbers.integer(name);
+  for (const auto& [name, value] : json.at("tensors").items()) {
+    const std::string in_file = names.string(name);
+    const auto found = tensors.find(in_file);
+    if (in_file != tensor_name(unit.layer, unit.side, name) || found == tensors.end())
+      names.refuse(name, fmt::format("the name of a tensor in the file, {}", tensor_name(unit.layer, unit.side, name)));
+    unit.quantizer.tensors.emplace(name, std::move(found->second));
+    tensors.erase(found);
+  }
+  return unit;
+}
+
+Json provenance_json(const Provenance& provenance) {
+  auto texts = Json::array();
+  for (const auto& text : provenance.texts) texts.push_back({{"name", text.name}, {"sha256", text.sha256}});
+  return {{"program", provenance.program},   {"method", provenance.method},
+          {"units", provenance.units},       {"bits", provenance.bits},
+          {"texts", std::move(texts)},       {"num_samples", provenance.num_samples},
+          {"sequence_length", provenance.sequence_length}, {"seed", provenance.seed},
+          {"device", provenance.device}};
+}
+
+Provenance read_provenance(const JsonObject& json) {
+  json.expect_only({"program", "method", "units", "bits", "texts", "num_samples", "sequence_length", "seed", "device"});
+  Provenance provenance;
+  provenance.program = json.string("program");
+  provenance.method = json.string("method");
+  provenance.units = json.string("units");
+  provenance.bits = json.number("bits", 0, 64);
+  if (!json.at("texts").is_array()) json.refuse("texts", "a list");
+  for (const auto& item : json.at("texts")) {
+    const JsonObject text(item, json.where() + ": texts");
+    text.expect_only({"name", "sha256"});
+    provenance.texts.push_back({text.string("name"), text.string("sha256")});
+  }
+  provenance.num_samples = static_cast<int>(json.integer("num_samples", 1, kMaxSize));
+  provenance.sequence_length = static_cast<int>(json.integer("sequence_length", 1, kMaxSize));
+  if (!json.at("seed").is_number_unsigned()) json.refuse("seed", "a whole number from 0");
+  provenance.seed = json.at("seed").get<std::uint64_t>();
+  provenance.device = json.string("device");
+  return provenance;
+}
+
+Json plan_json(const Plan& plan) {
+  auto units = Json::array();
+  for (const auto& unit : plan.units) units.push_back(unit_json(unit));
+  Json json = {{"model", model_json(plan.model)}, {"window", 0}, {"sinks", 0}, {"units", std::move(units)}, {"provenance", provenance_json(plan.provenance)}};
+  json["predicted_kl"] = plan.predicted_kl ? Json(*plan.predicted_kl) : Json(nullptr);
+  json["effective_bits"] = effective_bits(plan);
+  return json;
+}
+
+// Over the JSON and, in order of name, the shapes and bytes of all tensors.
+std::string checksum(const std::string& json, const Tensors& tensors) {
+  Sha256 hash;
+  hash.add(json);
+  for (const auto& [name, tensor] : tensors) {
+    hash.add(fmt::format("\n{}", name));
+    for (const auto size : tensor.shape) hash.add(fmt::format(" {}", size));
+    hash.add({reinterpret_cast<const char*>(tensor.values.data()), tensor.values.size() * sizeof(float)});
+  }
+  return hash.hex();
+}
+
+Tensors all_tensors(const Plan& plan) {
+  Tensors tensors;
+  for (const auto& unit : plan.units)
+    for (const auto& [name, tensor] : unit.quantizer.tensors) tensors.emplace(tensor_name(unit.layer, unit.side, name), tensor);
+  return tensors;
+}
+
+const std::string& metadata_field(const SafetensorsFile& file, const std::string& field, const std::string& path) {
+  const auto found = file.metadata().find(field);
+  if (found == file.metadata().end()) throw_failure("plan", "{}: no {} in the metadata: not a plan", path, field);
+  return found->second;
+}
+
+Plan parse_plan(const std::string& text, Tensors tensors, const std::string& where) {
+  const auto document = parse_json(text, where);
+  const JsonObject json(document, where);
+  json.expect_only({"model", "window", "sinks", "units", "provenance", "predicted_kl", "effective_bits"});
+  Plan plan;
+  plan.model = read_model(json.object("model"));
+  json.integer("window", 0, 0);
+  json.integer("sinks", 0, 0);
+  if (!json.at("units").is_array()) json.refuse("units", "a list");
+  for (const auto& item : json.at("units")) plan.units.push_back(read_unit({item, fmt::format("{}: units[{}]", where, plan.units.size())}, tensors));
+  plan.provenance = read_provenance(json.object("provenance"));
+  if (!json.at("predicted_kl").is_null()) plan.predicted_kl = json.number("predicted_kl", 0);
+  if (!tensors.empty()) throw_failure("plan", "{}: tensor {} belongs to no unit", where, tensors.begin()->first);
+  try {
+    check_plan(plan);
+  } catch (const std::invalid_argument& error) {
+    throw_failure("plan", "{}: {}", where, error.what());
+  }
+  const double bits = effective_bits(plan);
+  json.number("effective_bits", bits * (1 - 1e-9), bits * (1 + 1e-9));
+  return plan;
+}
+
+}  // namespace
+
+void write_plan(const Plan& plan, const std::filesystem::path& path) {
+  const std::string json = plan_json(plan).dump();
+  const Tensors tensors = all_tensors(plan);
+  write_safetensors(path, tensors, {{"format", kFormat}, {"version", kVersion}, {"plan", json}, {"checksum", checksum(json, tensors)}});
+}
+
+Plan read_plan(const std::filesystem::path& path) {
+  const std::string where = path.string();
+  const SafetensorsFile file(path);
+  if (metadata_field(file, "format", where) != kFormat) throw_failure("plan", "{}: format: expected {}, got {}", where, kFormat, file.metadata().at("format"));
+  if (metadata_field(file, "version", where) != kVersion)
+    throw_failure("plan", "{}: version: expected {}, got {}", where, kVersion, file.metadata().at("version"));
+  if (file.metadata().size() != 4) throw_failure("plan", "{}: expected the metadata format, version, plan and checksum, got {} fields", where, file.metadata().size());
+  Tensors tensors;
+  for (const auto& [name, entry] : file.tensors()) {
+    if (entry.dtype != "F32") throw_failure("plan", "{}: tensor {}: expected F32, got {}", where, name, entry.dtype);
+    tensors.emplace(name, to_float32(entry, name, where));
+  }
+  const std::string& json = metadata_field(file, "plan", where);
+  if (metadata_field(file, "checksum", where) != checksum(json, tensors)) throw_failure("plan", "{}: the checksum does not match: the file is damaged", where);
+  return parse_plan(json, std::move(tensors), where);
+}
+
+Json describe_plan(const Plan& plan) {
+  Json json = plan_json(plan);
+  json["constant_bytes"] = constant_bytes(plan);
+  json["bytes_per_token"] = bytes_per_token(plan);
+  for (std::size_t i = 0; i < plan.units.size(); ++i) json["units"][i]["bits"] = make_quantizer(plan.units[i].quantizer)->rate();
+  return json;
+}
+
+}  // namespace veloxquant

@@ -1,0 +1,64 @@
+#include "veloxquant/quantize/distortion.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "veloxquant/core/error.h"
+#include "veloxquant/core/parallel.h"
+
+namespace veloxquant {
+namespace {
+
+// Squared error of each channel, summed over all runs in order.
+std::vector<double> channel_errors(const Quantizer& quantizer, std::span<const float> vectors, std::size_t run_values) {
+  const auto dim = static_cast<std::size_t>(quantizer.dim());
+  const std::size_t runs = vectors.size() / run_values;
+  std::vector<std::vector<double>> errors(runs, std::vector<double>(dim));
+  parallel_for(runs, 1, [&](std::size_t run, std::size_t) {
+    const auto part = vectors.subspan(run * run_values, run_values);
+    std::vector<float> restored(run_values);
+    quantizer.restore(part, restored);
+    for (std::size_t i = 0; i < run_values; ++i) {
+      const double error = static_cast<double>(part[i]) - restored[i];
+      errors[run][i % dim] += error * error;
+    }
+  });
+  std::vector<double> sums(dim);
+  for (const auto& run : errors)
+    for (std::size_t c = 0; c < dim; ++c) sums[c] += run[c];
+  return sums;
+}
+
+}  // namespace
+
+double relative_distortion(const QuantizerMethod& method, Side side, std::span<const float> vectors, std::size_t run_tokens, int dim, double rate,
+                           std::uint64_t seed) {
+  const auto widths = method.widths(dim);
+  if (widths.empty() || !(rate >= widths.front() && rate <= widths.back()))
+    throw_invalid("distortion", "{} offers {} to {} bits for vectors of {}, got {}", method.name, widths.empty() ? 0 : widths.front(),
+                  widths.empty() ? 0 : widths.back(), dim, rate);
+  double power = 0;
+  for (const float value : vectors) power += static_cast<double>(value) * value;
+  if (power == 0) return 0;
+
+  const auto above = std::lower_bound(widths.begin(), widths.end(), rate);
+  const double wide = *above, narrow = wide == rate ? wide : *(above - 1);
+  const double share = wide == narrow ? 1.0 : (rate - narrow) / (wide - narrow);
+  const auto errors_at = [&](double width) {
+    const auto quantizer = method.make(method.fit(vectors, dim, {.side = side, .width = width, .seed = seed}));
+    return channel_errors(*quantizer, vectors, run_tokens * static_cast<std::size_t>(dim));
+  };
+  const auto wide_errors = errors_at(wide);
+  if (share == 1.0) return std::accumulate(wide_errors.begin(), wide_errors.end(), 0.0) / power;
+  const auto narrow_errors = errors_at(narrow);
+  double error = 0;
+  for (std::size_t c = 0; c < wide_errors.size(); ++c) {
+    const auto at = static_cast<double>(c);
+    error += std::floor((at + 1) * share) > std::floor(at * share) ? wide_errors[c] : narrow_errors[c];
+  }
+  return error / power;
+}
+
+}  // namespace veloxquant

@@ -1,0 +1,58 @@
+#include "veloxquant/quantize/parameters.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include <fmt/ranges.h>
+
+#include "veloxquant/core/error.h"
+
+namespace veloxquant {
+namespace {
+
+template <class Map>
+void expect_keys(const QuantizerParameters& parameters, const Map& map, std::initializer_list<std::string_view> names, const char* kind) {
+  for (const auto name : names)
+    if (!map.contains(std::string(name))) throw_invalid(parameters.method, "no {} {}", kind, name);
+  for (const auto& [name, value] : map)
+    if (std::find(names.begin(), names.end(), name) == names.end()) throw_invalid(parameters.method, "unknown {} {}", kind, name);
+}
+
+}  // namespace
+
+void expect_parameters(const QuantizerParameters& parameters, std::initializer_list<std::string_view> numbers,
+                       std::initializer_list<std::string_view> tensors) {
+  if (parameters.dim < 1 || parameters.dim > 65536) throw_invalid(parameters.method, "dim: expected 1 to 65536, got {}", parameters.dim);
+  expect_keys(parameters, parameters.numbers, numbers, "number");
+  expect_keys(parameters, parameters.tensors, tensors, "tensor");
+}
+
+int number_in(const QuantizerParameters& parameters, std::string_view name, std::int64_t min, std::int64_t max) {
+  const std::int64_t value = parameters.numbers.at(std::string(name));
+  if (value < min || value > max) throw_invalid(parameters.method, "{}: expected {} to {}, got {}", name, min, max, value);
+  return static_cast<int>(value);
+}
+
+const Tensor& tensor_of(const QuantizerParameters& parameters, std::string_view name, const std::vector<std::int64_t>& shape) {
+  const Tensor& tensor = parameters.tensors.at(std::string(name));
+  if (tensor.shape != shape)
+    throw_invalid(parameters.method, "{}: expected shape [{}], got [{}]", name, fmt::join(shape, ", "), fmt::join(tensor.shape, ", "));
+  for (const float value : tensor.values)
+    if (!std::isfinite(value)) throw_invalid(parameters.method, "{}: expected finite values, got {}", name, value);
+  return tensor;
+}
+
+int whole_bits(std::string_view method, const std::vector<double>& widths, double width) {
+  if (std::find(widths.begin(), widths.end(), width) == widths.end())
+    throw_invalid(method, "expected a width of {} bits, got {}", fmt::join(widths, ", "), width);
+  return static_cast<int>(width);
+}
+
+void check_vectors(std::string_view method, std::span<const float> vectors, int dim) {
+  if (dim < 1 || vectors.size() % static_cast<std::size_t>(dim) != 0)
+    throw_invalid(method, "expected rows of {} values, got {} values", dim, vectors.size());
+  for (const float value : vectors)
+    if (!std::isfinite(value)) throw_invalid(method, "expected finite values, got {}", value);
+}
+
+}  // namespace veloxquant

@@ -1,0 +1,33 @@
+#include "veloxquant/quantize/registry.h"
+
+#include <fmt/ranges.h>
+
+#include "veloxquant/core/error.h"
+#include "veloxquant/quantize/affine.h"
+#include "veloxquant/quantize/kivi.h"
+#include "veloxquant/quantize/turboquant.h"
+#include "veloxquant/quantize/vecinfer.h"
+
+namespace veloxquant {
+
+std::string_view to_string(Side side) { return side == Side::kKeys ? "keys" : "values"; }
+
+std::span<const QuantizerMethod> quantizer_methods() {
+  static const QuantizerMethod table[] = {affine_method(), kivi_method(), turboquant_method(), vecinfer_method()};
+  return table;
+}
+
+const QuantizerMethod& quantizer_method(std::string_view name) {
+  std::vector<std::string_view> names;
+  for (const auto& method : quantizer_methods()) {
+    if (method.name == name) return method;
+    names.push_back(method.name);
+  }
+  throw_invalid("quantizer", "unknown method \"{}\"; there are {}", name, fmt::join(names, ", "));
+}
+
+std::unique_ptr<const Quantizer> make_quantizer(const QuantizerParameters& parameters) {
+  return quantizer_method(parameters.method).make(parameters);
+}
+
+}  // namespace veloxquant

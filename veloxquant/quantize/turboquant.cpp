@@ -1,0 +1,143 @@
+#include "veloxquant/quantize/turboquant.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "veloxquant/core/random.h"
+#include "veloxquant/kernels/bit_packing.h"
+#include "veloxquant/kernels/gemm.h"
+#include "veloxquant/kernels/hadamard.h"
+#include "veloxquant/quantize/half.h"
+#include "veloxquant/quantize/parameters.h"
+
+namespace veloxquant {
+namespace {
+
+constexpr std::size_t kNormBytes = 2;
+
+std::vector<double> widths(int dim) { return dim < 2 ? std::vector<double>{} : std::vector<double>{1, 2, 3, 4, 5, 6, 7, 8}; }
+
+double rate(int dim, double width) { return TurboQuantizer(dim, static_cast<int>(width), 0).rate(); }
+
+QuantizerParameters fit(std::span<const float> vectors, int dim, const FitOptions& options) {
+  check_vectors("turboquant", vectors, dim);
+  const int bits = whole_bits("turboquant", widths(dim), options.width);
+  // JSON holds signed numbers: 63 bits of the seed are plenty.
+  const auto seed = static_cast<std::int64_t>(options.seed & 0x7fffffffffffffff);
+  return {.method = "turboquant", .side = options.side, .dim = dim, .numbers = {{"bits", bits}, {"seed", seed}}, .tensors = {}};
+}
+
+std::unique_ptr<const Quantizer> make(const QuantizerParameters& parameters) {
+  expect_parameters(parameters, {"bits", "seed"}, {});
+  if (parameters.dim < 2) return number_in({.method = "turboquant", .numbers = {{"dim", parameters.dim}}, .tensors = {}}, "dim", 2, 65536), nullptr;
+  const int bits = number_in(parameters, "bits", 1, 8);
+  return std::make_unique<TurboQuantizer>(parameters.dim, bits, static_cast<std::uint64_t>(parameters.numbers.at("seed")));
+}
+
+// Rows made orthonormal one after another (modified Gram–Schmidt, twice for the precision).
+std::vector<float> random_orthogonal(std::size_t dim, std::uint64_t seed) {
+  Random random(seed);
+  std::vector<double> rows(dim * dim);
+  for (auto& value : rows) value = random.normal();
+  for (std::size_t i = 0; i < dim; ++i) {
+    double* row = rows.data() + i * dim;
+    for (int pass = 0; pass < 2; ++pass) {
+      for (std::size_t j = 0; j < i; ++j) {
+        const double* before = rows.data() + j * dim;
+        double dot = 0;
+        for (std::size_t c = 0; c < dim; ++c) dot += row[c] * before[c];
+        for (std::size_t c = 0; c < dim; ++c) row[c] -= dot * before[c];
+      }
+    }
+    double norm = 0;
+    for (std::size_t c = 0; c < dim; ++c) norm += row[c] * row[c];
+    for (std::size_t c = 0; c < dim; ++c) row[c] /= std::sqrt(norm);
+  }
+  return {rows.begin(), rows.end()};
+}
+
+}  // namespace
+
+TurboQuantizer::TurboQuantizer(int dim, int bits, std::uint64_t seed) : dim_(dim), bits_(bits) {
+  if (!is_power_of_two(static_cast<std::size_t>(dim))) {
+    matrix_ = random_orthogonal(static_cast<std::size_t>(dim), seed);
+    return;
+  }
+  Random random(seed);
+  for (int i = 0; i < dim; ++i) signs_.push_back(random.below(2) == 0 ? -1.0f : 1.0f);
+}
+
+std::size_t TurboQuantizer::encoded_bytes(std::size_t tokens) const {
+  return tokens * (kNormBytes + packed_bytes(static_cast<std::size_t>(dim_), bits_));
+}
+
+void TurboQuantizer::rotate(std::vector<float>& rows) const {
+  const auto dim = static_cast<std::size_t>(dim_), count = rows.size() / dim;
+  if (matrix_.empty()) {
+    for (std::size_t i = 0; i < rows.size(); ++i) rows[i] *= signs_[i % dim];
+    hadamard(rows.data(), count, dim);
+    return;
+  }
+  std::vector<float> rotated(rows.size());
+  gemm(false, true, static_cast<int>(count), dim_, dim_, 1.0f, rows.data(), dim_, matrix_.data(), dim_, 0.0f, rotated.data(), dim_);
+  rows.swap(rotated);
+}
+
+void TurboQuantizer::rotate_back(std::span<float> rows) const {
+  const auto dim = static_cast<std::size_t>(dim_), count = rows.size() / dim;
+  if (matrix_.empty()) {
+    hadamard(rows.data(), count, dim);
+    for (std::size_t i = 0; i < rows.size(); ++i) rows[i] *= signs_[i % dim];
+    return;
+  }
+  const std::vector<float> rotated(rows.begin(), rows.end());
+  gemm(false, false, static_cast<int>(count), dim_, dim_, 1.0f, rotated.data(), dim_, matrix_.data(), dim_, 0.0f, rows.data(), dim_);
+}
+
+std::vector<float> TurboQuantizer::rotation_matrix() const {
+  const auto dim = static_cast<std::size_t>(dim_);
+  if (!matrix_.empty()) return matrix_;
+  std::vector<float> matrix = walsh_hadamard_matrix(dim);
+  for (std::size_t i = 0; i < matrix.size(); ++i) matrix[i] *= signs_[i % dim];
+  return matrix;
+}
+
+void TurboQuantizer::encode(std::span<const float> vectors, std::span<std::uint8_t> encoded) const {
+  const auto dim = static_cast<std::size_t>(dim_), tokens = vectors.size() / dim;
+  const auto& boundaries = lloyd_max(bits_).boundaries;
+  std::vector<float> rotated(vectors.begin(), vectors.end());
+  rotate(rotated);
+  std::vector<std::uint16_t> codes(dim);
+  std::uint8_t* out = encoded.data();
+  for (std::size_t token = 0; token < tokens; ++token) {
+    const float* row = rotated.data() + token * dim;
+    double squares = 0;
+    for (std::size_t i = 0; i < dim; ++i) squares += static_cast<double>(row[i]) * row[i];
+    const double norm = std::sqrt(squares);
+    store_half(static_cast<float>(norm), out);
+    const float to_unit = norm > 0 ? static_cast<float>(std::sqrt(static_cast<double>(dim)) / norm) : 0.0f;
+    std::fill(codes.begin(), codes.end(), std::uint16_t{0});
+    // Counting the boundaries below is a handful of comparisons that the compiler turns into vector code.
+    for (const float boundary : boundaries)
+      for (std::size_t i = 0; i < dim; ++i) codes[i] = static_cast<std::uint16_t>(codes[i] + (row[i] * to_unit > boundary));
+    pack_bits(codes, bits_, out + kNormBytes);
+    out += encoded_bytes(1);
+  }
+}
+
+void TurboQuantizer::decode(std::span<const std::uint8_t> encoded, std::span<float> vectors) const {
+  const auto dim = static_cast<std::size_t>(dim_), tokens = vectors.size() / dim;
+  const auto& levels = lloyd_max(bits_).levels;
+  std::vector<std::uint16_t> codes(dim);
+  const std::uint8_t* in = encoded.data();
+  for (std::size_t token = 0; token < tokens; ++token, in += encoded_bytes(1)) {
+    const float scale = load_half(in) / std::sqrt(static_cast<float>(dim));
+    unpack_bits(in + kNormBytes, bits_, codes);
+    for (std::size_t i = 0; i < dim; ++i) vectors[token * dim + i] = levels[codes[i]] * scale;
+  }
+  rotate_back(vectors);
+}
+
+QuantizerMethod turboquant_method() { return {"turboquant", widths, rate, fit, make, /* learns= */ false}; }
+
+}  // namespace veloxquant

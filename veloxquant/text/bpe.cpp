@@ -1,0 +1,148 @@
+#include "veloxquant/text/bpe.h"
+
+#include <queue>
+#include <tuple>
+#include <utility>
+
+#include "veloxquant/core/error.h"
+#include "veloxquant/text/unicode.h"
+
+namespace veloxquant {
+namespace {
+
+constexpr std::int64_t kMaxToken = (1 << 24) - 1;
+
+std::uint64_t pair_key(std::int32_t left, std::int32_t right) {
+  return static_cast<std::uint64_t>(static_cast<std::uint32_t>(left)) << 32 | static_cast<std::uint32_t>(right);
+}
+
+void refuse_unsupported(const JsonObject& json) {
+  if (json.string_or("type", "BPE") != "BPE") json.refuse("type", "\"BPE\", of the byte-level kind");
+  if (json.has("dropout") && json.number("dropout") != 0) json.refuse("dropout", "null");
+  if (json.boolean_or("byte_fallback", false)) json.refuse("byte_fallback", "false: byte-level tokenizers have no need of it");
+  for (const char* field : {"continuing_subword_prefix", "end_of_word_suffix"})
+    if (!json.string_or(field, "").empty()) json.refuse(field, "null or an empty string");
+}
+
+// A linked list of tokens over an array, so that a merge costs no moving.
+struct Symbol {
+  std::int32_t token;
+  int previous, next;  // −1: none
+};
+
+struct Candidate {
+  std::int32_t rank;
+  int position;             // of the left symbol
+  std::int32_t left, right;  // as they were when the candidate was found: stale if they changed
+  std::int32_t merged;
+
+  // The lowest rank first, and of one rank the leftmost.
+  bool operator<(const Candidate& other) const { return std::tie(rank, position) > std::tie(other.rank, other.position); }
+};
+
+}  // namespace
+
+Bpe::Bpe(const JsonObject& json) {
+  refuse_unsupported(json);
+  read_vocabulary(json);
+  read_merges(json);
+  fuse_unknown_ = json.boolean_or("fuse_unk", false);
+  ignore_merges_ = json.boolean_or("ignore_merges", false);
+  if (!json.has("unk_token")) return;
+  const auto found = vocabulary_.find(json.string("unk_token"));
+  if (found == vocabulary_.end()) json.refuse("unk_token", "a token of the vocabulary");
+  unknown_ = found->second;
+}
+
+void Bpe::read_vocabulary(const JsonObject& json) {
+  const JsonObject vocabulary = json.object("vocab");
+  std::unordered_map<std::int64_t, std::string> taken;
+  for (const auto& [token, id] : json.at("vocab").items()) {
+    const auto value = vocabulary.integer(token, 0, kMaxToken);
+    const auto [other, added] = taken.emplace(value, token);
+    if (!added) vocabulary.refuse(token, fmt::format("an id of its own, which \"{}\" has already", other->second));
+    vocabulary_.emplace(token, static_cast<std::int32_t>(value));
+  }
+}
+
+void Bpe::read_merges(const JsonObject& json) {
+  const auto& list = json.at("merges");
+  if (!list.is_array()) json.refuse("merges", "a list");
+  const auto id_of = [&](const std::string& token, std::size_t index) {
+    const auto found = vocabulary_.find(token);
+    if (found == vocabulary_.end()) throw_failure("tokenizer", "{}: merges[{}]: \"{}\" is not in the vocabulary", json.where(), index, token);
+    return found->second;
+  };
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    std::string left, right;
+    if (list[i].is_string()) {
+      const auto text = list[i].get<std::string>();
+      const auto space = text.find(' ');
+      if (space == std::string::npos) throw_failure("tokenizer", "{}: merges[{}]: expected two tokens, got \"{}\"", json.where(), i, text);
+      left = text.substr(0, space);
+      right = text.substr(space + 1);
+    } else if (list[i].is_array() && list[i].size() == 2 && list[i][0].is_string() && list[i][1].is_string()) {
+      left = list[i][0].get<std::string>();
+      right = list[i][1].get<std::string>();
+    } else {
+      throw_failure("tokenizer", "{}: merges[{}]: expected two tokens", json.where(), i);
+    }
+    merges_[pair_key(id_of(left, i), id_of(right, i))] = {static_cast<std::int32_t>(i), id_of(left + right, i)};
+  }
+}
+
+std::vector<std::int32_t> Bpe::characters(std::string_view word) const {
+  std::vector<std::int32_t> tokens;
+  bool after_unknown = false;
+  for (std::size_t position = 0; position < word.size();) {
+    const std::size_t begin = position;
+    next_character(word, position);
+    const auto found = vocabulary_.find(std::string(word.substr(begin, position - begin)));
+    if (found != vocabulary_.end()) {
+      tokens.push_back(found->second);
+    } else if (unknown_ && !(fuse_unknown_ && after_unknown)) {
+      tokens.push_back(*unknown_);
+    }
+    after_unknown = found == vocabulary_.end();
+  }
+  return tokens;
+}
+
+void Bpe::encode(std::string_view word, std::vector<std::int32_t>& tokens) const {
+  if (ignore_merges_) {
+    if (const auto found = vocabulary_.find(std::string(word)); found != vocabulary_.end()) {
+      tokens.push_back(found->second);
+      return;
+    }
+  }
+  const auto start = characters(word);
+  const int count = static_cast<int>(start.size());
+  std::vector<Symbol> symbols;
+  for (int i = 0; i < count; ++i) symbols.push_back({start[static_cast<std::size_t>(i)], i - 1, i + 1 < count ? i + 1 : -1});
+  const auto at = [&](int i) -> Symbol& { return symbols[static_cast<std::size_t>(i)]; };
+
+  std::priority_queue<Candidate> queue;
+  const auto consider = [&](int position) {
+    if (position < 0 || at(position).next < 0) return;
+    const std::int32_t left = at(position).token, right = at(at(position).next).token;
+    if (const auto merge = merges_.find(pair_key(left, right)); merge != merges_.end())
+      queue.push({merge->second.rank, position, left, right, merge->second.token});
+  };
+  for (int i = 0; i + 1 < count; ++i) consider(i);
+  while (!queue.empty()) {
+    const Candidate best = queue.top();
+    queue.pop();
+    Symbol& left = at(best.position);
+    if (left.token != best.left || left.next < 0 || at(left.next).token != best.right) continue;
+    Symbol& right = at(left.next);
+    left.token = best.merged;
+    right.token = -1;
+    left.next = right.next;
+    if (left.next >= 0) at(left.next).previous = best.position;
+    consider(left.previous);
+    consider(best.position);
+  }
+  for (int i = count > 0 ? 0 : -1; i >= 0; i = at(i).next) tokens.push_back(at(i).token);
+}
+
+}  // namespace veloxquant

@@ -1,0 +1,42 @@
+// Byte-pair encoding (arXiv 1508.07909).
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "veloxquant/core/json.h"
+
+namespace veloxquant {
+
+/// The `model` of a tokenizer.json of type BPE.
+class Bpe {
+ public:
+  /// Throws std::runtime_error that names field and value: another type of model, parts that byte-level tokenizers do not have (dropout,
+  /// byte_fallback, prefixes and suffixes), ids that are taken twice, merges of tokens that do not exist.
+  explicit Bpe(const JsonObject& json);
+
+  /// Appends the tokens of one word.  Characters that are not in the vocabulary become the unknown token, or nothing if there is none.
+  void encode(std::string_view word, std::vector<std::int32_t>& tokens) const;
+
+  const std::unordered_map<std::string, std::int32_t>& vocabulary() const { return vocabulary_; }
+
+ private:
+  struct Merge {
+    std::int32_t rank, token;
+  };
+
+  void read_vocabulary(const JsonObject& json);
+  void read_merges(const JsonObject& json);
+  std::vector<std::int32_t> characters(std::string_view word) const;
+
+  std::unordered_map<std::string, std::int32_t> vocabulary_;
+  std::unordered_map<std::uint64_t, Merge> merges_;  // by the pair of tokens
+  std::optional<std::int32_t> unknown_;
+  bool fuse_unknown_ = false, ignore_merges_ = false;
+};
+
+}  // namespace veloxquant

@@ -1,0 +1,106 @@
+#include "veloxquant/text/unicode.h"
+
+#include <utf8proc.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+#include "veloxquant/core/error.h"
+
+namespace veloxquant {
+namespace {
+
+constexpr std::string_view kReplacement = "\xEF\xBF\xBD";
+
+struct Sequence {
+  int length;                 // 0: not a first byte
+  std::uint8_t low, high;     // what the second byte may be; later ones are 80 to BF
+};
+
+Sequence sequence_of(std::uint8_t first) {
+  if (first < 0x80) return {1, 0, 0};
+  if (first >= 0xC2 && first <= 0xDF) return {2, 0x80, 0xBF};
+  if (first == 0xE0) return {3, 0xA0, 0xBF};
+  if (first == 0xED) return {3, 0x80, 0x9F};  // no surrogates
+  if (first >= 0xE1 && first <= 0xEF) return {3, 0x80, 0xBF};
+  if (first == 0xF0) return {4, 0x90, 0xBF};
+  if (first >= 0xF1 && first <= 0xF3) return {4, 0x80, 0xBF};
+  if (first == 0xF4) return {4, 0x80, 0x8F};
+  return {0, 0, 0};
+}
+
+// Bytes at the start of `rest` that belong together, and whether they are a character.
+std::pair<std::size_t, bool> take_character(std::string_view rest) {
+  const Sequence sequence = sequence_of(static_cast<std::uint8_t>(rest[0]));
+  if (sequence.length == 0) return {1, false};
+  for (int i = 1; i < sequence.length; ++i) {
+    if (static_cast<std::size_t>(i) == rest.size()) return {static_cast<std::size_t>(i), false};
+    const auto byte = static_cast<std::uint8_t>(rest[static_cast<std::size_t>(i)]);
+    if (i == 1 ? byte < sequence.low || byte > sequence.high : byte < 0x80 || byte > 0xBF) return {static_cast<std::size_t>(i), false};
+  }
+  return {static_cast<std::size_t>(sequence.length), true};
+}
+
+}  // namespace
+
+std::string repair_utf8(std::string_view bytes) {
+  std::string text;
+  text.reserve(bytes.size());
+  while (!bytes.empty()) {
+    const auto [length, valid] = take_character(bytes);
+    text += valid ? bytes.substr(0, length) : kReplacement;
+    bytes.remove_prefix(length);
+  }
+  return text;
+}
+
+char32_t next_character(std::string_view text, std::size_t& position) {
+  const auto first = static_cast<std::uint8_t>(text[position]);
+  const int length = sequence_of(first).length;
+  char32_t character = length == 1 ? first : first & (0x7Fu >> length);
+  for (int i = 1; i < length; ++i) character = (character << 6) | (static_cast<std::uint8_t>(text[position + static_cast<std::size_t>(i)]) & 0x3F);
+  position += static_cast<std::size_t>(length);
+  return character;
+}
+
+void append_utf8(char32_t character, std::string& text) {
+  utf8proc_uint8_t bytes[4];
+  text.append(reinterpret_cast<char*>(bytes), static_cast<std::size_t>(utf8proc_encode_char(static_cast<utf8proc_int32_t>(character), bytes)));
+}
+
+std::string normalize_nfc(const std::string& text) {
+  if (std::all_of(text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) < 0x80; })) return text;
+  utf8proc_uint8_t* result = nullptr;
+  const auto length = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()), static_cast<utf8proc_ssize_t>(text.size()), &result,
+                                   static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
+  const std::unique_ptr<utf8proc_uint8_t, decltype(&std::free)> owner(result, std::free);
+  if (length < 0) throw_failure("tokenizer", "text of {} bytes: {}", text.size(), utf8proc_errmsg(length));
+  return {reinterpret_cast<char*>(result), static_cast<std::size_t>(length)};
+}
+
+bool is_white_space(char32_t c) {
+  return (c >= 0x09 && c <= 0x0D) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 ||
+         c == 0x202F || c == 0x205F || c == 0x3000;
+}
+
+bool is_word_character(char32_t c) {
+  switch (utf8proc_category(static_cast<utf8proc_int32_t>(c))) {
+    case UTF8PROC_CATEGORY_LU:
+    case UTF8PROC_CATEGORY_LL:
+    case UTF8PROC_CATEGORY_LT:
+    case UTF8PROC_CATEGORY_LM:
+    case UTF8PROC_CATEGORY_LO:
+    case UTF8PROC_CATEGORY_MN:
+    case UTF8PROC_CATEGORY_MC:
+    case UTF8PROC_CATEGORY_ME:
+    case UTF8PROC_CATEGORY_ND:
+    case UTF8PROC_CATEGORY_NL:
+    case UTF8PROC_CATEGORY_PC:
+      return true;
+    default:
+      return c == 0x200C || c == 0x200D;
+  }
+}
+
+}  // namespace veloxquant
