@@ -2,21 +2,29 @@
 
 #include <cmath>
 #include <stdexcept>
+#include <string>
 
 #include "mlx/ops.h"
+#include "veloxquant/kernels/hadamard.h"
+#include "veloxquant/quantize/lloyd_max.h"
 #include "veloxquant/quantize/turboquant.h"
 
 namespace veloxquant {
 namespace {
 
+constexpr int kKiviGroup = 32;
+
 mx::array as_array(const Tensor& tensor) { return mx::array(tensor.values.data(), mx::Shape(tensor.shape.begin(), tensor.shape.end())); }
 
-// What storing as IEEE half does to a value.
-mx::array through_half(const mx::array& x) { return mx::astype(mx::astype(x, mx::float16), mx::float32); }
+mx::array number(double value) { return mx::array(static_cast<float>(value)); }
 
-// Calls `restore` on groups of `size` along the last axis, [..., groups, size]; the last group may be shorter.
-template <class RestoreGroups>
-mx::array over_groups(const mx::array& x, int size, const RestoreGroups& restore) {
+// What storing as IEEE half does to a value.
+mx::array through_half(const mx::array& x) { return mx::astype(mx::astype(mx::clip(x, number(-65504), number(65504)), mx::float16), mx::float32); }
+
+int bits_of(const QuantizerParameters& parameters) { return static_cast<int>(parameters.numbers.at("bits")); }
+
+// Calls `restore` on x as [..., groups, size] along the last axis; the last group may be shorter.
+mx::array over_groups(const mx::array& x, int size, const RestoreGraph& restore) {
   const int length = x.shape(-1), whole = length / size * size;
   const auto part = [&](int begin, int end, int group) {
     mx::Shape start(x.ndim(), 0), stop = x.shape(), grouped = x.shape();
@@ -24,40 +32,109 @@ mx::array over_groups(const mx::array& x, int size, const RestoreGroups& restore
     stop.back() = end;
     grouped.back() = (end - begin) / group;
     grouped.push_back(group);
-    auto shape = stop;
+    mx::Shape shape = x.shape();
     shape.back() = end - begin;
     return mx::reshape(restore(mx::reshape(mx::slice(x, start, stop), grouped)), shape);
   };
-  std::vector<mx::array> parts;
-  if (whole > 0) parts.push_back(part(0, whole, size));
-  if (whole < length) parts.push_back(part(whole, length, length - whole));
-  return parts.size() == 1 ? parts[0] : mx::concatenate(parts, -1);
+  if (whole == 0) return part(0, length, length);
+  if (whole == length) return part(0, whole, size);
+  return mx::concatenate({part(0, whole, size), part(whole, length, length - whole)}, -1);
 }
 
-// Same steps as quantize/affine.cpp: the end of the larger magnitude is exact, and zero falls on a level.
+mx::array codes_of(const mx::array& x, const mx::array& offset, const mx::array& step, int bits) {
+  const auto usable = mx::not_equal(step, number(0));
+  const auto codes = mx::round(mx::divide(mx::subtract(x, offset), mx::where(usable, step, number(1))));
+  return mx::where(usable, mx::clip(codes, number(0), number((1 << bits) - 1)), number(0));
+}
+
+// The steps of quantize/affine.cpp on groups [..., size].
 mx::array restore_affine_groups(const mx::array& x, int bits) {
-  const float levels = static_cast<float>((1 << bits) - 1);
   const auto low = mx::min(x, -1, true), high = mx::max(x, -1, true);
   const auto low_is_larger = mx::greater(mx::abs(low), mx::abs(high));
-  const auto step = mx::maximum(mx::divide(mx::subtract(high, low), mx::array(levels)), mx::array(1e-7f));
-  const auto signed_step = mx::where(low_is_larger, step, mx::negative(step));
+  const auto width = mx::maximum(mx::divide(mx::subtract(high, low), number((1 << bits) - 1)), number(1e-7));
+  const auto signed_width = mx::where(low_is_larger, width, mx::negative(width));
   const auto edge = mx::where(low_is_larger, low, high);
-  const auto zero_code = mx::round(mx::divide(edge, signed_step));
-  const auto has_zero = mx::not_equal(zero_code, mx::array(0.0f));
-  const auto divisor = mx::where(has_zero, zero_code, mx::array(1.0f));
-  const auto scale = mx::where(has_zero, mx::divide(edge, divisor), signed_step);
-  const auto bias = mx::where(has_zero, edge, mx::array(0.0f));
-  const auto codes = mx::clip(mx::round(mx::divide(mx::subtract(x, bias), scale)), mx::array(0.0f), mx::array(levels));
-  return mx::add(mx::multiply(codes, through_half(scale)), through_half(bias));
+  const auto zero_code = mx::round(mx::divide(edge, signed_width));
+  const auto shifted = mx::not_equal(zero_code, number(0));
+  const auto scale = through_half(mx::where(shifted, mx::divide(edge, mx::where(shifted, zero_code, number(1))), signed_width));
+  const auto bias = through_half(mx::where(shifted, edge, number(0)));
+  return mx::add(mx::multiply(codes_of(x, bias, scale, bits), scale), bias);
 }
 
 RestoreGraph affine_graph(const QuantizerParameters& parameters, const Quantizer&) {
-  const int bits = static_cast<int>(parameters.numbers.at("bits")), group = static_cast<int>(parameters.numbers.at("group_size"));
+  const int bits = bits_of(parameters), group = static_cast<int>(parameters.numbers.at("group_size"));
   return [=](const mx::array& x) { return over_groups(x, group, [=](const mx::array& groups) { return restore_affine_groups(groups, bits); }); };
 }
 
+// The steps of quantize/kivi.cpp on groups [..., size].
+mx::array restore_kivi_groups(const mx::array& x, int bits) {
+  const auto low = mx::min(x, -1, true), high = mx::max(x, -1, true), stored_low = through_half(low);
+  const auto step = through_half(mx::divide(mx::subtract(high, stored_low), number((1 << bits) - 1)));
+  return mx::add(mx::multiply(codes_of(x, stored_low, step, bits), step), stored_low);
+}
+
+RestoreGraph kivi_graph(const QuantizerParameters& parameters, const Quantizer&) {
+  const auto restore = [bits = bits_of(parameters)](const mx::array& groups) { return restore_kivi_groups(groups, bits); };
+  if (parameters.side == Side::kValues) return [restore](const mx::array& x) { return over_groups(x, kKiviGroup, restore); };
+  return [restore](const mx::array& x) { return mx::swapaxes(over_groups(mx::swapaxes(x, -1, -2), kKiviGroup, restore), -1, -2); };
+}
+
+RestoreGraph turboquant_graph(const QuantizerParameters& parameters, const Quantizer& quantizer) {
+  const int dim = parameters.dim;
+  const auto rotation = static_cast<const TurboQuantizer&>(quantizer).rotation_matrix();
+  const mx::array matrix(rotation.data(), {dim, dim});
+  const LloydMax& table = lloyd_max(bits_of(parameters));
+  const mx::array levels(table.levels.data(), {static_cast<int>(table.levels.size())});
+  return [=, boundaries = table.boundaries](const mx::array& x) {
+    const auto rotated = mx::matmul(x, mx::transpose(matrix));
+    const auto norm = mx::sqrt(mx::sum(mx::square(rotated), -1, true));
+    const auto unit = mx::divide(mx::multiply(rotated, number(std::sqrt(dim))), mx::maximum(norm, number(1e-30)));
+    auto codes = mx::zeros(x.shape(), mx::int32);
+    for (const float boundary : boundaries) codes = mx::add(codes, mx::astype(mx::greater(unit, mx::array(boundary)), mx::int32));
+    const auto scaled = mx::multiply(mx::take(levels, codes, 0), mx::divide(through_half(norm), number(std::sqrt(dim))));
+    return mx::matmul(scaled, matrix);
+  };
+}
+
+// x [rows, dim] → the nearest centroids of a codebook [subspaces, centroids, width].
+mx::array restore_product(const mx::array& x, const mx::array& codebook) {
+  const int rows = x.shape(0), subspaces = codebook.shape(0), centroids = codebook.shape(1), width = codebook.shape(2);
+  const auto pieces = mx::transpose(mx::reshape(x, {rows, subspaces, width}), {1, 0, 2});
+  const auto half_norms = mx::multiply(number(0.5), mx::sum(mx::square(codebook), -1));
+  const auto scores = mx::subtract(mx::reshape(half_norms, {subspaces, 1, centroids}), mx::matmul(pieces, mx::transpose(codebook, {0, 2, 1})));
+  const auto codes = mx::astype(mx::argmin(scores, -1), mx::int32);  // [subspaces, rows]
+  const auto first = mx::reshape(mx::multiply(mx::arange(subspaces, mx::int32), mx::array(centroids)), {subspaces, 1});
+  const auto nearest = mx::take(mx::reshape(codebook, {subspaces * centroids, width}), mx::add(codes, first), 0);
+  return mx::reshape(mx::transpose(nearest, {1, 0, 2}), x.shape());
+}
+
+RestoreGraph vecinfer_graph(const QuantizerParameters& parameters, const Quantizer&) {
+  const int dim = parameters.dim;
+  const mx::array codebook = as_array(parameters.tensors.at("codebook"));
+  const auto restore = [=](const mx::array& x) { return mx::reshape(restore_product(mx::reshape(x, {-1, dim}), codebook), x.shape()); };
+  if (parameters.side == Side::kValues) return restore;
+  const mx::array factors = as_array(parameters.tensors.at("smooth_factors"));
+  const auto matrix = walsh_hadamard_matrix(static_cast<std::size_t>(dim));
+  const mx::array transform(matrix.data(), {dim, dim});
+  return [=](const mx::array& x) {
+    const auto transformed = mx::matmul(mx::divide(x, factors), transform);
+    return mx::multiply(mx::matmul(restore(transformed), transform), factors);
+  };
+}
+
+struct Row {
+  std::string_view method;
+  RestoreGraph (*make)(const QuantizerParameters& parameters, const Quantizer& quantizer);
+};
+
+constexpr Row kTable[] = {{"affine", affine_graph}, {"kivi", kivi_graph}, {"turboquant", turboquant_graph}, {"vecinfer", vecinfer_graph}};
+
 }  // namespace
 
-RestoreGraph restore_graph(const QuantizerParameters&, const Quantizer&) { throw std::logic_error("x"); }
+RestoreGraph restore_graph(const QuantizerParameters& parameters, const Quantizer& quantizer) {
+  for (const auto& row : kTable)
+    if (row.method == parameters.method) return row.make(parameters, quantizer);
+  throw std::logic_error("no graph for the method " + parameters.method);
+}
 
 }  // namespace veloxquant

@@ -1,5 +1,6 @@
 #include "veloxquant/cache/restoring_cache.h"
 
+#include <algorithm>
 #include <numeric>
 
 #include "mlx/ops.h"
@@ -17,16 +18,19 @@ mx::array tokens(const mx::array& x, int begin, int end) {
 
 mx::array after(const std::optional<mx::array>& before, const mx::array& x) { return before ? mx::concatenate({*before, x}, 2) : x; }
 
-// The quantizer over each run of tokens: one run a sequence and head, since groups of tokens do not cross either.
+// Tokens of one sequence and head that a thread restores at a time: whole groups of tokens for every quantizer.
+constexpr int kGroupsPerTask = 256;
+
 mx::array restore_on_cpu(const std::shared_ptr<const Quantizer>& quantizer, const mx::array& x) {
-  return cpu_operation("Restore", {mx::contiguous(x)}, x.shape(), mx::float32,
-                       [quantizer](const std::vector<mx::array>& in, mx::array& out) {
-                         const std::size_t run = static_cast<std::size_t>(in[0].shape(2)) * in[0].shape(3);
-                         parallel_for(static_cast<std::size_t>(in[0].shape(0)) * in[0].shape(1), 1, [&](std::size_t begin, std::size_t end) {
-                           for (std::size_t i = begin; i < end; ++i)
-                             quantizer->restore({in[0].data<float>() + i * run, run}, {out.data<float>() + i * run, run});
-                         });
-                       });
+  return cpu_operation("Restore", {mx::contiguous(x)}, x.shape(), mx::float32, [quantizer](const std::vector<mx::array>& in, mx::array& out) {
+    const auto dim = static_cast<std::size_t>(out.shape(3)), tokens = static_cast<std::size_t>(out.shape(2));
+    const std::size_t piece = static_cast<std::size_t>(quantizer->token_group() * std::max(1, kGroupsPerTask / quantizer->token_group()));
+    const std::size_t pieces = (tokens + piece - 1) / piece, runs = static_cast<std::size_t>(out.shape(0)) * static_cast<std::size_t>(out.shape(1));
+    parallel_for(runs * pieces, 1, [&](std::size_t i, std::size_t) {
+      const std::size_t begin = i % pieces * piece, at = (i / pieces * tokens + begin) * dim, size = std::min(piece, tokens - begin) * dim;
+      quantizer->restore({in[0].data<float>() + at, size}, {out.data<float>() + at, size});
+    });
+  });
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include "veloxquant/calibrate/observe.h"
 #include "veloxquant/calibrate/sensitivity.h"
 #include "veloxquant/core/error.h"
+#include "veloxquant/core/random.h"
 #include "veloxquant/core/warning.h"
 #include "veloxquant/plan/allocation.h"
 #include "veloxquant/plan/distortion_curve.h"
@@ -17,6 +18,9 @@ namespace veloxquant {
 namespace {
 
 constexpr double kRounding = 1e-9;
+
+// Rates at which distortions are measured and curves fitted; widths beyond the last are not allocated.
+const std::vector<double> kRates = {1.0, 1.5, 2.0, 3.0, 4.0};
 
 // What a method offers for one head dimension: widths, ascending, and the bits that each takes.
 struct Ladder {
@@ -37,14 +41,127 @@ void check_range(const Ladder& ladder, const PlanOptions& options, int head_dim)
                 options.bits);
 }
 
-double uniform_width(const Ladder& ladder, const PlanOptions& options) {
+double uniform_width(const QuantizerMethod& method, const Ladder& ladder, const PlanOptions& options) {
+  // Codes without scales or norms: the bits say the number of sub-spaces, and nothing else is meant.
+  if (method.learns) return options.bits;
   std::size_t best = 0;
   while (best + 1 < ladder.rates.size() && ladder.rates[best + 1] <= options.bits + kRounding) ++best;
   if (ladder.rates[best] < options.bits - kRounding)
-    warn(fmt::format("one width for all layers gives {:.4g} bits (possible: {:.4g}); units per layer come closer to {:.4g}",
-                     ladder.rates[best], fmt::join(ladder.rates, ", "), options.bits));
+    warn(fmt::format("one width for all layers gives {:.4g} bits (possible: {:.4g}); a width per layer comes closer to {:.4g}", ladder.rates[best],
+                     fmt::join(ladder.rates, ", "), options.bits));
   return ladder.widths[best];
 }
 
+// One width per layer of least predicted KL, in the documented way.
+std::vector<double> scalar_widths(const QuantizerMethod& method, const Ladder& ladder, const LayerMap<SensitivityResult>& sensitivities,
+                                  const PlanOptions& options) {
+  const auto curves = fit_distortion_curve(sensitivities, kRates, std::string(method.name));
+  // Scales and norms cost every layer the same: what is left of the budget goes to codes.
+  const double overhead = ladder.rates.front() - ladder.widths.front();
+  const int least = static_cast<int>(ladder.widths.front()), most = static_cast<int>(std::min(ladder.widths.back(), kRates.back()));
+  const double target = std::clamp<double>(options.bits - overhead, least, most);
+  std::vector<double> widths;
+  for (const auto& [name, bits] : allocate_bits_ratequant(curves, target, least, most)) widths.push_back(bits);
+  return widths;
+}
+
+double sensitivity_squared(const SensitivityResult& result) {
+  return result.mean_sensitivity * result.mean_sensitivity + result.std_sensitivity * result.std_sensitivity;
+}
+
+// The mean of the relative distortions of a layer's keys and values.
+double layer_distortion(const QuantizerMethod& method, const LayerObservation& observation, const TokenBatch& samples, int head_dim, double width,
+                        std::uint64_t seed) {
+  double sum = 0;
+  for (const Side side : {Side::kKeys, Side::kValues})
+    sum += relative_distortion(method, side, observation.span(side), static_cast<std::size_t>(samples.length), head_dim, width, seed);
+  return sum / 2;
+}
+
+// The same for quantizers that learn, by what each width is measured to lose: their widths lie on no curve.
+std::vector<double> learned_widths(const Model& model, const TokenBatch& samples, const QuantizerMethod& method, Ladder ladder,
+                                   const LayerMap<SensitivityResult>& sensitivities, const PlanOptions& options, const ProgressCallback& progress) {
+  while (ladder.widths.size() > 1 && ladder.widths.back() > kRates.back()) ladder.widths.pop_back();
+  while (ladder.widths.size() > 1 && ladder.widths.front() < kRates.front() && ladder.widths[1] <= options.bits) ladder.widths.erase(ladder.widths.begin());
+  const int head_dim = model.config().head_dim;
+  std::vector<std::vector<AllocationOption>> units;
+  observe_layers(
+      model, samples,
+      [&](int layer, const LayerObservation& observation) {
+        const double factor = sensitivity_squared(sensitivities.at(layer_name(layer))) / 2;
+        units.emplace_back();
+        for (const double width : ladder.widths) {
+          // In bits of a whole vector, which are whole numbers.
+          const auto cost = static_cast<std::int64_t>(std::llround(width * head_dim));
+          units.back().push_back({cost, factor * layer_distortion(method, observation, samples, head_dim, width, options.seed)});
+        }
+      },
+      progress);
+  const auto choice = allocate(units, static_cast<std::int64_t>(std::floor(options.bits * head_dim * static_cast<double>(units.size()) + kRounding)));
+  std::vector<double> widths;
+  for (const int rung : choice) widths.push_back(ladder.widths[static_cast<std::size_t>(rung)]);
+  return widths;
+}
+
+// Fits every unit at its layer's width; the predicted KL where sensitivities are known.
+void fit_units(const Model& model, const TokenBatch& samples, const QuantizerMethod& method, const std::vector<double>& widths,
+               const LayerMap<SensitivityResult>& sensitivities, const PlanOptions& options, Plan& plan, const ProgressCallback& progress) {
+  const int head_dim = model.config().head_dim;
+  double predicted = 0;
+  const auto fit_layer = [&](int layer, const LayerObservation* observation) {
+    double distortion = 0;
+    for (const Side side : {Side::kKeys, Side::kValues}) {
+      const std::span<const float> vectors = observation ? observation->span(side) : std::span<const float>();
+      const FitOptions fit{.side = side, .width = widths[static_cast<std::size_t>(layer)], .seed = Random(options.seed, static_cast<std::uint64_t>(layer)).next()};
+      plan.units.push_back({layer, side, method.fit(vectors, head_dim, fit)});
+      if (observation && !sensitivities.empty())
+        distortion += restored_distortion(*make_quantizer(plan.units.back().quantizer), vectors, static_cast<std::size_t>(samples.length)) / 2;
+    }
+    if (!sensitivities.empty()) predicted += sensitivity_squared(sensitivities.at(layer_name(layer))) / 2 * distortion;
+  };
+  if (!method.learns && sensitivities.empty()) {
+    for (int layer = 0; layer < model.config().num_layers; ++layer) fit_layer(layer, nullptr);
+    return;
+  }
+  observe_layers(model, samples, [&](int layer, const LayerObservation& observation) { fit_layer(layer, &observation); }, progress);
+  if (!sensitivities.empty()) plan.predicted_kl = predicted;
+}
+
 }  // namespace
+
+std::string_view to_string(Units units) { return units == Units::kLayer ? "layer" : "uniform"; }
+
+Plan make_plan(const Model& model, const TokenBatch& samples, const PlanOptions& options, const ProgressCallback& progress) {
+  const QuantizerMethod& method = quantizer_method(options.method);
+  const int head_dim = model.config().head_dim;
+  const Ladder ladder = ladder_of(method, head_dim);
+  check_range(ladder, options, head_dim);
+
+  LayerMap<SensitivityResult> sensitivities;
+  std::vector<double> widths;
+  if (options.units == Units::kUniform) {
+    widths.assign(static_cast<std::size_t>(model.config().num_layers), uniform_width(method, ladder, options));
+  } else {
+    ProbeOptions probe{.seed = options.seed, .quantizers = {}, .rates = kRates};
+    if (!method.learns) probe.quantizers = {options.method};
+    sensitivities = probe_sensitivities(model, samples, probe, progress);
+    widths = method.learns ? learned_widths(model, samples, method, ladder, sensitivities, options, progress)
+                           : scalar_widths(method, ladder, sensitivities, options);
+  }
+  Plan plan;
+  plan.model = model.identity();
+  fit_units(model, samples, method, widths, sensitivities, options, plan, progress);
+  plan.provenance = {.program = fmt::format("veloxquant {}", VELOXQUANT_VERSION),
+                     .method = options.method,
+                     .units = std::string(to_string(options.units)),
+                     .bits = options.bits,
+                     .texts = {},
+                     .num_samples = samples.count,
+                     .sequence_length = samples.length,
+                     .seed = options.seed,
+                     .device = std::string(device_name(mx::default_device()))};
+  check_plan(plan);
+  return plan;
+}
+
 }  // namespace veloxquant

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 #include "veloxquant/core/progress.h"
 #include "veloxquant/model/model.h"
@@ -15,6 +16,9 @@ enum class Units {
   kUniform,  // one width for the whole model
   kLayer,    // one width a layer, for keys and values alike
 };
+
+/// "uniform" or "layer".
+std::string_view to_string(Units units);
 
 struct PlanOptions {
   std::string method = "vecinfer";

@@ -3,6 +3,8 @@
 
 #include <CLI/CLI.hpp>
 
+#include "veloxquant/plan/plan.h"
+
 namespace veloxquant::cli {
 
 /// Each adds one command with its options, help and example; parsing it runs the command, whose failures are exceptions.
@@ -12,5 +14,8 @@ void add_allocate(CLI::App& program);
 void add_inspect(CLI::App& program);
 void add_verify(CLI::App& program);
 void add_evaluate(CLI::App& program);
+
+/// The table that inspect and calibrate show.
+void print_plan(const Plan& plan);
 
 }  // namespace veloxquant::cli

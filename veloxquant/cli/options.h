@@ -6,8 +6,10 @@
 #include <vector>
 
 #include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
 
 #include "veloxquant/model/model.h"
+#include "veloxquant/plan/plan.h"
 #include "veloxquant/text/samples.h"
 #include "veloxquant/text/tokenizer.h"
 
@@ -17,7 +19,6 @@ namespace veloxquant::cli {
 struct RunOptions {
   std::string device = "auto";
   std::uint64_t seed = 0;
-  bool json = false;
 
   void add_to(CLI::App& command);
 
@@ -28,11 +29,14 @@ struct RunOptions {
 /// The text that a command lets the model read.
 struct TextOptions {
   std::vector<std::string> files;  // none: the model's own text
-  int num_samples;
-  int length;
 
   void add_to(CLI::App& command);
+
+  /// Contents of the files.
+  std::vector<std::string> read() const;
 };
+
+void add_json_flag(CLI::App& command, bool& json);
 
 /// A model and its tokenizer, from one folder; they must fit each other.
 struct LoadedModel {
@@ -42,7 +46,9 @@ struct LoadedModel {
 
 LoadedModel load_model(const std::string& folder);
 
-/// "table or JSON": prints JSON if asked for.
 void print_json(const nlohmann::ordered_json& json);
+
+/// A word of a shell command, quoted where it has to be.
+std::string shell_word(const std::string& word);
 
 }  // namespace veloxquant::cli

@@ -30,7 +30,9 @@ class Tally {
   }
 
   EvaluationRow row(const Storage& storage) {
-    EvaluationRow row{.storage = storage.name, .effective_bits = storage.effective_bits};
+    EvaluationRow row;
+    row.storage = storage.name;
+    row.effective_bits = storage.effective_bits;
     const auto positions = static_cast<double>(kl_.size());
     row.perplexity = std::exp(cross_entropy_ / static_cast<double>(std::max<std::size_t>(targets_, 1)));
     for (const double kl : kl_) row.kl_mean += kl / positions;

@@ -35,7 +35,7 @@ Storage mlx_peer(const std::string& name, int bits, const ModelConfig& config) {
 Storage quantizer_peer(std::string_view method, const std::string& name, int bits, const ModelConfig& config) {
   const auto& quantizer = quantizer_method(method);
   const auto restore = [&](Side side) {
-    return make_restore(quantizer.fit({}, config.head_dim, {.side = side, .width = bits, .seed = kPeerSeed}));
+    return make_restore(quantizer.fit({}, config.head_dim, {.side = side, .width = static_cast<double>(bits), .seed = kPeerSeed}));
   };
   return {name, quantizer.rate(config.head_dim, bits), [keys = restore(Side::kKeys), values = restore(Side::kValues)](int) {
             return std::make_unique<RestoringCache>(keys, values);

@@ -31,7 +31,20 @@ std::vector<double> channel_errors(const Quantizer& quantizer, std::span<const f
   return sums;
 }
 
+double power_of(std::span<const float> vectors) {
+  double power = 0;
+  for (const float value : vectors) power += static_cast<double>(value) * value;
+  return power;
+}
+
+double total(const std::vector<double>& errors) { return std::accumulate(errors.begin(), errors.end(), 0.0); }
+
 }  // namespace
+
+double restored_distortion(const Quantizer& quantizer, std::span<const float> vectors, std::size_t run_tokens) {
+  const double power = power_of(vectors);
+  return power == 0 ? 0.0 : total(channel_errors(quantizer, vectors, run_tokens * static_cast<std::size_t>(quantizer.dim()))) / power;
+}
 
 double relative_distortion(const QuantizerMethod& method, Side side, std::span<const float> vectors, std::size_t run_tokens, int dim, double rate,
                            std::uint64_t seed) {
@@ -39,8 +52,7 @@ double relative_distortion(const QuantizerMethod& method, Side side, std::span<c
   if (widths.empty() || !(rate >= widths.front() && rate <= widths.back()))
     throw_invalid("distortion", "{} offers {} to {} bits for vectors of {}, got {}", method.name, widths.empty() ? 0 : widths.front(),
                   widths.empty() ? 0 : widths.back(), dim, rate);
-  double power = 0;
-  for (const float value : vectors) power += static_cast<double>(value) * value;
+  const double power = power_of(vectors);
   if (power == 0) return 0;
 
   const auto above = std::lower_bound(widths.begin(), widths.end(), rate);
@@ -51,7 +63,7 @@ double relative_distortion(const QuantizerMethod& method, Side side, std::span<c
     return channel_errors(*quantizer, vectors, run_tokens * static_cast<std::size_t>(dim));
   };
   const auto wide_errors = errors_at(wide);
-  if (share == 1.0) return std::accumulate(wide_errors.begin(), wide_errors.end(), 0.0) / power;
+  if (share == 1.0) return total(wide_errors) / power;
   const auto narrow_errors = errors_at(narrow);
   double error = 0;
   for (std::size_t c = 0; c < wide_errors.size(); ++c) {

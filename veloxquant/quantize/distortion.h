@@ -16,4 +16,7 @@ namespace veloxquant {
 double relative_distortion(const QuantizerMethod& method, Side side, std::span<const float> vectors, std::size_t run_tokens, int dim, double rate,
                            std::uint64_t seed);
 
+/// The same for a quantizer that is fitted already.
+double restored_distortion(const Quantizer& quantizer, std::span<const float> vectors, std::size_t run_tokens);
+
 }  // namespace veloxquant
