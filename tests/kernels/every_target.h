@@ -1,12 +1,12 @@
 // What the tests of kernels share: every instruction set of this machine, one and two threads, random arrays.
 #pragma once
 
+#include <gtest/gtest.h>
+#include <hwy/targets.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <vector>
-
-#include <gtest/gtest.h>
-#include <hwy/targets.h>
 
 #include "veloxquant/core/parallel.h"
 #include "veloxquant/core/random.h"
@@ -45,7 +45,8 @@ inline std::vector<float> normal_values(std::size_t count, std::uint64_t seed, d
 }
 
 /// |actual − expected| ≤ absolute + relative · |expected| everywhere.
-inline void expect_near(const std::vector<float>& actual, const std::vector<float>& expected, double absolute, double relative = 0.0) {
+inline void expect_near(const std::vector<float>& actual, const std::vector<float>& expected, double absolute,
+                        double relative = 0.0) {
   ASSERT_EQ(actual.size(), expected.size());
   for (std::size_t i = 0; i < actual.size(); ++i)
     ASSERT_NEAR(actual[i], expected[i], absolute + relative * std::abs(static_cast<double>(expected[i]))) << "at " << i;

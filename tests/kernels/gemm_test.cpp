@@ -1,5 +1,6 @@
 #include "veloxquant/kernels/gemm.h"
 
+#include <limits>
 #include <string>
 
 #include "tests/kernels/every_target.h"
@@ -35,7 +36,8 @@ struct Product {
       for (int j = 0; j < n; ++j) {
         double sum = 0;
         for (int l = 0; l < k; ++l)
-          sum += static_cast<double>(x[transpose_a ? l * lda() + i : i * lda() + l]) * y[transpose_b ? j * ldb() + l : l * ldb() + j];
+          sum +=
+              static_cast<double>(x[transpose_a ? l * lda() + i : i * lda() + l]) * y[transpose_b ? j * ldb() + l : l * ldb() + j];
         float& value = out[i * ldc() + j];
         value = static_cast<float>(alpha * sum + (beta == 0 ? 0.0 : static_cast<double>(beta) * value));
       }
@@ -86,7 +88,18 @@ TEST(Gemm, EveryTransposeAtOddSizes) {
 
 TEST(Gemm, AlphaAndBeta) {
   for (const float beta : {0.0f, 1.0f, -0.5f})
-    expect_all_equal_reference({.transpose_a = false, .transpose_b = true, .m = 131, .n = 70, .k = 33, .alpha = -2.5f, .beta = beta});
+    expect_all_equal_reference(
+        {.transpose_a = false, .transpose_b = true, .m = 131, .n = 70, .k = 33, .alpha = -2.5f, .beta = beta});
+}
+
+// With beta 0 the result's memory may hold anything.
+TEST(Gemm, BetaZeroDoesNotRead) {
+  for (const int m : {1, 2, 70}) {
+    const std::vector<float> a(static_cast<std::size_t>(m) * 3, 1.0f), b(5 * 3, 2.0f);
+    std::vector<float> c(static_cast<std::size_t>(m) * 5, std::numeric_limits<float>::quiet_NaN());
+    cblas_sgemm(kRowMajor, kNoTranspose, kTranspose, m, 5, 3, 1.0f, a.data(), 3, b.data(), 3, 0.0f, c.data(), 5);
+    EXPECT_EQ(c, std::vector<float>(c.size(), 6.0f));
+  }
 }
 
 // More pieces than eight of 64: the split has inner borders and a shorter last piece, along rows and along columns.
@@ -112,7 +125,9 @@ TEST(Gemm, SameBitsOnAnyThreads) {
 }
 
 // The linker drops OpenBLAS without a word under --as-needed, and products become 50 times slower.
-TEST(Gemm, OpenBlasDoesTheWork) { EXPECT_NE(blas_description().find("OpenBLAS"), std::string::npos) << blas_description(); }
+TEST(Gemm, OpenBlasDoesTheWork) {
+  EXPECT_NE(blas_description().find("OpenBLAS"), std::string::npos) << blas_description();
+}
 
 }  // namespace
 }  // namespace veloxquant

@@ -45,7 +45,8 @@ TEST(RmsNorm, ExtremeRows) {
     const std::vector<float> ones(9, 1.0f);
     EXPECT_EQ(normed(std::vector<float>(9, 0.0f), ones, 1e-6f), std::vector<float>(9, 0.0f));
     testing::expect_near(normed(std::vector<float>(9, 1e15f), ones, 1e-6f), ones, 1e-6);
-    testing::expect_near(normed(std::vector<float>(9, -1e-15f), ones, 1e-6f), std::vector<float>(9, -1e-12f), 1e-17);  // eps decides
+    testing::expect_near(normed(std::vector<float>(9, -1e-15f), ones, 1e-6f), std::vector<float>(9, -1e-12f),
+                         1e-17);  // eps decides
   });
 }
 

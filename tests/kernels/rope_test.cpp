@@ -29,7 +29,9 @@ Strided<T> token_major(const RopeShape& shape, T* data) {
   return {data, token * static_cast<std::ptrdiff_t>(shape.tokens), head, token};
 }
 
-std::size_t token_major_size(const RopeShape& shape) { return shape.batch * shape.tokens * (shape.heads * shape.head_dim + 3); }
+std::size_t token_major_size(const RopeShape& shape) {
+  return shape.batch * shape.tokens * (shape.heads * shape.head_dim + 3);
+}
 
 std::vector<float> turned(const RopeShape& shape, const std::vector<float>& x, std::ptrdiff_t offset) {
   std::vector<float> out(x.size());
@@ -67,7 +69,8 @@ TEST(Rope, StridesOfInputAndOutput) {
   rope(shape, view, frequencies_of(20), 11, contiguous(shape, from_strided.data()));
   EXPECT_EQ(from_strided, expected);
 
-  rope(shape, contiguous(shape, static_cast<const float*>(packed.data())), frequencies_of(20), 11, token_major(shape, to_strided.data()));
+  rope(shape, contiguous(shape, static_cast<const float*>(packed.data())), frequencies_of(20), 11,
+       token_major(shape, to_strided.data()));
   const auto written = token_major(shape, to_strided.data());
   for (std::size_t b = 0; b < 2; ++b)
     for (std::size_t t = 0; t < 37; ++t) {

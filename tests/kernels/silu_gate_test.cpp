@@ -36,13 +36,14 @@ TEST(SiluGate, EqualsReferenceAtOddSizes) {
 
 // e^−gate leaves the range of float below −88, and that of Highway's Exp below −104.
 TEST(SiluGate, ExtremeGates) {
-  const std::vector<float> gates = {-1e30f, -1e4f, -500, -289, -200, -177, -150, -105, -103, -89, -88, -87, -30, -1, -1e-30f, 0, 1e-30f, 1, 30,
-                                    88, 89, 104, 200, 1e4f, 1e30f};
+  const std::vector<float> gates = {-1e30f, -1e4f,   -500, -289,   -200, -177, -150, -105, -103, -89, -88,  -87,  -30,
+                                    -1,     -1e-30f, 0,    1e-30f, 1,    30,   88,   89,   104,  200, 1e4f, 1e30f};
   testing::for_each_target([&] {
     for (const std::size_t dim : {std::size_t{1}, gates.size()}) {  // one: the scalar tail
       std::vector<float> joined;
       for (std::size_t i = 0; i < gates.size(); i += dim) {
-        joined.insert(joined.end(), gates.begin() + static_cast<std::ptrdiff_t>(i), gates.begin() + static_cast<std::ptrdiff_t>(i + dim));
+        joined.insert(joined.end(), gates.begin() + static_cast<std::ptrdiff_t>(i),
+                      gates.begin() + static_cast<std::ptrdiff_t>(i + dim));
         joined.insert(joined.end(), dim, 1.0f);
       }
       const auto out = gated(joined, dim);

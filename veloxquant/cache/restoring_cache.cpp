@@ -58,7 +58,7 @@ mx::array RestoringCache::attend(const mx::array& q, const mx::array& k, const m
 Restore make_restore(const QuantizerParameters& parameters) {
   const std::shared_ptr<const Quantizer> quantizer = make_quantizer(parameters);
   return {[quantizer, on_gpu = restore_graph(parameters, *quantizer)](const mx::array& x) {
-            return on_cpu() ? restore_on_cpu(quantizer, x) : on_gpu(x);
+            return own_kernels() ? restore_on_cpu(quantizer, x) : on_gpu(x);
           },
           quantizer->token_group()};
 }

@@ -14,6 +14,13 @@ using nlohmann::json;
 
 constexpr std::size_t kMaxDepth = 64;
 constexpr std::size_t kShownCharacters = 60;
+constexpr std::size_t kShownProblem = 200;
+
+std::string shown(const json& value) {
+  std::string text = value.dump(-1, ' ', true, json::error_handler_t::replace);
+  if (text.size() > kShownCharacters) text = text.substr(0, kShownCharacters) + "…";
+  return text;
+}
 
 // Walks the text without building anything, so that what is too deep or has a key twice is refused before memory is spent on it.
 class Checker : public nlohmann::json_sax<json> {
@@ -28,14 +35,17 @@ class Checker : public nlohmann::json_sax<json> {
   bool start_object(std::size_t) override { return enter(); }
   bool key(std::string& name) override {
     if (keys_.back().insert(name).second) return true;
-    problem = fmt::format("key \"{}\" stands twice in one object", name);
+    problem = fmt::format("key {} stands twice in one object", shown(name));
     return false;
   }
   bool end_object() override { return leave(); }
   bool start_array(std::size_t) override { return enter(); }
   bool end_array() override { return leave(); }
   bool parse_error(std::size_t position, const std::string&, const json::exception& error) override {
-    problem = fmt::format("not valid JSON at byte {}: {}", position, error.what());
+    // The parser's words quote the text, which may be endless and, where that is what is wrong, not UTF-8.
+    std::string words = std::string(error.what()).substr(0, kShownProblem);
+    std::replace_if(words.begin(), words.end(), [](unsigned char c) { return c >= 0x80; }, '?');
+    problem = fmt::format("not valid JSON at byte {}: {}", position, words);
     return false;
   }
 
@@ -56,22 +66,11 @@ class Checker : public nlohmann::json_sax<json> {
   std::vector<std::set<std::string>> keys_;
 };
 
-std::string one_line(std::string text) {
-  std::replace_if(text.begin(), text.end(), [](unsigned char c) { return c < 0x20; }, ' ');
-  return text;
-}
-
-std::string shown(const json& value) {
-  std::string text = value.dump(-1, ' ', true, json::error_handler_t::replace);
-  if (text.size() > kShownCharacters) text = text.substr(0, kShownCharacters) + "…";
-  return text;
-}
-
 }  // namespace
 
 json parse_json(std::string_view text, std::string_view source) {
   Checker checker;
-  if (!json::sax_parse(text, &checker)) throw_failure("json", "{}: {}", source, one_line(checker.problem));
+  if (!json::sax_parse(text, &checker)) throw_failure("json", "{}: {}", source, checker.problem);
   return json::parse(text);
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <numeric>
 #include <tuple>
 
 #include "veloxquant/core/error.h"
@@ -18,13 +19,15 @@ constexpr std::size_t kLengthBytes = 8;
 constexpr std::uint64_t kMaxHeaderBytes = 100'000'000;  // as the reference reader has it
 constexpr std::size_t kMaxRank = 16;
 constexpr std::size_t kDataAlignment = 64;
+constexpr const char* kMetadata = "__metadata__";
 
 struct TypeSize {
   std::string_view dtype;
   std::uint64_t bytes;
 };
-constexpr TypeSize kTypes[] = {{"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"U16", 2}, {"I16", 2}, {"F16", 2},
-                               {"BF16", 2}, {"U32", 4}, {"I32", 4}, {"F32", 4},     {"U64", 8},     {"I64", 8}, {"F64", 8}};
+constexpr TypeSize kTypes[] = {{"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1}, {"U16", 2}, {"I16", 2},
+                               {"F16", 2},  {"BF16", 2}, {"U32", 4}, {"I32", 4},    {"F32", 4},     {"U64", 8},     {"I64", 8}, {"F64", 8},
+                               {"C64", 8}};
 
 struct Range {
   std::uint64_t begin, end;
@@ -75,13 +78,25 @@ void check_cover(std::vector<Range> ranges, std::uint64_t data_bytes, const std:
 std::map<std::string, std::string> read_metadata(const nlohmann::json& value, const std::string& file) {
   std::map<std::string, std::string> metadata;
   if (value.is_null()) return metadata;
-  const JsonObject object(value, file + ": __metadata__");
+  const JsonObject object(value, fmt::format("{}: {}", file, kMetadata));
   for (const auto& [key, text] : value.items()) metadata[key] = object.string(key);
   return metadata;
 }
 
 float from_half(std::uint16_t bits) { return static_cast<float>(std::bit_cast<_Float16>(bits)); }
 float from_bfloat(std::uint16_t bits) { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
+
+void check_tensor(const std::string& name, const Tensor& tensor) {
+  if (name == kMetadata) throw_invalid("safetensors", "a tensor may not be named {}", kMetadata);
+  const auto times = [](std::uint64_t a, std::int64_t b) { return a * static_cast<std::uint64_t>(b); };
+  const auto size = std::accumulate(tensor.shape.begin(), tensor.shape.end(), std::uint64_t{1}, times);
+  if (size != tensor.values.size())
+    throw_invalid("safetensors", "tensor {}: its shape takes {} values, got {}", name, size, tensor.values.size());
+}
+
+std::string dump(const nlohmann::json& header) try { return header.dump(); } catch (const nlohmann::json::exception&) {
+  throw_invalid("safetensors", "names and metadata: expected text in UTF-8");
+}
 
 template <class Bits, class Convert>
 void convert_all(std::span<const std::byte> data, std::vector<float>& values, const Convert& convert) {
@@ -112,7 +127,7 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : file_(path
   const JsonObject object(document, name);
   std::vector<Range> ranges;
   for (const auto& [key, value] : document.items()) {
-    if (key == "__metadata__") {
+    if (key == kMetadata) {
       metadata_ = read_metadata(value, name);
       continue;
     }
@@ -144,14 +159,15 @@ Tensor to_float32(const SafetensorsEntry& entry, std::string_view tensor, std::s
 
 std::string serialize_safetensors(const std::map<std::string, Tensor>& tensors, const std::map<std::string, std::string>& metadata) {
   nlohmann::json header = nlohmann::json::object();
-  if (!metadata.empty()) header["__metadata__"] = metadata;
+  if (!metadata.empty()) header[kMetadata] = metadata;
   std::uint64_t offset = 0;
   for (const auto& [name, tensor] : tensors) {
+    check_tensor(name, tensor);
     const std::uint64_t end = offset + tensor.values.size() * sizeof(float);
     header[name] = {{"dtype", "F32"}, {"shape", tensor.shape}, {"data_offsets", {offset, end}}};
     offset = end;
   }
-  std::string text = header.dump();
+  std::string text = dump(header);
   text.append((kDataAlignment - (kLengthBytes + text.size()) % kDataAlignment) % kDataAlignment, ' ');
 
   const std::uint64_t length = text.size();

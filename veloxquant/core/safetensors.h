@@ -40,7 +40,7 @@ class SafetensorsFile {
 Tensor to_float32(const SafetensorsEntry& entry, std::string_view tensor, std::string_view source);
 
 /// The bytes of a file with these tensors (F32, in order of name) and metadata: the same for the same content.  The data starts at a
-/// multiple of 64 bytes.
+/// multiple of 64 bytes.  Throws std::invalid_argument for a shape that does not fit its values and for text that is not UTF-8.
 std::string serialize_safetensors(const std::map<std::string, Tensor>& tensors, const std::map<std::string, std::string>& metadata);
 
 /// Writes that atomically.

@@ -10,9 +10,11 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "veloxquant/kernels/attention.cpp"
+// clang-format off
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "hwy/contrib/math/math-inl.h"
+// clang-format on
 
 HWY_BEFORE_NAMESPACE();
 namespace veloxquant {
@@ -20,8 +22,8 @@ namespace HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
-// One step of the running softmax of a query: scores [count] become weights relative to the new maximum; returns by how much what was
-// summed so far shrinks.
+// One step of the running softmax of a query: scores [count] become weights relative to the new maximum; returns by how much what
+// was summed so far shrinks.
 float softmax_step(float* scores, std::size_t count, float& maximum, float& sum) {
   const hn::ScalableTag<float> d;
   const std::size_t lanes = hn::Lanes(d), whole = count / lanes * lanes;
@@ -56,7 +58,8 @@ void scale_vector(float* x, std::size_t dim, float factor) {
 }
 
 // scores[s] = scale · q·k[s] for keys that lie token_stride apart.
-void score_keys(const float* q, const float* k, std::ptrdiff_t token_stride, std::size_t count, std::size_t dim, float scale, float* scores) {
+void score_keys(const float* q, const float* k, std::ptrdiff_t token_stride, std::size_t count, std::size_t dim, float scale,
+                float* scores) {
   const hn::ScalableTag<float> d;
   const std::size_t lanes = hn::Lanes(d), whole = dim / lanes * lanes;
   for (std::size_t s = 0; s < count; ++s, k += token_stride) {
@@ -74,7 +77,8 @@ void add_values(const float* weights, const float* v, std::ptrdiff_t token_strid
   const std::size_t lanes = hn::Lanes(d), whole = dim / lanes * lanes;
   for (std::size_t s = 0; s < count; ++s, v += token_stride) {
     const auto weight = hn::Set(d, weights[s]);
-    for (std::size_t i = 0; i < whole; i += lanes) hn::StoreU(hn::MulAdd(weight, hn::LoadU(d, v + i), hn::LoadU(d, out + i)), d, out + i);
+    for (std::size_t i = 0; i < whole; i += lanes)
+      hn::StoreU(hn::MulAdd(weight, hn::LoadU(d, v + i), hn::LoadU(d, out + i)), d, out + i);
     for (std::size_t i = whole; i < dim; ++i) out[i] += weights[s] * v[i];
   }
 }
@@ -106,8 +110,8 @@ struct RunningSoftmax {
 };
 
 // A block of queries of one head against all keys that they see.
-void attend_block(const AttentionShape& shape, float scale, std::size_t b, std::size_t h, std::size_t first, std::size_t rows, StridedView q,
-                  StridedView k, StridedView v, MutableStridedView out) {
+void attend_block(const AttentionShape& shape, float scale, std::size_t b, std::size_t h, std::size_t first, std::size_t rows,
+                  StridedView q, StridedView k, StridedView v, MutableStridedView out) {
   const std::size_t kv = h / (shape.query_heads / shape.kv_heads), before = shape.key_tokens - shape.query_tokens;
   const std::size_t visible = before + first + rows;
   const auto n = static_cast<int>(rows), dim = static_cast<int>(shape.head_dim);
@@ -129,50 +133,105 @@ void attend_block(const AttentionShape& shape, float scale, std::size_t b, std::
     gemm(false, false, n, dim, columns, 1.0f, scores.data(), columns, v.at(b, kv, begin), static_cast<int>(v.token_stride),
          begin > 0 ? 1.0f : 0.0f, out.at(b, h, first), static_cast<int>(out.token_stride));
   }
-  for (std::size_t r = 0; r < rows; ++r) HWY_DYNAMIC_DISPATCH(scale_vector)(out.at(b, h, first + r), shape.head_dim, 1.0f / softmax.sum[r]);
+  for (std::size_t r = 0; r < rows; ++r)
+    HWY_DYNAMIC_DISPATCH(scale_vector)(out.at(b, h, first + r), shape.head_dim, 1.0f / softmax.sum[r]);
 }
 
-// The few queries of all heads of a group: keys and values of a block are read from memory once.
-void attend_few(const AttentionShape& shape, float scale, std::size_t b, std::size_t kv, StridedView q, StridedView k, StridedView v,
-                MutableStridedView out) {
-  const std::size_t group = shape.query_heads / shape.kv_heads, rows = group * shape.query_tokens;
-  const std::size_t before = shape.key_tokens - shape.query_tokens;
-  float scores[kKeyBlock];
-  RunningSoftmax softmax(rows);
-  const auto head = [&](std::size_t row) { return kv * group + row / shape.query_tokens; };
-  for (std::size_t row = 0; row < rows; ++row) std::fill_n(out.at(b, head(row), row % shape.query_tokens), shape.head_dim, 0.0f);
-  for (std::size_t begin = 0; begin < shape.key_tokens; begin += kKeyBlock) {
-    for (std::size_t row = 0; row < rows; ++row) {
-      const std::size_t t = row % shape.query_tokens, seen = before + t + 1;
-      if (seen <= begin) continue;
-      const std::size_t count = std::min(kKeyBlock, seen - begin);
-      float* result = out.at(b, head(row), t);
-      HWY_DYNAMIC_DISPATCH(score_keys)(q.at(b, head(row), t), k.at(b, kv, begin), k.token_stride, count, shape.head_dim, scale, scores);
-      const float shrink = HWY_DYNAMIC_DISPATCH(softmax_step)(scores, count, softmax.maximum[row], softmax.sum[row]);
-      if (begin > 0) HWY_DYNAMIC_DISPATCH(scale_vector)(result, shape.head_dim, shrink);
-      HWY_DYNAMIC_DISPATCH(add_values)(scores, v.at(b, kv, begin), v.token_stride, count, shape.head_dim, result);
-    }
+// The few queries of decoding.  Work is shared out along the keys too, or a long context of one KV head would keep one thread busy.
+// A part is a stretch of keys for all queries of a group of heads (its rows), so that a block of keys and values comes from memory
+// once.
+class FewQueries {
+ public:
+  FewQueries(const AttentionShape& shape, float scale, StridedView q, StridedView k, StridedView v, MutableStridedView out)
+      : shape_(shape),
+        scale_(scale),
+        q_(q),
+        k_(k),
+        v_(v),
+        out_(out),
+        group_(shape.query_heads / shape.kv_heads),
+        rows_(group_ * shape.query_tokens),
+        parts_((shape.key_tokens + kKeysOfPart - 1) / kKeysOfPart),
+        softmax_(shape.batch * shape.kv_heads * parts_ * rows_),
+        values_(softmax_.sum.size() * shape.head_dim) {}
+
+  void run() {
+    const std::size_t heads = shape_.batch * shape_.kv_heads;
+    parallel_for(heads * parts_, 1, [this](std::size_t begin, std::size_t end) {
+      for (std::size_t i = begin; i < end; ++i) attend_part(i / parts_ / shape_.kv_heads, i / parts_ % shape_.kv_heads, i % parts_);
+    });
+    for (std::size_t head = 0; head < heads; ++head)
+      for (std::size_t row = 0; row < rows_; ++row) merge_parts(head / shape_.kv_heads, head % shape_.kv_heads, row);
   }
-  for (std::size_t row = 0; row < rows; ++row)
-    HWY_DYNAMIC_DISPATCH(scale_vector)(out.at(b, head(row), row % shape.query_tokens), shape.head_dim, 1.0f / softmax.sum[row]);
-}
+
+ private:
+  static constexpr std::size_t kKeysOfPart = 8 * kKeyBlock;
+
+  std::size_t head(std::size_t kv, std::size_t row) const { return kv * group_ + row / shape_.query_tokens; }
+  std::size_t token(std::size_t row) const { return row % shape_.query_tokens; }
+  std::size_t index(std::size_t b, std::size_t kv, std::size_t part, std::size_t row) const {
+    return ((b * shape_.kv_heads + kv) * parts_ + part) * rows_ + row;
+  }
+
+  void attend_part(std::size_t b, std::size_t kv, std::size_t part) {
+    const std::size_t first = part * kKeysOfPart, last = std::min(first + kKeysOfPart, shape_.key_tokens);
+    for (std::size_t begin = first; begin < last; begin += kKeyBlock)
+      for (std::size_t row = 0; row < rows_; ++row) {
+        const std::size_t seen = std::min(last, shape_.key_tokens - shape_.query_tokens + token(row) + 1);
+        if (seen > begin)
+          attend_block_of(b, kv, row, begin, std::min(kKeyBlock, seen - begin), index(b, kv, part, row), begin == first);
+      }
+  }
+
+  void attend_block_of(std::size_t b, std::size_t kv, std::size_t row, std::size_t begin, std::size_t count, std::size_t i,
+                       bool first) {
+    float scores[kKeyBlock];
+    float* values = values_.data() + i * shape_.head_dim;
+    HWY_DYNAMIC_DISPATCH(score_keys)
+    (q_.at(b, head(kv, row), token(row)), k_.at(b, kv, begin), k_.token_stride, count, shape_.head_dim, scale_, scores);
+    const float shrink = HWY_DYNAMIC_DISPATCH(softmax_step)(scores, count, softmax_.maximum[i], softmax_.sum[i]);
+    if (!first) HWY_DYNAMIC_DISPATCH(scale_vector)(values, shape_.head_dim, shrink);
+    HWY_DYNAMIC_DISPATCH(add_values)(scores, v_.at(b, kv, begin), v_.token_stride, count, shape_.head_dim, values);
+  }
+
+  // Each part is relative to a maximum of its own; one that a query does not see has the lowest there is, and weighs nothing.
+  void merge_parts(std::size_t b, std::size_t kv, std::size_t row) {
+    float top = std::numeric_limits<float>::lowest(), sum = 0;
+    for (std::size_t part = 0; part < parts_; ++part) top = std::max(top, softmax_.maximum[index(b, kv, part, row)]);
+    std::vector<float> weights(parts_);
+    for (std::size_t part = 0; part < parts_; ++part) {
+      weights[part] = std::exp(softmax_.maximum[index(b, kv, part, row)] - top);
+      sum += weights[part] * softmax_.sum[index(b, kv, part, row)];
+    }
+    for (float& weight : weights) weight /= sum;
+    float* result = out_.at(b, head(kv, row), token(row));
+    std::fill_n(result, shape_.head_dim, 0.0f);
+    HWY_DYNAMIC_DISPATCH(add_values)
+    (weights.data(), values_.data() + index(b, kv, 0, row) * shape_.head_dim, static_cast<std::ptrdiff_t>(rows_ * shape_.head_dim),
+     parts_, shape_.head_dim, result);
+  }
+
+  const AttentionShape& shape_;
+  float scale_;
+  StridedView q_, k_, v_;
+  MutableStridedView out_;
+  std::size_t group_, rows_, parts_;
+  RunningSoftmax softmax_;     // [batch, kv_heads, parts, rows]
+  std::vector<float> values_;  // [batch, kv_heads, parts, rows, head_dim], not yet divided by the sums
+};
 
 }  // namespace
 
-void causal_attention(const AttentionShape& shape, float scale, StridedView q, StridedView k, StridedView v, MutableStridedView out) {
-  if (shape.query_tokens <= kFewQueries) {
-    parallel_for(shape.batch * shape.kv_heads, 1, [&](std::size_t begin, std::size_t end) {
-      for (std::size_t i = begin; i < end; ++i) attend_few(shape, scale, i / shape.kv_heads, i % shape.kv_heads, q, k, v, out);
-    });
-    return;
-  }
+void causal_attention(const AttentionShape& shape, float scale, StridedView q, StridedView k, StridedView v,
+                      MutableStridedView out) {
+  if (shape.query_tokens <= kFewQueries) return FewQueries(shape, scale, q, k, v, out).run();
   const std::size_t blocks = (shape.query_tokens + kQueryBlock - 1) / kQueryBlock, heads = shape.batch * shape.query_heads;
   parallel_for(heads * blocks, 1, [&](std::size_t begin, std::size_t end) {
     for (std::size_t i = begin; i < end; ++i) {
       // The longest blocks, at the end of the sequence, come first, so that threads finish together.
       const std::size_t block = blocks - 1 - i / heads, head = i % heads, first = block * kQueryBlock;
-      attend_block(shape, scale, head / shape.query_heads, head % shape.query_heads, first, std::min(kQueryBlock, shape.query_tokens - first), q,
-                   k, v, out);
+      attend_block(shape, scale, head / shape.query_heads, head % shape.query_heads, first,
+                   std::min(kQueryBlock, shape.query_tokens - first), q, k, v, out);
     }
   });
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "veloxquant/core/parallel.h"
 
@@ -10,8 +11,12 @@
 namespace veloxquant {
 namespace {
 
+// With a = reference − its maximum, b = logits − theirs and d = b − a.
 struct Sums {
-  double z, z_other, weighted;
+  double z;         // Σ e^a
+  double z_other;   // Σ e^b
+  double gained;    // Σ (e^b − e^a)
+  double weighted;  // Σ e^a · d
 };
 
 }  // namespace
@@ -20,9 +25,11 @@ struct Sums {
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "veloxquant/kernels/divergence.cpp"
+// clang-format off
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "hwy/contrib/math/math-inl.h"
+// clang-format on
 
 HWY_BEFORE_NAMESPACE();
 namespace veloxquant {
@@ -40,33 +47,44 @@ float maximum(const float* x, std::size_t n) {
   return top;
 }
 
-// With a = reference − max and b = logits − max: Z = Σ e^a, Z̃ = Σ e^b, S = Σ e^a·(a − b), all in blocks that are added in double, since
-// the divergence S/Z − log Z + log Z̃ is a small difference of large terms.
-void divergence_sums(const float* reference, const float* logits, std::size_t n, float reference_top, float top, Sums& sums) {
-  const hn::ScalableTag<float> d;
-  constexpr std::size_t kBlock = 256;
-  const std::size_t lanes = hn::Lanes(d);
-  const auto va = hn::Set(d, reference_top), vb = hn::Set(d, top);
-  for (std::size_t begin = 0; begin < n; begin += kBlock) {
-    const std::size_t end = std::min(begin + kBlock, n), whole = begin + (end - begin) / lanes * lanes;
-    auto z = hn::Zero(d), z_other = hn::Zero(d), weighted = hn::Zero(d);
-    for (std::size_t i = begin; i < whole; i += lanes) {
-      const auto a = hn::Sub(hn::LoadU(d, reference + i), va), b = hn::Sub(hn::LoadU(d, logits + i), vb);
-      const auto ea = hn::Exp(d, a);
-      z = hn::Add(z, ea);
-      z_other = hn::Add(z_other, hn::Exp(d, b));
-      weighted = hn::MulAdd(ea, hn::Sub(a, b), weighted);
-    }
-    sums.z += hn::GetLane(hn::SumOfLanes(d, z));
-    sums.z_other += hn::GetLane(hn::SumOfLanes(d, z_other));
-    sums.weighted += hn::GetLane(hn::SumOfLanes(d, weighted));
-    for (std::size_t i = whole; i < end; ++i) {
-      const float a = reference[i] - reference_top, b = logits[i] - top, ea = std::exp(a);
-      sums.z += ea;
-      sums.z_other += std::exp(b);
-      sums.weighted += ea * (a - b);
-    }
+// Adds a block of n logits, a multiple of the lanes.  Both exponentials come from the larger one and Expm1 of what lies between, so
+// that e^b − e^a keeps its digits where a and b are close.  A pair of −∞ adds nothing.
+void add_block(const float* reference, const float* logits, std::size_t n, float reference_top, float top, Sums& sums) {
+  const hn::ScalableTag<float> tag;
+  const auto zero = hn::Zero(tag), va = hn::Set(tag, reference_top), vb = hn::Set(tag, top);
+  auto z = zero, z_other = zero, gained = zero, weighted = zero;
+  for (std::size_t i = 0; i < n; i += hn::Lanes(tag)) {
+    const auto a = hn::Sub(hn::LoadU(tag, reference + i), va), b = hn::Sub(hn::LoadU(tag, logits + i), vb);
+    const auto d = hn::IfThenElse(hn::Eq(a, b), zero, hn::Sub(b, a));  // −∞ − −∞ is no number
+    const auto larger = hn::Exp(tag, hn::Max(a, b)), step = hn::Mul(larger, hn::Expm1(tag, hn::Neg(hn::Abs(d))));
+    const auto smaller = hn::Add(larger, step);
+    const auto rises = hn::Gt(d, zero);
+    const auto ea = hn::IfThenElse(rises, smaller, larger);
+    z = hn::Add(z, ea);
+    z_other = hn::Add(z_other, hn::IfThenElse(rises, larger, smaller));
+    gained = hn::Add(gained, hn::IfThenElse(rises, hn::Neg(step), step));
+    weighted = hn::Add(weighted, hn::IfThenElseZero(hn::Gt(ea, zero), hn::Mul(ea, d)));
   }
+  sums.z += hn::GetLane(hn::SumOfLanes(tag, z));
+  sums.z_other += hn::GetLane(hn::SumOfLanes(tag, z_other));
+  sums.gained += hn::GetLane(hn::SumOfLanes(tag, gained));
+  sums.weighted += hn::GetLane(hn::SumOfLanes(tag, weighted));
+}
+
+// Blocks are added in double: the divergence is a small difference of their sums.
+void divergence_sums(const float* reference, const float* logits, std::size_t n, float reference_top, float top, Sums& sums) {
+  const hn::ScalableTag<float> tag;
+  constexpr std::size_t kBlock = 256;
+  const std::size_t whole = n / hn::Lanes(tag) * hn::Lanes(tag);
+  for (std::size_t begin = 0; begin < whole; begin += kBlock)
+    add_block(reference + begin, logits + begin, std::min(kBlock, whole - begin), reference_top, top, sums);
+  if (whole == n) return;
+  HWY_ALIGN float last_reference[hn::MaxLanes(tag)], last_logits[hn::MaxLanes(tag)];
+  std::fill_n(last_reference, hn::Lanes(tag), -std::numeric_limits<float>::infinity());
+  std::fill_n(last_logits, hn::Lanes(tag), -std::numeric_limits<float>::infinity());
+  std::copy(reference + whole, reference + n, last_reference);
+  std::copy(logits + whole, logits + n, last_logits);
+  add_block(last_reference, last_logits, hn::Lanes(tag), reference_top, top, sums);
 }
 
 }  // namespace HWY_NAMESPACE
@@ -85,16 +103,20 @@ Divergence row_divergence(const float* reference, const float* logits, std::int3
   const float reference_top = HWY_DYNAMIC_DISPATCH(maximum)(reference, n), top = HWY_DYNAMIC_DISPATCH(maximum)(logits, n);
   Sums sums{};
   HWY_DYNAMIC_DISPATCH(divergence_sums)(reference, logits, n, reference_top, top, sums);
-  const double log_z = std::log(sums.z), log_other = std::log(sums.z_other);
-  const double kl = reference == logits ? 0.0 : sums.weighted / sums.z - log_z + log_other;
-  return {.kl = static_cast<float>(std::max(kl, 0.0)),
-          .cross_entropy = target < 0 ? 0.0f : static_cast<float>(log_other - (static_cast<double>(logits[target]) - top)),
-          .top = static_cast<std::int32_t>(std::find(logits, logits + n, top) - logits)};
+  // log(Z̃ / Z), from what was gained while that is little.
+  const double gain = sums.gained / sums.z;
+  const double log_ratio = std::abs(gain) < 0.5 ? std::log1p(gain) : std::log(sums.z_other / sums.z);
+  const double kl = log_ratio - sums.weighted / sums.z;
+  return {
+      .kl = static_cast<float>(std::max(kl, 0.0)),
+      .cross_entropy = target < 0 ? 0.0f : static_cast<float>(std::log(sums.z_other) - (static_cast<double>(logits[target]) - top)),
+      .top = static_cast<std::int32_t>(std::find(logits, logits + n, top) - logits)};
 }
 
 }  // namespace
 
-void divergence(const float* reference, const float* logits, const std::int32_t* targets, std::size_t vocabulary, std::span<Divergence> out) {
+void divergence(const float* reference, const float* logits, const std::int32_t* targets, std::size_t vocabulary,
+                std::span<Divergence> out) {
   constexpr std::size_t kBlockRows = 8;
   parallel_for(out.size(), kBlockRows, [&](std::size_t begin, std::size_t end) {
     for (std::size_t r = begin; r < end; ++r)

@@ -21,7 +21,7 @@ void divergence(const float* reference, const float* logits, const std::int32_t*
     double kl = 0;
     for (std::size_t i = 0; i < vocabulary; ++i) {
       const double log_p = reference[i] - reference_norm;
-      kl += std::exp(log_p) * (log_p - (logits[i] - norm));
+      if (std::exp(log_p) > 0) kl += std::exp(log_p) * (log_p - (logits[i] - norm));
     }
     out[r].kl = static_cast<float>(std::max(kl, 0.0));
     out[r].cross_entropy = targets[r] < 0 ? 0.0f : static_cast<float>(norm - logits[targets[r]]);

@@ -1,18 +1,20 @@
-// The program's own cblas_sgemm stands before every library's: MLX's matrix products come through it too.  OpenBLAS with threads of its
-// own beside our pool costs a factor of three, since both fight over the cores; so OpenBLAS runs single-threaded here, on pieces of
-// the product that our pool shares out.  The pieces depend on the shape alone, and so does the result.
+// The program's own cblas_sgemm stands before every library's: MLX's matrix products come through it too.  OpenBLAS with threads of
+// its own beside our pool costs a factor of three, since both fight over the cores; so OpenBLAS runs single-threaded here, on
+// pieces of the product that our pool shares out.  The pieces depend on the shape alone, and so does the result.
 #include "veloxquant/kernels/gemm.h"
 
-#include <algorithm>
-
 #include <fmt/format.h>
+
+#include <algorithm>
 
 #include "veloxquant/core/parallel.h"
 
 // Declared here, not by OpenBLAS's cblas.h: that header's names and types would clash with MLX's copy of another one.
 extern "C" {
-void sgemm_(const char* transpose_a, const char* transpose_b, const int* m, const int* n, const int* k, const float* alpha, const float* a,
-            const int* lda, const float* b, const int* ldb, const float* beta, float* c, const int* ldc);
+void sgemm_(const char* transpose_a, const char* transpose_b, const int* m, const int* n, const int* k, const float* alpha,
+            const float* a, const int* lda, const float* b, const int* ldb, const float* beta, float* c, const int* ldc);
+void sgemv_(const char* transpose, const int* m, const int* n, const float* alpha, const float* a, const int* lda, const float* x,
+            const int* incx, const float* beta, float* y, const int* incy);
 void openblas_set_num_threads(int threads);
 char* openblas_get_config();
 char* openblas_get_corename();
@@ -31,22 +33,29 @@ int piece_of(int size) {
 
 }  // namespace
 
-void gemm(bool transpose_a, bool transpose_b, int m, int n, int k, float alpha, const float* a, int lda, const float* b, int ldb, float beta,
-          float* c, int ldc) {
+void gemm(bool transpose_a, bool transpose_b, int m, int n, int k, float alpha, const float* a, int lda, const float* b, int ldb,
+          float beta, float* c, int ldc) {
   static const bool single_threaded = (openblas_set_num_threads(1), true);
   (void)single_threaded;
   // Fortran sees row-major arrays transposed: Cᵀ = op(B)ᵀ · op(A)ᵀ.
   const char first = transpose_b ? 'T' : 'N', second = transpose_a ? 'T' : 'N';
+  if (m == 1 && k > 0) {  // one token: the matrix is read once, and copying it into sgemm's order takes 2 to 5 times as long
+    const int rows = transpose_b ? k : n, columns = transpose_b ? n : k, stride = transpose_a ? lda : 1, contiguous = 1;
+    sgemv_(&first, &rows, &columns, &alpha, b, &ldb, a, &stride, &beta, c, &contiguous);
+    return;
+  }
   sgemm_(&first, &second, &n, &m, &k, &alpha, b, &ldb, a, &lda, &beta, c, &ldc);
 }
 
-std::string blas_description() { return fmt::format("{} for {}", openblas_get_config(), openblas_get_corename()); }
+std::string blas_description() {
+  return fmt::format("{} for {}", openblas_get_config(), openblas_get_corename());
+}
 
 namespace {
 
 // Rows of C, or its columns where there are more, in pieces on all threads.
-void parallel_gemm(bool transpose_a, bool transpose_b, int m, int n, int k, float alpha, const float* a, int lda, const float* b, int ldb,
-                   float beta, float* c, int ldc) {
+void parallel_gemm(bool transpose_a, bool transpose_b, int m, int n, int k, float alpha, const float* a, int lda, const float* b,
+                   int ldb, float beta, float* c, int ldc) {
   if (m >= n) {
     parallel_for(static_cast<std::size_t>(m), static_cast<std::size_t>(piece_of(m)), [&](std::size_t begin, std::size_t end) {
       const float* rows = transpose_a ? a + begin : a + begin * static_cast<std::size_t>(lda);

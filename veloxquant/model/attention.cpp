@@ -7,7 +7,7 @@
 namespace veloxquant {
 
 mx::array causal_attention(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) {
-  if (!on_cpu()) return mx::fast::scaled_dot_product_attention(q, k, v, spec.scale, "causal");
+  if (!own_kernels()) return mx::fast::scaled_dot_product_attention(q, k, v, spec.scale, "causal");
   const auto size = [](const mx::array& x, int axis) { return static_cast<std::size_t>(x.shape(axis)); };
   const AttentionShape shape{size(q, 0), size(q, 1), size(k, 1), size(q, 2), size(k, 2), size(q, 3)};
   return cpu_operation("CausalAttention", {q, k, v}, q.shape(), mx::float32,

@@ -1,5 +1,6 @@
 #include "veloxquant/model/cpu_operation.h"
 
+#include <atomic>
 #include <cassert>
 #include <memory>
 #include <stdexcept>
@@ -12,6 +13,8 @@
 
 namespace veloxquant {
 namespace {
+
+std::atomic<int> mlx_operations_scopes = 0;
 
 class CpuOperation : public mx::UnaryPrimitive {
  public:
@@ -49,6 +52,11 @@ mx::array cpu_operation(const char* name, std::vector<mx::array> inputs, mx::Sha
   auto primitive = std::make_shared<CpuOperation>(mx::default_stream(mx::Device::cpu), name, std::move(kernel));
   return mx::array(std::move(shape), dtype, std::move(primitive), std::move(inputs));
 }
+
+bool own_kernels() { return mx::default_device() == mx::Device::cpu && mlx_operations_scopes == 0; }
+
+MlxOperationsScope::MlxOperationsScope() { ++mlx_operations_scopes; }
+MlxOperationsScope::~MlxOperationsScope() { --mlx_operations_scopes; }
 
 StridedView strided(const mx::array& x) {
   assert(x.ndim() == 4 && (x.strides(3) == 1 || x.shape(3) == 1));

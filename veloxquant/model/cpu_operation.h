@@ -17,8 +17,17 @@ using CpuKernel = std::function<void(const std::vector<mx::array>& inputs, mx::a
 /// `name` (a literal) shows in MLX's graph printing.
 mx::array cpu_operation(const char* name, std::vector<mx::array> inputs, mx::Shape shape, mx::Dtype dtype, CpuKernel kernel);
 
-/// Whether new operations go to the CPU, so that a cpu_operation may stand for MLX's own.
-inline bool on_cpu() { return mx::default_device() == mx::Device::cpu; }
+/// Whether new operations are to be cpu_operations: on the CPU, unless an MlxOperationsScope is alive.
+bool own_kernels();
+
+/// Leaves everything to MLX's own operations for its life, as a GPU back end does: for tests and benchmarks that compare.
+class MlxOperationsScope {
+ public:
+  MlxOperationsScope();
+  ~MlxOperationsScope();
+  MlxOperationsScope(const MlxOperationsScope&) = delete;
+  MlxOperationsScope& operator=(const MlxOperationsScope&) = delete;
+};
 
 /// A float32 array [B, H, T, D] whose last axis is contiguous, as our kernels take it.
 StridedView strided(const mx::array& x);

@@ -25,7 +25,7 @@ mx::array score_graph(const mx::array& reference, const mx::array& logits, const
 }
 
 mx::array score_logits(const mx::array& reference, const mx::array& logits, const mx::array& targets) {
-  if (!on_cpu()) return score_graph(reference, logits, targets);
+  if (!own_kernels()) return score_graph(reference, logits, targets);
   return cpu_operation("Divergence", {mx::contiguous(reference), mx::contiguous(logits), targets}, {logits.shape(0), 3}, mx::float32,
                        [](const std::vector<mx::array>& in, mx::array& out) {
                          std::vector<Divergence> scores(static_cast<std::size_t>(out.shape(0)));

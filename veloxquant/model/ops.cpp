@@ -14,7 +14,7 @@ mx::array Linear::operator()(const mx::array& x) const {
 }
 
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps) {
-  if (!on_cpu()) return mx::fast::rms_norm(x, weight, eps);
+  if (!own_kernels()) return mx::fast::rms_norm(x, weight, eps);
   return cpu_operation("RmsNorm", {mx::contiguous(x), weight}, x.shape(), mx::float32,
                        [eps](const std::vector<mx::array>& in, mx::array& out) {
                          rms_norm(in[0].data<float>(), in[1].data<float>(), out.data<float>(), in[0].size() / in[1].size(),
@@ -24,7 +24,7 @@ mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps) {
 
 mx::array silu_gate(const mx::array& joined) {
   const int width = joined.shape(-1) / 2;
-  if (!on_cpu()) {
+  if (!own_kernels()) {
     const auto parts = mx::split(joined, 2, -1);
     return mx::multiply(mx::multiply(parts[0], mx::sigmoid(parts[0])), parts[1]);
   }

@@ -36,7 +36,7 @@ Rope::Rope(const RopeConfig& config, int head_dim) : head_dim_(head_dim) {
 }
 
 mx::array Rope::operator()(const mx::array& x, int offset) const {
-  if (!on_cpu()) {
+  if (!own_kernels()) {
     const mx::array wavelengths(wavelengths_.data(), {head_dim_ / 2});
     return mx::fast::rope(x, head_dim_, /* traditional= */ false, std::nullopt, 1.0f, offset, wavelengths);
   }

@@ -16,6 +16,10 @@ constexpr double kTie = 1e-12;
 // An average may miss its target by the rounding of the product with the number of layers.
 constexpr double kRounding = 1e-9;
 
+// Sums of costs stay far from overflow, and the table of partial solutions within 2 GiB.
+constexpr std::int64_t kMaxCost = std::int64_t{1} << 40;
+constexpr std::size_t kMaxEntries = std::size_t{1} << 28;
+
 struct Problem {
   std::vector<std::vector<AllocationOption>> units;  // costs above the unit's cheapest, in units of their greatest common divisor
   std::size_t budget;
@@ -25,7 +29,8 @@ void check(std::span<const std::vector<AllocationOption>> units) {
   for (std::size_t u = 0; u < units.size(); ++u) {
     if (units[u].empty()) throw_invalid("allocate", "unit {}: expected at least one option, got none", u);
     for (const auto& option : units[u]) {
-      if (option.cost < 0) throw_invalid("allocate", "unit {}: cost: expected at least 0, got {}", u, option.cost);
+      if (option.cost < 0 || option.cost > kMaxCost)
+        throw_invalid("allocate", "unit {}: cost: expected 0 to {}, got {}", u, kMaxCost, option.cost);
       if (!(option.distortion >= 0) || !std::isfinite(option.distortion))
         throw_invalid("allocate", "unit {}: distortion: expected a number from 0, got {}", u, option.distortion);
     }
@@ -60,6 +65,8 @@ std::vector<int> allocate(std::span<const std::vector<AllocationOption>> units, 
   check(units);
   const Problem problem = reduce(units, budget);
   const std::size_t width = problem.budget + 1;
+  if (width > kMaxEntries / (units.size() + 1))
+    throw_invalid("allocate", "{} units times a budget of {} steps is too large", units.size(), problem.budget);
   // best[u][b]: least distortion of units u, u + 1, … with b to spend.  From the last unit to the first, so that walking forward can
   // settle ties in favour of the first units.
   std::vector<std::vector<double>> best(units.size() + 1, std::vector<double>(width, 0.0));

@@ -12,7 +12,7 @@ namespace veloxquant {
 
 /// One rung of a unit's ladder.
 struct AllocationOption {
-  std::int64_t cost;   // in any whole unit, at least 0
+  std::int64_t cost;   // in any whole unit, 0 to 2^40
   double distortion;   // finite, at least 0
 };
 
@@ -21,8 +21,8 @@ struct AllocationOption {
 /// wins, then in the second, and so on.  → the index of each unit's option.
 ///
 /// Time and memory grow with units · options · budget, after costs are divided by their greatest common divisor.
-/// Throws std::invalid_argument for a unit without options, a negative cost, a distortion that is not finite and at least 0, and a budget below
-/// the cheapest choice (says it).
+/// Throws std::invalid_argument for a unit without options, a cost or distortion out of range, a budget below the cheapest choice (says it),
+/// and a problem that would take more than 2 GiB.
 std::vector<int> allocate(std::span<const std::vector<AllocationOption>> units, std::int64_t budget);
 
 /// Whole bits per layer whose average is at most target_bits, of least total distortion by the curves; of equal ones the

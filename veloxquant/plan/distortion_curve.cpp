@@ -51,6 +51,11 @@ double log_distortion_at(const std::vector<DistortionPoint>& points, double rate
   return (1 - share) * log_distortion(*below) + share * log_distortion(*above);
 }
 
+// A layer that stores nothing but zeros loses nothing at any rate, which says as little of the quantizer as no measurement.
+bool loses_anything(const std::vector<DistortionPoint>& points) {
+  return std::any_of(points.begin(), points.end(), [](const DistortionPoint& point) { return point.keys != 0 || point.values != 0; });
+}
+
 // Least squares of log d = intercept − beta · rate.
 DistortionCurve fit_line(const std::vector<double>& rates, const std::vector<double>& logs) {
   const auto n = static_cast<double>(rates.size());
@@ -85,7 +90,7 @@ LayerMap<DistortionCurve> fit_distortion_curve(const LayerMap<SensitivityResult>
   LayerMap<DistortionCurve> curves;
   for (const auto& [name, result] : sensitivities) {
     const auto measured = result.distortions.find(quantizer);
-    const bool has_points = measured != result.distortions.end() && !measured->second.empty();
+    const bool has_points = measured != result.distortions.end() && loses_anything(measured->second);
     if (!has_points && gaussian.empty()) gaussian = gaussian_distortions(quantizer, rates);
     const auto& points = has_points ? measured->second : gaussian;
     std::vector<double> logs;
@@ -94,6 +99,7 @@ LayerMap<DistortionCurve> fit_distortion_curve(const LayerMap<SensitivityResult>
     if (!(curve.beta > 0)) throw_invalid("fit_distortion_curve", "{}: the distortion of {} does not fall with the rate (beta {:.3g})", name, quantizer, curve.beta);
     curve.layer_name = name;
     curve.alpha *= squared_sensitivity(result) / 2;
+    if (!std::isfinite(curve.alpha)) throw_invalid("fit_distortion_curve", "{}: sensitivity and distortions are too large for a curve", name);
     curves.emplace(name, std::move(curve));
   }
   return curves;

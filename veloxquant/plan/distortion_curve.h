@@ -23,7 +23,7 @@ struct DistortionCurve {
 
 /// Fits each layer's curve by least squares of log D at `bit_rates`, where D = ½·(mean² + std²)·d and d is the mean of the relative
 /// distortions of its keys and its values by `quantizer`, as measured with the sensitivities; between measured rates log d is
-/// interpolated.  A layer without measured distortions is given the quantizer's on a Gaussian.
+/// interpolated.  A layer without measured distortions, or whose data is all zero, is given the quantizer's on a Gaussian.
 /// RateQuant (arXiv 2605.06675) writes α·β'^(−r); β = ln β'.
 ///
 /// Throws std::invalid_argument for no layers, fewer than two different rates, rates outside what was measured (says the range), an unknown

@@ -15,7 +15,7 @@ int layer_index(std::string_view name) {
   int index = -1;
   const std::string_view digits = name.starts_with(kPrefix) ? name.substr(kPrefix.size()) : std::string_view();
   const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), index);
-  if (error != std::errc() || end != digits.data() + digits.size() || layer_name(index) != name)
+  if (error != std::errc() || index < 0 || end != digits.data() + digits.size() || layer_name(index) != name)
     throw_invalid("layer", "expected a name such as layer_0, got \"{}\"", name);
   return index;
 }

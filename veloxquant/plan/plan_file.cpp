@@ -17,6 +17,10 @@ constexpr const char* kFormat = "veloxquant-plan";
 constexpr const char* kVersion = "1";
 constexpr std::int64_t kMaxSize = 1 << 24;
 
+// Far beyond any model, and what keeps the work of checking a hostile plan small.
+constexpr std::int64_t kMaxLayers = 4096;
+constexpr std::int64_t kMaxHeadDim = 1024;
+
 std::string tensor_name(int layer, Side side, const std::string& name) { return fmt::format("layers.{}.{}.{}", layer, to_string(side), name); }
 
 Json model_json(const ModelIdentity& model) {
@@ -27,9 +31,15 @@ Json model_json(const ModelIdentity& model) {
 
 ModelIdentity read_model(const JsonObject& json) {
   json.expect_only({"architecture", "num_layers", "num_kv_heads", "head_dim", "hidden_size", "vocab_size", "config_hash", "weights_hash"});
-  const auto size = [&](const char* field) { return static_cast<int>(json.integer(field, 1, kMaxSize)); };
-  return {json.string("architecture"), size("num_layers"), size("num_kv_heads"),       size("head_dim"),
-          size("hidden_size"),         size("vocab_size"), json.string("config_hash"), json.string("weights_hash")};
+  const auto size = [&](const char* field, std::int64_t max = kMaxSize) { return static_cast<int>(json.integer(field, 1, max)); };
+  return {.architecture = json.string("architecture"),
+          .num_layers = size("num_layers", kMaxLayers),
+          .num_kv_heads = size("num_kv_heads"),
+          .head_dim = size("head_dim", kMaxHeadDim),
+          .hidden_size = size("hidden_size"),
+          .vocab_size = size("vocab_size"),
+          .config_hash = json.string("config_hash"),
+          .weights_hash = json.string("weights_hash")};
 }
 
 Json unit_json(const UnitPlan& unit) {
@@ -156,8 +166,10 @@ Plan parse_plan(const std::string& text, Tensors tensors, const std::string& whe
 }  // namespace
 
 void write_plan(const Plan& plan, const std::filesystem::path& path) {
-  const std::string json = plan_json(plan).dump();
+  // Names of text files need not be UTF-8, and a plan must not be lost for that.
+  const std::string json = plan_json(plan).dump(-1, ' ', false, Json::error_handler_t::replace);
   const Tensors tensors = all_tensors(plan);
+  parse_plan(json, tensors, path.string());  // so that what is written can be read
   write_safetensors(path, tensors, {{"format", kFormat}, {"version", kVersion}, {"plan", json}, {"checksum", checksum(json, tensors)}});
 }
 

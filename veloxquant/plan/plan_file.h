@@ -9,7 +9,7 @@
 
 namespace veloxquant {
 
-/// Writes a safetensors file atomically: same plan, same bytes.
+/// Writes a safetensors file atomically: same plan, same bytes.  Throws std::runtime_error for a plan that read_plan() would refuse.
 void write_plan(const Plan& plan, const std::filesystem::path& path);
 
 /// Reads it strictly.  Throws std::runtime_error that names the file and what is wrong: damage (by the checksum), another version, fields or

@@ -7,7 +7,8 @@
 namespace veloxquant {
 namespace {
 
-constexpr double kLargest = 1e300;
+// Far beyond anything measured, and small enough for products of such numbers to stay finite.
+constexpr double kLargest = 1e60;
 
 std::vector<DistortionPoint> read_points(const nlohmann::json& list, const std::string& where) {
   if (!list.is_array()) throw_failure("json", "{}: expected a list of points", where);
@@ -22,6 +23,10 @@ std::vector<DistortionPoint> read_points(const nlohmann::json& list, const std::
   return points;
 }
 
+void check_quantizer(const std::string& name, const std::string& where) try { quantizer_method(name); } catch (const std::invalid_argument& error) {
+  throw_failure("json", "{}: {}", where, error.what());
+}
+
 SensitivityResult read_result(const JsonObject& json) {
   json.expect_only({"layer_name", "mean_sensitivity", "std_sensitivity", "distortions"});
   SensitivityResult result{.layer_name = json.string("layer_name"),
@@ -31,7 +36,7 @@ SensitivityResult read_result(const JsonObject& json) {
   if (!json.has("distortions")) return result;
   const JsonObject distortions = json.object("distortions");
   for (const auto& [quantizer, points] : json.at("distortions").items()) {
-    quantizer_method(quantizer);
+    check_quantizer(quantizer, distortions.where());
     result.distortions[quantizer] = read_points(points, distortions.where() + ": " + quantizer);
   }
   return result;

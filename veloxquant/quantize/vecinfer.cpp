@@ -19,8 +19,8 @@ namespace {
 constexpr int kNumCentroids = 256, kCodeBits = 8;
 constexpr int kMaxWidth = 8;
 
-// Rows that codebooks are trained on: 256 a centroid, beyond which errors on other data hardly fall.
-constexpr std::size_t kTrainingRows = 65536;
+// Rows that codebooks are trained on: 128 a centroid, beyond which errors on other data hardly fall.
+constexpr std::size_t kTrainingRows = 32768;
 
 std::vector<double> widths(int dim) {
   std::vector<double> result;

@@ -1,6 +1,7 @@
 #include "veloxquant/text/added_tokens.h"
 
 #include <algorithm>
+#include <functional>
 
 #include "veloxquant/text/unicode.h"
 
@@ -18,18 +19,16 @@ bool stands_alone(std::string_view text, std::size_t begin, std::size_t end) {
   return end == text.size() || !is_word_character(next_character(text, end));
 }
 
-std::size_t without_space_before(std::string_view text, std::size_t begin) {
-  while (begin > 0) {
-    std::size_t at = begin - 1;
-    while (at > 0 && (static_cast<unsigned char>(text[at]) & 0xC0) == 0x80) --at;
-    std::size_t after = at;
-    if (!is_white_space(next_character(text, after))) break;
-    begin = at;
+// Where the white space that ends at `begin` starts, `least` at the earliest.
+std::size_t skip_space_before(std::string_view text, std::size_t begin, std::size_t least) {
+  while (begin > least && is_white_space(character_before(text, begin))) {
+    do --begin;
+    while ((static_cast<unsigned char>(text[begin]) & 0xC0) == 0x80);
   }
   return begin;
 }
 
-std::size_t without_space_after(std::string_view text, std::size_t end) {
+std::size_t skip_space_after(std::string_view text, std::size_t end) {
   while (end < text.size()) {
     std::size_t after = end;
     if (!is_white_space(next_character(text, after))) break;
@@ -40,37 +39,45 @@ std::size_t without_space_after(std::string_view text, std::size_t end) {
 
 }  // namespace
 
-AddedTokenFinder::AddedTokenFinder(std::vector<std::pair<std::string, AddedToken>> patterns) : patterns_(std::move(patterns)) {
-  std::erase_if(patterns_, [](const auto& pattern) { return pattern.first.empty(); });
-  std::stable_sort(patterns_.begin(), patterns_.end(), [](const auto& a, const auto& b) { return a.first.size() > b.first.size(); });
-  for (std::size_t i = 0; i < patterns_.size(); ++i) by_first_[patterns_[i].first[0]].push_back(i);
+AddedTokenFinder::AddedTokenFinder(std::vector<std::pair<std::string, AddedToken>> patterns) {
+  for (auto& [pattern, token] : patterns) {
+    if (pattern.empty()) continue;
+    lengths_[static_cast<unsigned char>(pattern[0])].push_back(pattern.size());
+    patterns_.insert_or_assign(std::move(pattern), std::move(token));
+  }
+  for (auto& lengths : lengths_) {
+    std::sort(lengths.begin(), lengths.end(), std::greater<>());
+    lengths.erase(std::unique(lengths.begin(), lengths.end()), lengths.end());
+  }
 }
 
-const std::pair<std::string, AddedToken>* AddedTokenFinder::longest_at(std::string_view rest) const {
-  const auto found = by_first_.find(rest[0]);
-  if (found == by_first_.end()) return nullptr;
-  for (const std::size_t index : found->second)
-    if (rest.starts_with(patterns_[index].first)) return &patterns_[index];
+const std::pair<const std::string, AddedToken>* AddedTokenFinder::longest_at(std::string_view rest) const {
+  for (const std::size_t length : lengths_[static_cast<unsigned char>(rest[0])]) {
+    if (length > rest.size()) continue;
+    if (const auto found = patterns_.find(std::string(rest.substr(0, length))); found != patterns_.end()) return &*found;
+  }
   return nullptr;
 }
 
+// The search goes on behind the pattern itself, not behind the white space that rstrip takes along: a token that begins with white
+// space may be found there, as Hugging Face's tokenizers find it.
 std::vector<TextPart> AddedTokenFinder::split(std::string_view text) const {
   std::vector<TextPart> parts;
-  std::size_t done = 0;
+  std::size_t done = 0, space_end = 0;
   for (std::size_t at = 0; at < text.size();) {
-    const auto* pattern = longest_at(text.substr(at));
-    if (!pattern) {
+    const auto* found = longest_at(text.substr(at));
+    if (!found) {
       ++at;
       continue;
     }
-    std::size_t begin = at, end = at + pattern->first.size();
+    const AddedToken& token = found->second;
+    std::size_t begin = at, end = at + found->first.size();
     at = end;
-    const AddedToken& token = pattern->second;
-    if (begin < done || (token.single_word && !stands_alone(text, begin, end))) continue;
-    if (token.lstrip) begin = std::max(without_space_before(text, begin), done);
-    if (token.rstrip) end = without_space_after(text, end);
+    if (token.single_word && !stands_alone(text, begin, end)) continue;
+    if (token.lstrip) begin = std::max(skip_space_before(text, begin, done), done);
+    if (token.rstrip) end = space_end = end < space_end ? space_end : skip_space_after(text, end);
     if (done < begin) parts.push_back({-1, text.substr(done, begin - done)});
-    parts.push_back({token.id, text.substr(begin, end - begin)});
+    if (begin < end) parts.push_back({token.id, {}});
     done = end;
   }
   if (done < text.size()) parts.push_back({-1, text.substr(done)});

@@ -1,5 +1,6 @@
 #include "veloxquant/text/bpe.h"
 
+#include <optional>
 #include <queue>
 #include <tuple>
 #include <utility>
@@ -17,11 +18,23 @@ std::uint64_t pair_key(std::int32_t left, std::int32_t right) {
 }
 
 void refuse_unsupported(const JsonObject& json) {
-  if (json.string_or("type", "BPE") != "BPE") json.refuse("type", "\"BPE\", of the byte-level kind");
-  if (json.has("dropout") && json.number("dropout") != 0) json.refuse("dropout", "null");
-  if (json.boolean_or("byte_fallback", false)) json.refuse("byte_fallback", "false: byte-level tokenizers have no need of it");
+  if (json.string_or("type", "BPE") != "BPE") json.refuse("type", "BPE of the byte-level kind");
+  if (json.has("dropout") && json.number("dropout") != 0) json.refuse("dropout", "null or 0");
+  if (json.boolean_or("byte_fallback", false)) json.refuse("byte_fallback", "false, as byte-level tokenizers have it");
   for (const char* field : {"continuing_subword_prefix", "end_of_word_suffix"})
     if (!json.string_or(field, "").empty()) json.refuse(field, "null or an empty string");
+}
+
+// Two tokens, written "a b" or ["a", "b"]; a pair of empty ones for the line of a merges.txt that says its version.
+std::optional<std::pair<std::string, std::string>> parse_merge(const nlohmann::json& json) {
+  if (json.is_array() && json.size() == 2 && json[0].is_string() && json[1].is_string())
+    return std::pair(json[0].get<std::string>(), json[1].get<std::string>());
+  if (!json.is_string()) return std::nullopt;
+  const auto text = json.get<std::string>();
+  if (text.starts_with("#version")) return std::pair<std::string, std::string>();
+  const auto space = text.find(' ');
+  if (space == std::string::npos || text.find(' ', space + 1) != std::string::npos) return std::nullopt;
+  return std::pair(text.substr(0, space), text.substr(space + 1));
 }
 
 // A linked list of tokens over an array, so that a merge costs no moving.
@@ -32,7 +45,7 @@ struct Symbol {
 
 struct Candidate {
   std::int32_t rank;
-  int position;             // of the left symbol
+  int position;              // of the left symbol
   std::int32_t left, right;  // as they were when the candidate was found: stale if they changed
   std::int32_t merged;
 
@@ -48,10 +61,8 @@ Bpe::Bpe(const JsonObject& json) {
   read_merges(json);
   fuse_unknown_ = json.boolean_or("fuse_unk", false);
   ignore_merges_ = json.boolean_or("ignore_merges", false);
-  if (!json.has("unk_token")) return;
-  const auto found = vocabulary_.find(json.string("unk_token"));
-  if (found == vocabulary_.end()) json.refuse("unk_token", "a token of the vocabulary");
-  unknown_ = found->second;
+  unknown_ = json.string_or("unk_token", "");
+  where_ = json.where();
 }
 
 void Bpe::read_vocabulary(const JsonObject& json) {
@@ -70,25 +81,26 @@ void Bpe::read_merges(const JsonObject& json) {
   if (!list.is_array()) json.refuse("merges", "a list");
   const auto id_of = [&](const std::string& token, std::size_t index) {
     const auto found = vocabulary_.find(token);
-    if (found == vocabulary_.end()) throw_failure("tokenizer", "{}: merges[{}]: \"{}\" is not in the vocabulary", json.where(), index, token);
+    if (found == vocabulary_.end())
+      throw_failure("tokenizer", "{}: merges[{}]: \"{}\" is not in the vocabulary", json.where(), index, token);
     return found->second;
   };
   for (std::size_t i = 0; i < list.size(); ++i) {
-    std::string left, right;
-    if (list[i].is_string()) {
-      const auto text = list[i].get<std::string>();
-      const auto space = text.find(' ');
-      if (space == std::string::npos) throw_failure("tokenizer", "{}: merges[{}]: expected two tokens, got \"{}\"", json.where(), i, text);
-      left = text.substr(0, space);
-      right = text.substr(space + 1);
-    } else if (list[i].is_array() && list[i].size() == 2 && list[i][0].is_string() && list[i][1].is_string()) {
-      left = list[i][0].get<std::string>();
-      right = list[i][1].get<std::string>();
-    } else {
-      throw_failure("tokenizer", "{}: merges[{}]: expected two tokens", json.where(), i);
-    }
-    merges_[pair_key(id_of(left, i), id_of(right, i))] = {static_cast<std::int32_t>(i), id_of(left + right, i)};
+    const auto merge = parse_merge(list[i]);
+    if (!merge)
+      throw_failure("tokenizer", "{}: merges[{}]: expected two tokens, as \"a b\" or [\"a\", \"b\"], got {}", json.where(), i,
+                    list[i].dump(-1, ' ', false, nlohmann::json::error_handler_t::replace).substr(0, 60));
+    const auto& [left, right] = *merge;
+    if (!left.empty()) merges_[pair_key(id_of(left, i), id_of(right, i))] = {static_cast<std::int32_t>(i), id_of(left + right, i)};
   }
+}
+
+std::int32_t Bpe::unknown_token(std::string_view character) const {
+  const auto found = vocabulary_.find(unknown_);
+  if (found == vocabulary_.end())
+    throw_failure("tokenizer", "{}: neither \"{}\" of the text nor unk_token \"{}\" is in the vocabulary", where_, character,
+                  unknown_);
+  return found->second;
 }
 
 std::vector<std::int32_t> Bpe::characters(std::string_view word) const {
@@ -97,11 +109,12 @@ std::vector<std::int32_t> Bpe::characters(std::string_view word) const {
   for (std::size_t position = 0; position < word.size();) {
     const std::size_t begin = position;
     next_character(word, position);
-    const auto found = vocabulary_.find(std::string(word.substr(begin, position - begin)));
+    const std::string character(word.substr(begin, position - begin));
+    const auto found = vocabulary_.find(character);
     if (found != vocabulary_.end()) {
       tokens.push_back(found->second);
-    } else if (unknown_ && !(fuse_unknown_ && after_unknown)) {
-      tokens.push_back(*unknown_);
+    } else if (!unknown_.empty() && !(fuse_unknown_ && after_unknown)) {
+      tokens.push_back(unknown_token(character));
     }
     after_unknown = found == vocabulary_.end();
   }
@@ -115,9 +128,14 @@ void Bpe::encode(std::string_view word, std::vector<std::int32_t>& tokens) const
       return;
     }
   }
-  const auto start = characters(word);
+  merge(characters(word), tokens);
+}
+
+// Best merge first, with a queue: n log n where trying all pairs after every merge would take n².
+void Bpe::merge(const std::vector<std::int32_t>& start, std::vector<std::int32_t>& tokens) const {
   const int count = static_cast<int>(start.size());
   std::vector<Symbol> symbols;
+  symbols.reserve(start.size());
   for (int i = 0; i < count; ++i) symbols.push_back({start[static_cast<std::size_t>(i)], i - 1, i + 1 < count ? i + 1 : -1});
   const auto at = [&](int i) -> Symbol& { return symbols[static_cast<std::size_t>(i)]; };
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -15,11 +14,12 @@ namespace veloxquant {
 /// The `model` of a tokenizer.json of type BPE.
 class Bpe {
  public:
-  /// Throws std::runtime_error that names field and value: another type of model, parts that byte-level tokenizers do not have (dropout,
-  /// byte_fallback, prefixes and suffixes), ids that are taken twice, merges of tokens that do not exist.
+  /// Throws std::runtime_error that names field and value: another type of model, parts that byte-level tokenizers do not have
+  /// (dropout, byte_fallback, prefixes and suffixes), ids that are taken twice, merges of tokens that do not exist.
   explicit Bpe(const JsonObject& json);
 
-  /// Appends the tokens of one word.  Characters that are not in the vocabulary become the unknown token, or nothing if there is none.
+  /// Appends the tokens of one word.  Characters that are not in the vocabulary become the unknown token, or nothing if there is
+  /// none.
   void encode(std::string_view word, std::vector<std::int32_t>& tokens) const;
 
   const std::unordered_map<std::string, std::int32_t>& vocabulary() const { return vocabulary_; }
@@ -32,10 +32,13 @@ class Bpe {
   void read_vocabulary(const JsonObject& json);
   void read_merges(const JsonObject& json);
   std::vector<std::int32_t> characters(std::string_view word) const;
+  std::int32_t unknown_token(std::string_view character) const;
+  void merge(const std::vector<std::int32_t>& start, std::vector<std::int32_t>& tokens) const;
 
   std::unordered_map<std::string, std::int32_t> vocabulary_;
   std::unordered_map<std::uint64_t, Merge> merges_;  // by the pair of tokens
-  std::optional<std::int32_t> unknown_;
+  std::string unknown_;  // empty: none; looked up when needed, since it may be missing where no character is unknown
+  std::string where_;
   bool fuse_unknown_ = false, ignore_merges_ = false;
 };
 

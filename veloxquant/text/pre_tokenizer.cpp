@@ -5,6 +5,7 @@
 
 #include "veloxquant/core/error.h"
 #include "veloxquant/text/regex.h"
+#include "veloxquant/text/regex_syntax.h"
 #include "veloxquant/text/unicode.h"
 
 namespace veloxquant {
@@ -35,7 +36,9 @@ std::vector<Piece> pieces_of(const Regex& regex, std::string_view text, bool inv
 
 using Behavior = std::vector<Piece> (*)(std::vector<Piece> pieces);
 
-std::vector<Piece> isolated(std::vector<Piece> pieces) { return pieces; }
+std::vector<Piece> isolated(std::vector<Piece> pieces) {
+  return pieces;
+}
 
 std::vector<Piece> removed(std::vector<Piece> pieces) {
   std::erase_if(pieces, [](const Piece& piece) { return piece.matched; });
@@ -98,7 +101,8 @@ PreTokenizer split(Regex regex, Behavior behavior, bool invert) {
   return [regex = std::move(regex), behavior, invert](const std::vector<std::string>& words) {
     std::vector<std::string> result;
     for (const auto& word : words)
-      for (const auto& piece : behavior(pieces_of(regex, word, invert))) result.push_back(word.substr(piece.begin, piece.end - piece.begin));
+      for (const auto& piece : behavior(pieces_of(regex, word, invert)))
+        if (piece.begin < piece.end) result.push_back(word.substr(piece.begin, piece.end - piece.begin));
     return result;
   };
 }
@@ -132,15 +136,17 @@ PreTokenizer read_byte_level(const JsonObject& json) {
 }
 
 PreTokenizer read_digits(const JsonObject& json) {
-  // Rust's char::is_numeric, which Digits goes by, is the categories Nd, Nl and No.
-  return split(Regex(R"(\p{N})", json.where()), json.boolean_or("individual_digits", false) ? isolated : contiguous, false);
+  // Rust's char::is_numeric, which Digits goes by, is the categories Nd, Nl and No of Unicode 17.
+  return split(Regex(R"([\p{N}\x{11de0}-\x{11de9}\x{16ff4}-\x{16ff6}])", json.where()),
+               json.boolean_or("individual_digits", false) ? isolated : contiguous, false);
 }
 
 PreTokenizer read_sequence(const JsonObject& json) {
   const auto& list = json.at("pretokenizers");
   if (!list.is_array()) json.refuse("pretokenizers", "a list");
   std::vector<PreTokenizer> parts;
-  for (const auto& item : list) parts.push_back(read_pre_tokenizer(item, fmt::format("{}: pretokenizers[{}]", json.where(), parts.size())));
+  for (const auto& item : list)
+    parts.push_back(read_pre_tokenizer(item, fmt::format("{}: pretokenizers[{}]", json.where(), parts.size())));
   return [parts](std::vector<std::string> words) {
     for (const auto& part : parts) words = part(std::move(words));
     return words;
@@ -181,7 +187,9 @@ PreTokenizer read_pre_tokenizer(const nlohmann::json& value, const std::string& 
   json.refuse("type", kSupported);
 }
 
-const std::string& byte_level_character(std::uint8_t byte) { return byte_level_table().characters[byte]; }
+const std::string& byte_level_character(std::uint8_t byte) {
+  return byte_level_table().characters[byte];
+}
 
 int byte_level_byte(char32_t character) {
   const auto found = byte_level_table().bytes.find(character);

@@ -11,9 +11,10 @@ namespace veloxquant {
 namespace {
 
 constexpr std::array kTitles = {"Mr.", "Mrs.", "Miss", "Captain", "Doctor", "Colonel", "Lady", "Father"};
-constexpr std::array kNames = {"Harwood", "Ellison", "Pemberton", "Ashby",  "Thornton", "Marlowe",  "Whitcombe", "Fairfax", "Langley", "Prescott", "Rowan",
-                               "Sinclair", "Tresham", "Underhill", "Vance",  "Wexford",  "Yardley",  "Abbott",    "Bramwell", "Carlisle", "Dunmore", "Everett",
-                               "Fenwick",  "Grantham", "Hollis",   "Ingram", "Jarvis",   "Kendall",  "Lockhart",  "Merrick", "Norwood", "Oakley"};
+constexpr std::array kNames = {"Harwood", "Ellison",  "Pemberton", "Ashby",    "Thornton", "Marlowe",   "Whitcombe", "Fairfax",
+                               "Langley", "Prescott", "Rowan",     "Sinclair", "Tresham",  "Underhill", "Vance",     "Wexford",
+                               "Yardley", "Abbott",   "Bramwell",  "Carlisle", "Dunmore",  "Everett",   "Fenwick",   "Grantham",
+                               "Hollis",  "Ingram",   "Jarvis",    "Kendall",  "Lockhart", "Merrick",   "Norwood",   "Oakley"};
 constexpr std::array kThings = {"pass-word", "room number", "safe number", "ticket number", "cabin number", "ledger number"};
 constexpr int kFewestFacts = 2, kMostFacts = 6, kDigits = 5;
 
@@ -34,7 +35,8 @@ std::vector<Fact> draw_facts(Random& random) {
   std::vector<Fact> facts;
   const std::size_t count = kFewestFacts + random.below(kMostFacts - kFewestFacts + 1);
   for (const std::size_t i : draw_distinct(random, kTitles.size() * kNames.size(), count)) {
-    Fact fact{fmt::format("{} {}", kTitles[i / kNames.size()], kNames[i % kNames.size()]), kThings[random.below(kThings.size())], ""};
+    Fact fact{fmt::format("{} {}", kTitles[i / kNames.size()], kNames[i % kNames.size()]), kThings[random.below(kThings.size())],
+              ""};
     for (int digit = 0; digit < kDigits; ++digit) fact.value += static_cast<char>('0' + random.below(10));
     facts.push_back(std::move(fact));
   }
@@ -57,10 +59,12 @@ struct Parts {
 Parts draw_parts(const Tokenizer& tokenizer, Random& random) {
   const auto facts = draw_facts(random);
   Parts parts;
-  for (const auto& fact : facts) parts.notes.push_back(tokenizer.encode(fmt::format(" [Note: the {} of {} is {}.]", fact.thing, fact.person, fact.value)));
+  for (const auto& fact : facts)
+    parts.notes.push_back(tokenizer.encode(fmt::format(" [Note: the {} of {} is {}.]", fact.thing, fact.person, fact.value)));
   for (const std::size_t i : draw_distinct(random, facts.size(), facts.size()))
-    parts.questions.emplace_back(tokenizer.encode(fmt::format("\n\nQuestion: What is the {} of {}? Answer:", facts[i].thing, facts[i].person)),
-                                 tokenizer.encode(fmt::format(" {}.", facts[i].value)));
+    parts.questions.emplace_back(
+        tokenizer.encode(fmt::format("\n\nQuestion: What is the {} of {}? Answer:", facts[i].thing, facts[i].person)),
+        tokenizer.encode(fmt::format(" {}.", facts[i].value)));
   return parts;
 }
 
@@ -89,7 +93,8 @@ RecallDocument assemble(const Parts& parts, std::span<const std::int32_t> filler
 
 }  // namespace
 
-std::vector<RecallDocument> make_recall_documents(const Tokenizer& tokenizer, std::span<const std::int32_t> filler, int count, int context, std::uint64_t seed) {
+std::vector<RecallDocument> make_recall_documents(const Tokenizer& tokenizer, std::span<const std::int32_t> filler, int count,
+                                                  int context, std::uint64_t seed) {
   if (count < 1) throw_invalid("recall", "expected at least 1 document, got {}", count);
   std::vector<RecallDocument> documents;
   for (int i = 0; i < count; ++i) {
@@ -98,7 +103,8 @@ std::vector<RecallDocument> make_recall_documents(const Tokenizer& tokenizer, st
     const std::size_t length = static_cast<std::size_t>(std::max(context, 0)) + 1, needed = parts.size() + parts.notes.size();
     if (length < needed) throw_invalid("recall", "the facts of a document take {} tokens, the context has {}", needed, context);
     const std::size_t room = length - parts.size();
-    if (filler.size() < room) throw_invalid("recall", "the text is too short: a document needs {} tokens of it, it has {}", room, filler.size());
+    if (filler.size() < room)
+      throw_invalid("recall", "the text is too short: a document needs {} tokens of it, it has {}", room, filler.size());
     documents.push_back(assemble(parts, filler, room, random));
   }
   return documents;

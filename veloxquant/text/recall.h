@@ -11,14 +11,15 @@
 namespace veloxquant {
 
 struct RecallDocument {
-  std::vector<std::int32_t> tokens;             // context + 1
-  std::vector<std::pair<int, int>> answers;     // [begin, end) of each answer among the tokens
+  std::vector<std::int32_t> tokens;          // context + 1
+  std::vector<std::pair<int, int>> answers;  // [begin, end) of each answer among the tokens
 };
 
-/// `count` documents of context + 1 tokens: a stretch of `filler` with two to six notes at random places ("[Note: the room number of
-/// Mr. Rowan is 40312.]"), then a question and its answer for each, in another order; the passages that the bundled models were trained
-/// to recall (examples/train.py).
-/// Throws std::invalid_argument for counts below 1, and if the context is too small for the notes or the filler too short for the context.
-std::vector<RecallDocument> make_recall_documents(const Tokenizer& tokenizer, std::span<const std::int32_t> filler, int count, int context, std::uint64_t seed);
+/// `count` documents of context + 1 tokens: a stretch of `filler` with two to six notes at random places ("[Note: the room number
+/// of Mr. Rowan is 40312.]"), then a question and its answer for each, in another order; the passages that the bundled models were
+/// trained to recall (examples/train.py). Throws std::invalid_argument for counts below 1, and if the context is too small for the
+/// notes or the filler too short for the context.
+std::vector<RecallDocument> make_recall_documents(const Tokenizer& tokenizer, std::span<const std::int32_t> filler, int count,
+                                                  int context, std::uint64_t seed);
 
 }  // namespace veloxquant

@@ -3,48 +3,63 @@
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
 
-#include <cctype>
+#include <algorithm>
+#include <limits>
+#include <new>
 
 #include "veloxquant/core/error.h"
+#include "veloxquant/text/regex_syntax.h"
 #include "veloxquant/text/unicode.h"
 
 namespace veloxquant {
 namespace {
 
-// PCRE2's \s takes U+180E for a space, which Unicode does not since version 6.3.
-constexpr std::string_view kWhiteSpace = R"(\x09-\x0d\x20\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000})";
-
-// Large enough for the deepest back-tracking over a megabyte without a space.
-constexpr std::size_t kMaxJitStack = 64 << 20;
-
-std::string translate(const std::string& pattern) {
-  std::string result;
-  bool in_class = false;
-  for (std::size_t i = 0; i < pattern.size(); ++i) {
-    const char c = pattern[i];
-    if (c == '\\' && i + 1 < pattern.size()) {
-      const char next = pattern[++i];
-      if (next == 's') {
-        result += in_class ? std::string(kWhiteSpace) : fmt::format("[{}]", kWhiteSpace);
-      } else if (next == 'S' && !in_class) {
-        result += fmt::format("[^{}]", kWhiteSpace);
-      } else {
-        result += {c, next};
-      }
-      continue;
-    }
-    if (c == '[' && !in_class) {
-      in_class = true;
-    } else if (c == ']' && in_class) {
-      in_class = false;
-    }
-    result += c;
+template <auto kFree>
+struct Free {
+  template <class T>
+  void operator()(T* object) const {
+    kFree(object);
   }
-  return result;
+};
+using CompileContext = std::unique_ptr<pcre2_compile_context, Free<pcre2_compile_context_free>>;
+using MatchContext = std::unique_ptr<pcre2_match_context, Free<pcre2_match_context_free>>;
+using MatchData = std::unique_ptr<pcre2_match_data, Free<pcre2_match_data_free>>;
+using JitStack = std::unique_ptr<pcre2_jit_stack, Free<pcre2_jit_stack_free>>;
+
+// Groups that repeat over a megabyte keep a frame for every turn.
+constexpr std::size_t kJitStackStart = 64 << 10, kJitStackMax = 64 << 20;
+constexpr std::uint32_t kHeapLimitKib = 1 << 20;
+
+// Steps back that a match may take: what an ordinary pattern takes over a run of one kind of character, and far from forever.
+std::uint32_t match_limit(std::size_t text_size) {
+  return static_cast<std::uint32_t>(
+      std::min<std::uint64_t>(10'000'000 + 16 * std::uint64_t{text_size}, std::numeric_limits<std::uint32_t>::max()));
+}
+
+// What matching works in; one per thread, since making a stack for every word would take longer than matching it.
+struct Workspace {
+  MatchData data{pcre2_match_data_create(1, nullptr)};
+  MatchContext context{pcre2_match_context_create(nullptr)};
+  JitStack stack{pcre2_jit_stack_create(kJitStackStart, kJitStackMax, nullptr)};
+
+  Workspace() {
+    if (!data || !context || !stack) throw std::bad_alloc();
+    pcre2_jit_stack_assign(context.get(), nullptr, stack.get());
+    pcre2_set_heap_limit(context.get(), kHeapLimitKib);
+  }
+};
+
+Workspace& workspace() {
+  static thread_local Workspace instance;
+  return instance;
+}
+
+PCRE2_SPTR code_units(std::string_view text) {
+  return reinterpret_cast<PCRE2_SPTR>(text.data() ? text.data() : "");
 }
 
 std::string message_of(int error) {
-  PCRE2_UCHAR buffer[256];
+  PCRE2_UCHAR buffer[256] = {};
   pcre2_get_error_message(error, buffer, sizeof(buffer));
   return reinterpret_cast<const char*>(buffer);
 }
@@ -52,55 +67,58 @@ std::string message_of(int error) {
 }  // namespace
 
 struct Regex::Compiled {
-  pcre2_code* code = nullptr;
+  std::unique_ptr<pcre2_code, Free<pcre2_code_free>> code;
   std::string pattern;
 
-  ~Compiled() { pcre2_code_free(code); }
+  // As pcre2_match; where compiled code runs out of stack, once more by the interpreter, which takes the heap.
+  int match(std::string_view text, std::size_t from, Workspace& work) const {
+    const int found =
+        pcre2_match(code.get(), code_units(text), text.size(), from, PCRE2_NO_UTF_CHECK, work.data.get(), work.context.get());
+    if (found != PCRE2_ERROR_JIT_STACKLIMIT) return found;
+    return pcre2_match(code.get(), code_units(text), text.size(), from, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, work.data.get(),
+                       work.context.get());
+  }
 };
 
-Regex::Regex(const std::string& pattern, const std::string& where) {
-  auto compiled = std::make_shared<Compiled>();
-  compiled->pattern = pattern;
-  const std::string translated = translate(pattern);
+Regex::Regex(std::string_view pattern, std::string_view where) {
+  const std::string translated = to_pcre2(pattern, where);
+  const CompileContext context(pcre2_compile_context_create(nullptr));
+  if (!context) throw std::bad_alloc();
+  pcre2_set_newline(context.get(), PCRE2_NEWLINE_LF);
+  pcre2_set_bsr(context.get(), PCRE2_BSR_UNICODE);
   int error = 0;
   PCRE2_SIZE at = 0;
-  compiled->code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(translated.data()), translated.size(), PCRE2_UTF | PCRE2_UCP | PCRE2_NO_UTF_CHECK, &error, &at, nullptr);
-  if (!compiled->code) throw_failure("tokenizer", "{}: pattern \"{}\": {} (at {})", where, pattern, message_of(error), at);
-  pcre2_jit_compile(compiled->code, PCRE2_JIT_COMPLETE);  // where it fails, matching interprets
+  auto compiled = std::make_shared<Compiled>();
+  compiled->pattern = pattern;
+  compiled->code.reset(pcre2_compile(code_units(translated), translated.size(),
+                                     PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NO_UTF_CHECK, &error, &at, context.get()));
+  if (!compiled->code) throw_failure("tokenizer", "{}: pattern \"{}\": {}", where, pattern, message_of(error));
+  pcre2_jit_compile(compiled->code.get(), PCRE2_JIT_COMPLETE);  // where there is no JIT, matching interprets
   compiled_ = std::move(compiled);
 }
 
 std::vector<Match> Regex::find_all(std::string_view text) const {
-  const std::unique_ptr<pcre2_match_data, decltype(&pcre2_match_data_free)> data(pcre2_match_data_create_from_pattern(compiled_->code, nullptr),
-                                                                               pcre2_match_data_free);
-  const std::unique_ptr<pcre2_match_context, decltype(&pcre2_match_context_free)> context(pcre2_match_context_create(nullptr), pcre2_match_context_free);
-  const std::unique_ptr<pcre2_jit_stack, decltype(&pcre2_jit_stack_free)> stack(pcre2_jit_stack_create(1 << 16, kMaxJitStack, nullptr), pcre2_jit_stack_free);
-  pcre2_jit_stack_assign(context.get(), nullptr, stack.get());
+  Workspace& work = workspace();
+  pcre2_set_match_limit(work.context.get(), match_limit(text.size()));
   std::vector<Match> matches;
-  std::size_t from = 0;
-  while (from < text.size()) {
-    const int found = pcre2_match(compiled_->code, reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), from, PCRE2_NO_UTF_CHECK, data.get(), context.get());
+  for (std::size_t from = 0; from <= text.size();) {
+    const int found = compiled_->match(text, from, work);
     if (found == PCRE2_ERROR_NOMATCH) break;
-    if (found < 0) throw_failure("tokenizer", "pattern \"{}\" on a text of {} bytes: {}", compiled_->pattern, text.size(), message_of(found));
-    const PCRE2_SIZE* range = pcre2_get_ovector_pointer(data.get());
-    if (range[1] > range[0]) {
-      matches.push_back({range[0], range[1]});
-      from = range[1];
-    } else {
-      from = range[1];
+    if (found < 0)
+      throw_failure("tokenizer", "pattern \"{}\" on a text of {} bytes: {}", compiled_->pattern, text.size(), message_of(found));
+    const PCRE2_SIZE* range = pcre2_get_ovector_pointer(work.data.get());
+    const Match match{range[0], range[1]};
+    const bool counts = match.begin < match.end || matches.empty() || matches.back().end != match.end;
+    if (counts) {
+      matches.push_back(match);
+      from = match.end;
+    } else if (from < text.size()) {
       next_character(text, from);
+    } else {
+      break;
     }
   }
   return matches;
-}
-
-std::string escape_regex(std::string_view literal) {
-  std::string pattern;
-  for (const char c : literal) {
-    if (static_cast<unsigned char>(c) < 0x80 && !std::isalnum(static_cast<unsigned char>(c))) pattern += '\\';
-    pattern += c;
-  }
-  return pattern;
 }
 
 }  // namespace veloxquant

@@ -11,23 +11,23 @@ namespace veloxquant {
 
 struct Match {
   std::size_t begin, end;  // bytes
+
+  bool operator==(const Match&) const = default;
 };
 
-/// A pattern in the syntax of Oniguruma as far as PCRE2 shares it; \s is Unicode's White_Space in both senses.
+/// A pattern in the syntax of Oniguruma (regex_syntax.h), run by PCRE2.  Immutable: may be used from many threads.
 class Regex {
  public:
-  /// Throws std::runtime_error that names `where` and the pattern if it does not compile.
-  Regex(const std::string& pattern, const std::string& where);
+  /// Throws std::runtime_error that names `where` and the pattern if it is not supported or not valid.
+  Regex(std::string_view pattern, std::string_view where);
 
-  /// All matches from left to right, none of them empty.  Throws std::runtime_error if matching runs out of resources.
+  /// All matches in `text`, which must be valid UTF-8, from left to right without overlap.  An empty match counts unless it stands
+  /// at the end of the one before.  Throws std::runtime_error if the pattern backtracks beyond all measure.
   std::vector<Match> find_all(std::string_view text) const;
 
  private:
   struct Compiled;
   std::shared_ptr<const Compiled> compiled_;
 };
-
-/// A pattern that matches this text literally.
-std::string escape_regex(std::string_view literal);
 
 }  // namespace veloxquant

@@ -1,14 +1,17 @@
 #include "veloxquant/text/tokenizer.h"
 
-#include <algorithm>
+#include <unordered_set>
+#include <utility>
 
 #include "veloxquant/core/error.h"
+#include "veloxquant/core/file.h"
 #include "veloxquant/text/unicode.h"
 
 namespace veloxquant {
 namespace {
 
 constexpr std::int64_t kMaxToken = (1 << 24) - 1;
+constexpr std::size_t kMaxFileBytes = std::size_t{256} << 20;
 
 // NFC, alone or in sequences; anything else is refused.
 bool read_nfc(const nlohmann::json& value, const std::string& where) {
@@ -29,7 +32,8 @@ bool read_decoder(const nlohmann::json& value, const std::string& where) {
   const JsonObject json(value, where);
   const std::string type = json.string("type");
   if (type == "ByteLevel") return true;
-  if (type != "Sequence" || !json.at("decoders").is_array() || json.at("decoders").size() != 1) json.refuse("type", "ByteLevel, a Sequence of it alone, or null");
+  if (type != "Sequence" || !json.at("decoders").is_array() || json.at("decoders").size() != 1)
+    json.refuse("type", "ByteLevel, a Sequence of it alone, or null");
   return read_decoder(json.at("decoders")[0], where + ": decoders[0]");
 }
 
@@ -53,7 +57,7 @@ std::string bytes_of(const std::string& content) {
 
 Tokenizer Tokenizer::load(const std::filesystem::path& folder) {
   const auto path = folder / "tokenizer.json";
-  const auto document = read_json(path);
+  const auto document = parse_json(read_file(path, kMaxFileBytes), path.string());
   return Tokenizer(JsonObject(document, path.string()));
 }
 
@@ -61,33 +65,55 @@ Tokenizer::Tokenizer(const JsonObject& json)
     : bpe_(json.object("model")),
       nfc_(read_nfc(field_or_null(json, "normalizer"), json.where() + ": normalizer")),
       pre_tokenizer_(read_pre_tokenizer(field_or_null(json, "pre_tokenizer"), json.where() + ": pre_tokenizer")),
-      joins_with_spaces_(!read_decoder(field_or_null(json, "decoder"), json.where() + ": decoder")) {
-  for (const auto& [content, id] : bpe_.vocabulary()) contents_[id] = content;
+      byte_level_decoder_(read_decoder(field_or_null(json, "decoder"), json.where() + ": decoder")) {
+  if (json.string_or("version", "1.0") != "1.0") json.refuse("version", "1.0");
   read_added_tokens(json);
   read_post_processor(field_or_null(json, "post_processor"), json.where() + ": post_processor");
-  for (const auto& [id, content] : contents_) vocabulary_size_ = std::max(vocabulary_size_, id + 1);
+  index_tokens();
+}
+
+// As Hugging Face's tokenizers, which give an added token the id that its content has in the vocabulary or else the next free one;
+// the id in the file is what that gave when it was written.
+std::int32_t Tokenizer::id_of_added(const std::string& content) {
+  if (const auto known = token_to_id(content)) return *known;
+  const auto next = static_cast<std::int32_t>(bpe_.vocabulary().size()) + num_new_;
+  ++num_new_;
+  return next;
 }
 
 void Tokenizer::read_added_tokens(const JsonObject& json) {
-  std::vector<std::pair<std::string, AddedToken>> raw, normalized;
-  if (json.has("added_tokens")) {
-    if (!json.at("added_tokens").is_array()) json.refuse("added_tokens", "a list");
-    for (const auto& item : json.at("added_tokens")) {
-      const JsonObject field(item, fmt::format("{}: added_tokens[{}]", json.where(), added_.size()));
-      const bool special = field.boolean_or("special", false);
-      const AddedToken token{.id = static_cast<std::int32_t>(field.integer("id", 0, kMaxToken)),
-                             .content = field.string("content"),
-                             .special = special,
-                             .normalized = field.boolean_or("normalized", !special),
-                             .single_word = field.boolean_or("single_word", false),
-                             .lstrip = field.boolean_or("lstrip", false),
-                             .rstrip = field.boolean_or("rstrip", false)};
-      added_.push_back(token);
-      contents_[token.id] = token.content;
-      if (token.special) special_.insert(token.id);
-      (token.normalized ? normalized : raw).emplace_back(token.normalized && nfc_ ? normalize_nfc(token.content) : token.content, token);
-    }
+  if (!json.has("added_tokens")) return;
+  if (!json.at("added_tokens").is_array()) json.refuse("added_tokens", "a list");
+  for (const auto& item : json.at("added_tokens")) {
+    const JsonObject field(item, fmt::format("{}: added_tokens[{}]", json.where(), added_.size()));
+    AddedToken token{.content = field.string("content"),
+                     .special = field.boolean("special"),
+                     .normalized = field.boolean("normalized"),
+                     .single_word = field.boolean("single_word"),
+                     .lstrip = field.boolean("lstrip"),
+                     .rstrip = field.boolean("rstrip")};
+    field.integer("id", 0, kMaxToken);
+    if (token.content.empty()) continue;
+    token.id = id_of_added(token.content);
+    added_ids_[token.content] = token.id;
+    added_[token.id] = std::move(token);
   }
+}
+
+void Tokenizer::index_tokens() {
+  std::unordered_set<std::string> specials;
+  for (const auto& [id, token] : added_)
+    if (token.special) specials.insert(token.content);
+  std::map<std::int32_t, std::string> contents;
+  for (const auto& [content, id] : bpe_.vocabulary()) contents[id] = content;
+  std::vector<std::pair<std::string, AddedToken>> raw, normalized;
+  for (const auto& [id, token] : added_) {
+    contents[id] = token.normalized && nfc_ ? normalize_nfc(token.content) : token.content;
+    (token.normalized ? normalized : raw).emplace_back(contents[id], token);
+  }
+  for (const auto& [id, content] : contents)
+    tokens_[id] = {byte_level_decoder_ ? bytes_of(content) : content, specials.contains(content)};
+  vocabulary_size_ = contents.empty() ? 0 : contents.rbegin()->first + 1;
   raw_finder_.emplace(std::move(raw));
   normalized_finder_.emplace(std::move(normalized));
 }
@@ -104,55 +130,73 @@ void Tokenizer::read_post_processor(const nlohmann::json& value, const std::stri
   }
   if (type != "TemplateProcessing") json.refuse("type", "TemplateProcessing, ByteLevel, a Sequence of them, or null");
   if (!json.at("single").is_array()) json.refuse("single", "a list");
+  read_template(json);
+}
+
+// A later template goes around what an earlier one made.
+void Tokenizer::read_template(const JsonObject& json) {
   const JsonObject tokens = json.object("special_tokens");
-  bool seen_text = false;
+  std::vector<std::int32_t> before, after;
+  int texts = 0;
   for (const auto& item : json.at("single")) {
-    const JsonObject piece(item, where + ": single");
+    const JsonObject piece(item, json.where() + ": single");
     if (piece.has("Sequence")) {
-      if (seen_text) json.refuse("single", "one sequence");
-      seen_text = true;
+      if (piece.object("Sequence").string("id") != "A" || ++texts > 1) json.refuse("single", "one sequence, A");
       continue;
     }
     const JsonObject special = tokens.object(piece.object("SpecialToken").string("id"));
     if (!special.at("ids").is_array()) special.refuse("ids", "a list");
     for (const auto& id : special.at("ids")) {
-      if (!id.is_number_integer() || id.get<std::int64_t>() < 0 || id.get<std::int64_t>() > kMaxToken) special.refuse("ids", "tokens");
-      (seen_text ? after_ : before_).push_back(id.get<std::int32_t>());
+      if (!id.is_number_integer() || id.get<std::int64_t>() < 0 || id.get<std::int64_t>() > kMaxToken)
+        special.refuse("ids", "tokens");
+      (texts > 0 ? after : before).push_back(id.get<std::int32_t>());
     }
   }
+  if (texts == 0) json.refuse("single", "one sequence, A");
+  before_.insert(before_.begin(), before.begin(), before.end());
+  after_.insert(after_.end(), after.begin(), after.end());
 }
 
-void Tokenizer::encode_text(std::string_view text, std::unordered_map<std::string, std::vector<std::int32_t>>& known,
-                            std::vector<std::int32_t>& tokens) const {
-  const std::string normalized = nfc_ ? normalize_nfc(std::string(text)) : std::string(text);
+// Encodes words, each different short one once.
+class Tokenizer::WordEncoder {
+ public:
+  explicit WordEncoder(const Bpe& bpe) : bpe_(bpe) {}
+
+  void encode(std::string& word, std::vector<std::int32_t>& tokens) {
+    if (word.size() > kLongestKnown) return bpe_.encode(word, tokens);
+    const auto [entry, is_new] = known_.try_emplace(std::move(word));
+    if (is_new) bpe_.encode(entry->first, entry->second);
+    tokens.insert(tokens.end(), entry->second.begin(), entry->second.end());
+  }
+
+ private:
+  static constexpr std::size_t kLongestKnown = 256;
+
+  const Bpe& bpe_;
+  std::unordered_map<std::string, std::vector<std::int32_t>> known_;
+};
+
+void Tokenizer::encode_text(std::string_view text, WordEncoder& encoder, std::vector<std::int32_t>& tokens) const {
+  const std::string normalized = nfc_ ? normalize_nfc(text) : std::string(text);
   for (const auto& part : normalized_finder_->split(normalized)) {
     if (part.token >= 0) {
       tokens.push_back(part.token);
       continue;
     }
-    for (const auto& word : pre_tokenizer_({std::string(part.text)})) {
-      if (word.empty()) continue;
-      auto found = known.find(word);
-      if (found == known.end()) {
-        std::vector<std::int32_t> encoded;
-        bpe_.encode(word, encoded);
-        found = known.emplace(word, std::move(encoded)).first;
-      }
-      tokens.insert(tokens.end(), found->second.begin(), found->second.end());
-    }
+    for (auto& word : pre_tokenizer_({std::string(part.text)})) encoder.encode(word, tokens);
   }
 }
 
 std::vector<std::int32_t> Tokenizer::encode(std::string_view text, bool add_special_tokens) const {
   const std::string repaired = repair_utf8(text);
   std::vector<std::int32_t> tokens;
-  std::unordered_map<std::string, std::vector<std::int32_t>> known;  // words repeat
+  WordEncoder encoder(bpe_);
   if (add_special_tokens) tokens = before_;
   for (const auto& part : raw_finder_->split(repaired)) {
     if (part.token >= 0) {
       tokens.push_back(part.token);
     } else {
-      encode_text(part.text, known, tokens);
+      encode_text(part.text, encoder, tokens);
     }
   }
   if (add_special_tokens) tokens.insert(tokens.end(), after_.begin(), after_.end());
@@ -162,23 +206,20 @@ std::vector<std::int32_t> Tokenizer::encode(std::string_view text, bool add_spec
 std::string Tokenizer::decode(std::span<const std::int32_t> tokens, bool skip_special_tokens) const {
   std::string bytes;
   bool first = true;
-  for (const std::int32_t token : tokens) {
-    const auto found = contents_.find(token);
-    if (found == contents_.end() || (skip_special_tokens && special_.contains(token))) continue;
-    if (joins_with_spaces_) {
-      bytes += (first ? "" : " ") + found->second;
-    } else {
-      bytes += bytes_of(found->second);
-    }
+  for (const std::int32_t id : tokens) {
+    const auto found = tokens_.find(id);
+    if (found == tokens_.end() || (skip_special_tokens && found->second.special)) continue;
+    if (!byte_level_decoder_ && !first) bytes += ' ';
+    bytes += found->second.text;
     first = false;
   }
   return repair_utf8(bytes);
 }
 
 std::optional<std::int32_t> Tokenizer::token_to_id(std::string_view token) const {
-  for (const auto& added : added_)
-    if (added.content == token) return added.id;
-  const auto found = bpe_.vocabulary().find(std::string(token));
+  const std::string content(token);
+  if (const auto added = added_ids_.find(content); added != added_ids_.end()) return added->second;
+  const auto found = bpe_.vocabulary().find(content);
   return found == bpe_.vocabulary().end() ? std::nullopt : std::optional(found->second);
 }
 

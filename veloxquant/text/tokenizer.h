@@ -3,12 +3,12 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
 #include <unordered_map>
-#include <unordered_set>
 #include <vector>
 
 #include "veloxquant/text/added_tokens.h"
@@ -17,12 +17,12 @@
 
 namespace veloxquant {
 
-/// A tokenizer.json of the byte-level BPE kind: NFC or no normaliser, pre-tokenizers Split, ByteLevel and Digits, added tokens, templates,
-/// byte-level decoder.  Immutable: may be used from many threads.
+/// A tokenizer.json of the byte-level BPE kind: NFC or no normaliser, pre-tokenizers Split, ByteLevel and Digits, added tokens,
+/// templates, byte-level decoder.  Immutable: may be used from many threads.
 class Tokenizer {
  public:
-  /// Reads `folder`/tokenizer.json.  Throws std::runtime_error that names file, field and value; parts that are not supported are refused
-  /// by name.
+  /// Reads `folder`/tokenizer.json.  Throws std::runtime_error that names file, field and value; parts that are not supported are
+  /// refused by name.
   static Tokenizer load(const std::filesystem::path& folder);
 
   /// Broken UTF-8 becomes U+FFFD first.  `add_special_tokens` puts the template's tokens (such as a begin of text) around the text.
@@ -37,21 +37,31 @@ class Tokenizer {
   std::optional<std::int32_t> token_to_id(std::string_view token) const;
 
  private:
+  class WordEncoder;
+  struct Decoded {
+    std::string text;  // bytes, not always UTF-8 alone
+    bool special = false;
+  };
+
   explicit Tokenizer(const JsonObject& json);
 
   void read_added_tokens(const JsonObject& json);
+  std::int32_t id_of_added(const std::string& content);
   void read_post_processor(const nlohmann::json& json, const std::string& where);
-  void encode_text(std::string_view text, std::unordered_map<std::string, std::vector<std::int32_t>>& known, std::vector<std::int32_t>& tokens) const;
+  void read_template(const JsonObject& json);
+  void index_tokens();
+  void encode_text(std::string_view text, WordEncoder& encoder, std::vector<std::int32_t>& tokens) const;
 
   Bpe bpe_;
   bool nfc_ = false;
   PreTokenizer pre_tokenizer_;
-  std::vector<AddedToken> added_;
+  bool byte_level_decoder_ = true;  // without a decoder, tokens stand as they are, with spaces between them
+  std::map<std::int32_t, AddedToken> added_;
+  std::unordered_map<std::string, std::int32_t> added_ids_;  // by content
+  std::int32_t num_new_ = 0;                                 // added tokens that the vocabulary has not
   std::optional<AddedTokenFinder> raw_finder_, normalized_finder_;
   std::vector<std::int32_t> before_, after_;  // what the template puts around a text
-  bool joins_with_spaces_ = false;            // without a decoder, tokens stand apart
-  std::unordered_map<std::int32_t, std::string> contents_;
-  std::unordered_set<std::int32_t> special_;
+  std::unordered_map<std::int32_t, Decoded> tokens_;
   int vocabulary_size_ = 0;
 };
 

@@ -3,10 +3,11 @@
 #include <utf8proc.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
+#include <iterator>
+#include <utility>
+#include <vector>
 
-#include "veloxquant/core/error.h"
+#include "veloxquant/text/unicode_tables.h"
 
 namespace veloxquant {
 namespace {
@@ -14,8 +15,8 @@ namespace {
 constexpr std::string_view kReplacement = "\xEF\xBF\xBD";
 
 struct Sequence {
-  int length;                 // 0: not a first byte
-  std::uint8_t low, high;     // what the second byte may be; later ones are 80 to BF
+  int length;              // 0: not a first byte
+  std::uint8_t low, high;  // what the second byte may be; later ones are 80 to BF
 };
 
 Sequence sequence_of(std::uint8_t first) {
@@ -37,9 +38,47 @@ std::pair<std::size_t, bool> take_character(std::string_view rest) {
   for (int i = 1; i < sequence.length; ++i) {
     if (static_cast<std::size_t>(i) == rest.size()) return {static_cast<std::size_t>(i), false};
     const auto byte = static_cast<std::uint8_t>(rest[static_cast<std::size_t>(i)]);
-    if (i == 1 ? byte < sequence.low || byte > sequence.high : byte < 0x80 || byte > 0xBF) return {static_cast<std::size_t>(i), false};
+    if (i == 1 ? byte < sequence.low || byte > sequence.high : byte < 0x80 || byte > 0xBF)
+      return {static_cast<std::size_t>(i), false};
   }
   return {static_cast<std::size_t>(sequence.length), true};
+}
+
+bool is_mark_since_unicode9(char32_t c) {
+  const auto* after = std::upper_bound(std::begin(kMarksSinceUnicode9), std::end(kMarksSinceUnicode9), c,
+                                       [](char32_t value, const CharacterRange& range) { return value < range.first; });
+  return after != std::begin(kMarksSinceUnicode9) && c <= (after - 1)->last;
+}
+
+int combining_class(utf8proc_int32_t c) {
+  return utf8proc_get_property(c)->combining_class;
+}
+
+void append_decomposed(char32_t character, std::vector<utf8proc_int32_t>& characters) {
+  utf8proc_int32_t parts[8];  // a canonical decomposition has at most 4
+  int boundary_class = 0;
+  const auto count = utf8proc_decompose_char(static_cast<utf8proc_int32_t>(character), parts, std::size(parts),
+                                             static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE), &boundary_class);
+  characters.insert(characters.end(), parts, parts + count);
+}
+
+// Puts decomposed characters into canonical order, composes and appends them.
+void append_composed(std::vector<utf8proc_int32_t>& characters, std::string& text) {
+  // utf8proc sorts marks by exchanging neighbours, which takes hours for a megabyte of them.
+  for (auto begin = characters.begin(); begin != characters.end();) {
+    const auto mark = std::find_if(begin, characters.end(), [](auto c) { return combining_class(c) != 0; });
+    begin = std::find_if(mark, characters.end(), [](auto c) { return combining_class(c) == 0; });
+    std::stable_sort(mark, begin, [](auto a, auto b) { return combining_class(a) < combining_class(b); });
+  }
+  const auto count = utf8proc_normalize_utf32(characters.data(), static_cast<utf8proc_ssize_t>(characters.size()),
+                                              static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
+  for (utf8proc_ssize_t i = 0; i < count; ++i) append_utf8(static_cast<char32_t>(characters[static_cast<std::size_t>(i)]), text);
+}
+
+// Circled and squared letters: symbols by category, yet alphabetic.
+bool is_letter_like_symbol(char32_t c) {
+  return (c >= 0x24B6 && c <= 0x24E9) || (c >= 0x1F130 && c <= 0x1F149) || (c >= 0x1F150 && c <= 0x1F169) ||
+         (c >= 0x1F170 && c <= 0x1F189);
 }
 
 }  // namespace
@@ -59,32 +98,49 @@ char32_t next_character(std::string_view text, std::size_t& position) {
   const auto first = static_cast<std::uint8_t>(text[position]);
   const int length = sequence_of(first).length;
   char32_t character = length == 1 ? first : first & (0x7Fu >> length);
-  for (int i = 1; i < length; ++i) character = (character << 6) | (static_cast<std::uint8_t>(text[position + static_cast<std::size_t>(i)]) & 0x3F);
+  for (int i = 1; i < length; ++i)
+    character = (character << 6) | (static_cast<std::uint8_t>(text[position + static_cast<std::size_t>(i)]) & 0x3F);
   position += static_cast<std::size_t>(length);
   return character;
 }
 
 void append_utf8(char32_t character, std::string& text) {
   utf8proc_uint8_t bytes[4];
-  text.append(reinterpret_cast<char*>(bytes), static_cast<std::size_t>(utf8proc_encode_char(static_cast<utf8proc_int32_t>(character), bytes)));
+  text.append(reinterpret_cast<char*>(bytes),
+              static_cast<std::size_t>(utf8proc_encode_char(static_cast<utf8proc_int32_t>(character), bytes)));
 }
 
-std::string normalize_nfc(const std::string& text) {
-  if (std::all_of(text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) < 0x80; })) return text;
-  utf8proc_uint8_t* result = nullptr;
-  const auto length = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()), static_cast<utf8proc_ssize_t>(text.size()), &result,
-                                   static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
-  const std::unique_ptr<utf8proc_uint8_t, decltype(&std::free)> owner(result, std::free);
-  if (length < 0) throw_failure("tokenizer", "text of {} bytes: {}", text.size(), utf8proc_errmsg(length));
-  return {reinterpret_cast<char*>(result), static_cast<std::size_t>(length)};
+std::string normalize_nfc(std::string_view text) {
+  if (std::all_of(text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) < 0x80; })) return std::string(text);
+  std::string result;
+  std::vector<utf8proc_int32_t> stretch;
+  const auto flush = [&] {
+    append_composed(stretch, result);
+    stretch.clear();
+  };
+  for (std::size_t position = 0; position < text.size();) {
+    const char32_t character = next_character(text, position);
+    if (is_mark_since_unicode9(character)) {
+      flush();
+      append_utf8(character, result);
+    } else {
+      // Nothing composes with ASCII before it, so that a stretch may end here and stay short.
+      if (character < 0x80) flush();
+      append_decomposed(character, stretch);
+    }
+  }
+  flush();
+  return result;
 }
 
 bool is_white_space(char32_t c) {
-  return (c >= 0x09 && c <= 0x0D) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 ||
-         c == 0x202F || c == 0x205F || c == 0x3000;
+  return (c >= 0x09 && c <= 0x0D) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) ||
+         c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
 }
 
 bool is_word_character(char32_t c) {
+  for (const auto& range : kAssignedSinceUnicode14)
+    if (c >= range.first && c <= range.last) return range.category[0] == 'L' || range.category[0] == 'M' || range.category == "Nd";
   switch (utf8proc_category(static_cast<utf8proc_int32_t>(c))) {
     case UTF8PROC_CATEGORY_LU:
     case UTF8PROC_CATEGORY_LL:
@@ -99,7 +155,7 @@ bool is_word_character(char32_t c) {
     case UTF8PROC_CATEGORY_PC:
       return true;
     default:
-      return c == 0x200C || c == 0x200D;
+      return c == 0x200C || c == 0x200D || is_letter_like_symbol(c);
   }
 }
 

@@ -8,8 +8,8 @@
 
 namespace veloxquant {
 
-/// The text with each broken sequence replaced by U+FFFD, as Python's bytes.decode("utf-8", errors="replace") and Rust's from_utf8_lossy do
-/// (one for every maximal prefix of a valid sequence).
+/// The text with each broken sequence replaced by U+FFFD, as Python's bytes.decode("utf-8", errors="replace") and Rust's
+/// from_utf8_lossy do (one for every maximal prefix of a valid sequence).
 std::string repair_utf8(std::string_view bytes);
 
 /// The character at `position` of valid UTF-8, which is moved behind it.
@@ -18,13 +18,13 @@ char32_t next_character(std::string_view text, std::size_t& position);
 /// Appends a character as UTF-8.
 void append_utf8(char32_t character, std::string& text);
 
-/// Normal form C.  Throws std::runtime_error if the text is longer than 2 GiB.
-std::string normalize_nfc(const std::string& text);
+/// Normal form C of valid UTF-8, as Hugging Face's tokenizers have it (see kMarksSinceUnicode9).
+std::string normalize_nfc(std::string_view text);
 
 /// Unicode's White_Space.
 bool is_white_space(char32_t character);
 
-/// What \w means in Rust's regex: letters, marks, decimal digits, letter numbers, connectors and joiners.
+/// What \w means in Rust's regex: what is alphabetic, marks, decimal digits, connectors and joiners.
 bool is_word_character(char32_t character);
 
 }  // namespace veloxquant

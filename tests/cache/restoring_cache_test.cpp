@@ -1,0 +1,116 @@
+#include "veloxquant/cache/restoring_cache.h"
+
+#include <gtest/gtest.h>
+
+#include "mlx/ops.h"
+#include "mlx/random.h"
+#include "mlx/transforms.h"
+#include "veloxquant/cache/restore_graph.h"
+#include "veloxquant/model/attention.h"
+#include "veloxquant/model/cpu_operation.h"
+
+namespace veloxquant {
+namespace {
+
+mx::array random_array(const mx::Shape& shape, std::uint64_t seed) {
+  const auto x = mx::random::normal(shape, mx::float32, mx::random::key(seed));
+  mx::eval(x);
+  return x;
+}
+
+float mean_square(const mx::array& x) { return mx::mean(mx::square(x)).item<float>(); }
+
+QuantizerParameters fitted(const QuantizerMethod& method, Side side, int dim, double width, const mx::array& x) {
+  return method.fit({x.data<float>(), x.size()}, dim, {.side = side, .width = width, .seed = 3});
+}
+
+// Every method of the table, on the CPU by its own code and by the graph that GPUs run.  A value within rounding of a boundary may get
+// another code: such vectors must be rare.
+TEST(RestoreGraph, EqualsTheQuantizerForEveryMethod) {
+  for (const auto& method : quantizer_methods()) {
+    for (const int dim : {32, 64, 128}) {
+      for (const Side side : {Side::kKeys, Side::kValues}) {
+        const auto x = random_array({2, 3, 77, dim}, 5);
+        const auto widths = method.widths(dim);
+        for (const double width : {widths.front(), widths[widths.size() / 2]}) {
+          SCOPED_TRACE(::testing::Message() << method.name << " dim " << dim << " " << to_string(side) << " width " << width);
+          const Restore restore = make_restore(fitted(method, side, dim, width, x));
+          const auto ours = restore.apply(x);
+          mx::eval(ours);
+          const MlxOperationsScope scope;
+          const auto theirs = restore.apply(x);
+          const auto error = mx::max(mx::abs(mx::subtract(ours, theirs)), -1);
+          EXPECT_GE(mx::mean(mx::astype(mx::less(error, mx::array(1e-4f)), mx::float32)).item<float>(), 0.99f);
+          const float ours_lost = mean_square(mx::subtract(x, ours)), theirs_lost = mean_square(mx::subtract(x, theirs));
+          EXPECT_NEAR(ours_lost, theirs_lost, 0.01f * theirs_lost);
+        }
+      }
+    }
+  }
+}
+
+struct Attended {
+  mx::array whole, chunked;
+};
+
+// The same tokens in one go and in chunks.
+Attended attend_both(const Restore& keys, const Restore& values, const std::vector<int>& chunks, int tokens) {
+  const Rope rope({}, 64);
+  const AttentionSpec spec{.scale = 0.125f, .rope = &rope};
+  const auto q = random_array({1, 4, tokens, 64}, 1), k = random_array({1, 2, tokens, 64}, 2), v = random_array({1, 2, tokens, 64}, 3);
+  RestoringCache whole(keys, values), chunked(keys, values);
+  const auto expected = whole.attend(q, k, v, spec);
+  std::vector<mx::array> parts;
+  int begin = 0;
+  const auto cut = [&](const mx::array& x, int end) { return mx::slice(x, {0, 0, begin, 0}, {x.shape(0), x.shape(1), end, x.shape(3)}); };
+  for (const int size : chunks) {
+    const int end = begin + size;
+    parts.push_back(chunked.attend(cut(q, end), cut(k, end), cut(v, end), spec));
+    mx::eval(parts.back());
+    begin = end;
+  }
+  EXPECT_EQ(begin, tokens);
+  EXPECT_EQ(chunked.offset(), tokens);
+  return {expected, mx::concatenate(parts, 2)};
+}
+
+Restore restore_of(const char* method, Side side, double width) {
+  return make_restore(quantizer_method(method).fit({}, 64, {.side = side, .width = width}));
+}
+
+TEST(RestoringCache, ChunksOfWholeGroupsEqualOneGo) {
+  const auto [whole, chunked] = attend_both(restore_of("kivi", Side::kKeys, 2), restore_of("kivi", Side::kValues, 2), {64, 32, 96}, 192);
+  // The last group is complete in both; earlier queries saw the same groups.
+  EXPECT_LE(mx::max(mx::abs(mx::subtract(whole, chunked))).item<float>(), 1e-5f);
+}
+
+TEST(RestoringCache, TokensOfAnOpenGroupAreRestoredAnew) {
+  // Whatever the chunks, once all groups are complete the last query sees what it sees in one go.
+  const auto [whole, chunked] = attend_both(restore_of("kivi", Side::kKeys, 2), restore_of("kivi", Side::kValues, 2), {7, 1, 30, 25, 1, 31, 1}, 96);
+  const auto last = [](const mx::array& x) { return mx::slice(x, {0, 0, 95, 0}, {1, 4, 96, 64}); };
+  EXPECT_LE(mx::max(mx::abs(mx::subtract(last(whole), last(chunked)))).item<float>(), 1e-5f);
+}
+
+TEST(RestoringCache, TokenByTokenEqualsOneGoWithoutGroups) {
+  const auto [whole, chunked] = attend_both(restore_of("turboquant", Side::kKeys, 3), restore_of("affine", Side::kValues, 3), std::vector<int>(40, 1), 40);
+  EXPECT_LE(mx::max(mx::abs(mx::subtract(whole, chunked))).item<float>(), 1e-5f);
+}
+
+TEST(RestoringCache, ManyBitsComeCloseToFullPrecision) {
+  const Rope rope({}, 64);
+  const AttentionSpec spec{.scale = 0.125f, .rope = &rope};
+  const auto q = random_array({1, 4, 50, 64}, 1), k = random_array({1, 2, 50, 64}, 2), v = random_array({1, 2, 50, 64}, 3);
+  FullCache full;
+  const auto expected = full.attend(q, k, v, spec);
+  float before = 1e9f;
+  for (const double width : {1.0, 2.0, 4.0, 8.0}) {
+    RestoringCache cache(restore_of("affine", Side::kKeys, width), restore_of("affine", Side::kValues, width));
+    const float lost = mean_square(mx::subtract(expected, cache.attend(q, k, v, spec)));
+    EXPECT_LT(lost, before) << width;
+    before = lost;
+  }
+  EXPECT_LT(before, 1e-5f);
+}
+
+}  // namespace
+}  // namespace veloxquant

@@ -1,0 +1,146 @@
+#include "veloxquant/calibrate/sensitivity.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include <gtest/gtest.h>
+
+#include "tests/model/demo_model.h"
+#include "veloxquant/allocators/ratequant.h"
+#include "veloxquant/calibrate/make_plan.h"
+#include "veloxquant/calibrate/observe.h"
+#include "veloxquant/core/parallel.h"
+#include "veloxquant/quantize/distortion.h"
+
+namespace veloxquant {
+namespace {
+
+using testing::demo_model;
+using testing::demo_tokenizer;
+
+LayerMap<SensitivityResult> probe(double noise_scale, std::uint64_t seed, int samples = 4) {
+  return probe_sensitivities(demo_model(), testing::text_samples(samples, 64), {.noise_scale = noise_scale, .seed = seed, .quantizers = {"turboquant"}, .rates = {1, 2}});
+}
+
+TEST(Sensitivity, OneResultALayerInNumericOrder) {
+  const auto results = probe(0.1, 1);
+  ASSERT_EQ(results.size(), 12u);
+  int layer = 0;
+  for (const auto& [name, result] : results) {
+    EXPECT_EQ(name, layer_name(layer++));
+    EXPECT_EQ(result.layer_name, name);
+    EXPECT_GT(result.mean_sensitivity, 0);
+    EXPECT_GE(result.std_sensitivity, 0);
+    EXPECT_EQ(result.distortions.at("turboquant").size(), 2u);
+  }
+}
+
+// √(2·KL) is linear in small noise, so that the scale cancels.
+TEST(Sensitivity, IsLinearInSmallNoise) {
+  const auto small = probe(0.02, 1), large = probe(0.04, 1);
+  for (const auto& [name, result] : small) EXPECT_NEAR(result.mean_sensitivity, large.at(name).mean_sensitivity, 0.1 * result.mean_sensitivity) << name;
+}
+
+TEST(Sensitivity, SameSeedSameResultOnAnyThreads) {
+  const auto first = probe(0.1, 5, 2);
+  EXPECT_EQ(first, probe(0.1, 5, 2));
+  const int threads = num_threads();
+  set_num_threads(1);
+  const auto alone = probe(0.1, 5, 2);
+  set_num_threads(threads);
+  EXPECT_EQ(first, alone);
+  EXPECT_NE(first, probe(0.1, 6, 2));
+}
+
+TEST(Sensitivity, DistortionsAreThoseOfTheQuantizer) {
+  const auto samples = testing::text_samples(2, 64);
+  const auto results = probe_sensitivities(demo_model(), samples, {.seed = 0, .quantizers = {"kivi"}, .rates = {2}});
+  observe_layers(demo_model(), samples, [&](int layer, const LayerObservation& observation) {
+    const auto& point = results.at(layer_name(layer)).distortions.at("kivi").at(0);
+    for (const Side side : {Side::kKeys, Side::kValues}) {
+      const auto vectors = observation.span(side);
+      const auto quantizer = make_quantizer(quantizer_method("kivi").fit(vectors, 64, {.side = side, .width = 2}));
+      EXPECT_NEAR(side == Side::kKeys ? point.keys : point.values, restored_distortion(*quantizer, vectors, 64), 1e-9);
+    }
+  });
+}
+
+TEST(Sensitivity, BadInput) {
+  EXPECT_THROW(probe(0, 1), std::invalid_argument);
+  EXPECT_THROW(probe(-0.1, 1), std::invalid_argument);
+  EXPECT_THROW(probe(std::nan(""), 1), std::invalid_argument);
+  const allocators::CalibrationOptions text{.texts = {testing::kText}, .seed = 0, .progress = {}};
+  using allocators::ratequant::calibrate_layer_sensitivities;
+  EXPECT_THROW(calibrate_layer_sensitivities(demo_model(), demo_tokenizer(), 1, 32, 0.1, "tpu", text), std::invalid_argument);
+  EXPECT_THROW(calibrate_layer_sensitivities(demo_model(), demo_tokenizer(), 0, 32, 0.1, "cpu", text), std::invalid_argument);
+  EXPECT_THROW(calibrate_layer_sensitivities(demo_model(), demo_tokenizer(), 32, 512, 0.1, "cpu", text), std::invalid_argument);  // too short
+  EXPECT_THROW(calibrate_layer_sensitivities(demo_model(), demo_tokenizer(), 1, 4096, 0.1, "cpu", text), std::invalid_argument);
+}
+
+TEST(RateQuant, FromModelToBits) {
+  const allocators::CalibrationOptions text{.texts = {testing::kText}, .seed = 0, .progress = {}};
+  const auto sensitivities = allocators::ratequant::calibrate_layer_sensitivities(demo_model(), demo_tokenizer(), 2, 64, 0.1, "cpu", text);
+  const auto curves = allocators::ratequant::fit_distortion_curve(sensitivities);
+  const auto bits = allocators::ratequant::allocate_bits_ratequant(curves, 2.0);
+  ASSERT_EQ(bits.size(), 12u);
+  int sum = 0;
+  for (const auto& [name, width] : bits) sum += width;
+  EXPECT_EQ(sum, 24);
+  for (const auto& [name, curve] : curves) {
+    EXPECT_GT(curve.beta, 1.0) << name;  // TurboQuant loses a factor of 3 to 4 in each bit
+    EXPECT_LT(curve.beta, 1.7) << name;
+    EXPECT_GT(curve.r_squared, 0.95) << name;
+  }
+}
+
+Plan plan_of(const std::string& method, double bits, Units units) {
+  return make_plan(demo_model(), testing::text_samples(4, 64), {.method = method, .bits = bits, .units = units, .seed = 1});
+}
+
+TEST(MakePlan, KeepsTheBudget) {
+  EXPECT_DOUBLE_EQ(effective_bits(plan_of("turboquant", 2.25, Units::kUniform)), 2.25);
+  EXPECT_DOUBLE_EQ(effective_bits(plan_of("kivi", 3.0, Units::kUniform)), 3.0);
+  for (const char* method : {"turboquant", "affine", "kivi"}) {
+    const Plan plan = plan_of(method, 2.8, Units::kLayer);
+    EXPECT_LE(effective_bits(plan), 2.8) << method;
+    EXPECT_GE(effective_bits(plan), 2.8 - 1.0 / 12 - 1e-9) << method;  // one layer's bit at most is left
+    ASSERT_TRUE(plan.predicted_kl.has_value());
+    EXPECT_GT(*plan.predicted_kl, 0);
+  }
+}
+
+TEST(MakePlan, LayersThatMindNoiseGetNoFewerBits) {
+  const auto samples = testing::text_samples(4, 64);
+  const auto sensitivities = probe_sensitivities(demo_model(), samples, {.seed = 1, .quantizers = {}, .rates = {}});
+  const Plan plan = plan_of("turboquant", 2.25, Units::kLayer);
+  const auto bits = [&](const std::string& name) { return plan.units[static_cast<std::size_t>(2 * layer_index(name))].quantizer.numbers.at("bits"); };
+  const auto compare = [&](const auto& a, const auto& b) { return a.second.mean_sensitivity < b.second.mean_sensitivity; };
+  const auto [least, most] = std::minmax_element(sensitivities.begin(), sensitivities.end(), compare);
+  EXPECT_GT(bits(most->first), bits(least->first));
+}
+
+TEST(MakePlan, VecInferUniformAndPerLayer) {
+  const Plan uniform = plan_of("vecinfer", 1.0, Units::kUniform);
+  EXPECT_DOUBLE_EQ(effective_bits(uniform), 1.0);
+  EXPECT_EQ(uniform.units[0].quantizer.tensors.at("codebook").shape, (std::vector<std::int64_t>{8, 256, 8}));
+  const Plan mixed = plan_of("vecinfer", 1.5, Units::kLayer);
+  EXPECT_LE(effective_bits(mixed), 1.5);
+  EXPECT_GE(effective_bits(mixed), 1.5 - 1.0 / 12 - 1e-9);
+}
+
+TEST(MakePlan, SameSeedSamePlan) {
+  EXPECT_EQ(plan_of("vecinfer", 1.0, Units::kUniform), plan_of("vecinfer", 1.0, Units::kUniform));
+}
+
+TEST(MakePlan, BadInput) {
+  EXPECT_THROW(plan_of("turboquant", 1.0, Units::kUniform), std::invalid_argument);   // below a bit and a norm
+  EXPECT_THROW(plan_of("turboquant", 99.0, Units::kUniform), std::invalid_argument);
+  EXPECT_THROW(plan_of("vecinfer", 1.5, Units::kUniform), std::invalid_argument);     // 12 sub-spaces do not divide 64
+  EXPECT_THROW(plan_of("gguf", 2.0, Units::kUniform), std::invalid_argument);
+  // 2 heads × 64 tokens are fewer than 256 centroids.
+  EXPECT_THROW(make_plan(demo_model(), testing::text_samples(1, 64), {.method = "vecinfer", .bits = 2.0, .units = Units::kUniform, .seed = 1}),
+               std::invalid_argument);
+}
+
+}  // namespace
+}  // namespace veloxquant

@@ -1,0 +1,82 @@
+#include "veloxquant/evaluate/evaluate.h"
+
+#include <cmath>
+
+#include <gtest/gtest.h>
+
+#include "mlx/ops.h"
+#include "mlx/transforms.h"
+#include "tests/model/demo_model.h"
+#include "veloxquant/cache/restoring_cache.h"
+#include "veloxquant/calibrate/observe.h"
+#include "veloxquant/model/attention.h"
+
+namespace veloxquant {
+namespace {
+
+using testing::demo_model;
+
+std::vector<EvaluationRow> rows_of(const std::vector<std::string>& peers) {
+  std::vector<Storage> storages;
+  for (const auto& peer : peers) storages.push_back(peer_storage(peer, demo_model().config()));
+  return evaluate(demo_model(), testing::text_samples(2, 128), storages, {});
+}
+
+TEST(Evaluate, FullPrecisionComesFirstAndLosesNothing) {
+  const auto rows = rows_of({"mlx4"});
+  ASSERT_EQ(rows.size(), 2u);
+  EXPECT_EQ(rows[0].storage, "full");
+  EXPECT_EQ(rows[0].kl_mean, 0);
+  EXPECT_EQ(rows[0].top1, 1);
+  EXPECT_FALSE(rows[0].recall.has_value());
+  EXPECT_GT(rows[1].kl_mean, 0);
+  EXPECT_GE(rows[1].kl_p999, rows[1].kl_mean);
+}
+
+TEST(Evaluate, PerplexityIsThatOfTheText) {
+  const auto samples = testing::text_samples(2, 128);
+  double sum = 0;
+  for (int i = 0; i < 2; ++i) {
+    const auto logits = demo_model().logits(demo_model().forward(token_array(samples, i, i + 1), demo_model().make_caches(FullCache::factory())));
+    const auto log_p = mx::subtract(logits, mx::logsumexp(logits, -1, true));
+    mx::eval(log_p);
+    for (int t = 0; t < 127; ++t) sum -= log_p.data<float>()[t * logits.shape(2) + samples.row(i)[static_cast<std::size_t>(t) + 1]];
+  }
+  EXPECT_NEAR(rows_of({})[0].perplexity, std::exp(sum / 254), 0.01);
+}
+
+TEST(Evaluate, MoreBitsLoseLess) {
+  const auto rows = rows_of({"mlx2", "mlx3", "mlx4", "mlx5", "mlx6", "mlx8"});
+  for (std::size_t i = 2; i < rows.size(); ++i) EXPECT_LT(rows[i].kl_mean, rows[i - 1].kl_mean) << rows[i].storage;
+  for (const char* family : {"kivi", "turboquant"}) {
+    const auto peers = rows_of({std::string(family) + "1", std::string(family) + "2", std::string(family) + "3", std::string(family) + "4"});
+    for (std::size_t i = 2; i < peers.size(); ++i) EXPECT_LT(peers[i].kl_mean, peers[i - 1].kl_mean) << peers[i].storage;
+  }
+}
+
+TEST(Evaluate, EffectiveBitsOfPeers) {
+  const auto& config = demo_model().config();
+  EXPECT_DOUBLE_EQ(peer_storage("mlx4", config).effective_bits, 4.5);
+  EXPECT_DOUBLE_EQ(peer_storage("kivi2", config).effective_bits, 3.0);
+  EXPECT_DOUBLE_EQ(peer_storage("turboquant2", config).effective_bits, 2.25);
+  EXPECT_THROW(peer_storage("mlx7", config), std::invalid_argument);
+  EXPECT_THROW(peer_storage("", config), std::invalid_argument);
+  ModelConfig odd = config;
+  odd.head_dim = 80;
+  EXPECT_THROW(peer_storage("mlx4", odd), std::invalid_argument);
+}
+
+TEST(Evaluate, FactsAreAskedFor) {
+  const auto filler = testing::demo_tokenizer().encode(testing::kText);
+  std::vector<std::int32_t> text;
+  while (text.size() < 600) text.insert(text.end(), filler.begin(), filler.end());
+  const auto documents = make_recall_documents(testing::demo_tokenizer(), text, 6, 512, 1);
+  const std::vector<Storage> storages = {peer_storage("mlx8", demo_model().config()), peer_storage("turboquant1", demo_model().config())};
+  const auto rows = evaluate(demo_model(), testing::text_samples(1, 64), storages, documents);
+  EXPECT_GT(rows[0].recall.value(), 0.6);
+  EXPECT_NEAR(rows[1].recall.value(), rows[0].recall.value(), 0.15);
+  EXPECT_LT(rows[2].recall.value(), 0.2);
+}
+
+}  // namespace
+}  // namespace veloxquant

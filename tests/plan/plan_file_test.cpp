@@ -1,0 +1,259 @@
+#include "veloxquant/plan/plan_file.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <limits>
+#include <stdexcept>
+
+#include "tests/plan/some_plan.h"
+#include "tests/temporary_folder.h"
+#include "veloxquant/core/hash.h"
+#include "veloxquant/core/json.h"
+#include "veloxquant/core/safetensors.h"
+
+namespace veloxquant {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::Not;
+using testing::message_of;
+using testing::some_plan;
+
+// The parts of a file, to be changed and put together again with the right checksum.
+struct Parts {
+  nlohmann::ordered_json json;
+  std::map<std::string, Tensor> tensors;
+  std::map<std::string, std::string> metadata;
+
+  std::string checksum() const {
+    std::string text = metadata.at("plan");
+    for (const auto& [name, tensor] : tensors) {
+      text += "\n" + name;
+      for (const auto size : tensor.shape) text += " " + std::to_string(size);
+      text.append(reinterpret_cast<const char*>(tensor.values.data()), tensor.values.size() * sizeof(float));
+    }
+    return sha256(text);
+  }
+};
+
+class PlanFile : public ::testing::Test {
+ protected:
+  Parts parts_of(const Plan& plan) {
+    write_plan(plan, path);
+    const SafetensorsFile file(path);
+    Parts parts{.json = nlohmann::ordered_json::parse(file.metadata().at("plan")), .tensors = {}, .metadata = file.metadata()};
+    for (const auto& [name, entry] : file.tensors()) parts.tensors.emplace(name, to_float32(entry, name, "x"));
+    return parts;
+  }
+
+  // What read_plan says of the file after `change`.
+  template <class Change>
+  std::string problem(const Change& change) {
+    Parts parts = parts_of(some_plan());
+    change(parts);
+    parts.metadata["plan"] = parts.json.dump();
+    if (parts.metadata.contains("checksum")) parts.metadata["checksum"] = parts.checksum();
+    write_safetensors(path, parts.tensors, parts.metadata);
+    const std::string text = message_of<std::runtime_error>([&] { read_plan(path); });
+    if (!text.empty()) EXPECT_THAT(text, AllOf(HasSubstr("x.plan"), Not(HasSubstr("\n"))));
+    return text;
+  }
+
+  testing::TemporaryFolder folder;
+  const std::filesystem::path path = folder / "x.plan";
+};
+
+TEST_F(PlanFile, RoundTripIsExact) {
+  Plan plan = some_plan();
+  write_plan(plan, path);
+  EXPECT_EQ(read_plan(path), plan);
+  plan.predicted_kl.reset();
+  plan.provenance.texts.clear();
+  write_plan(plan, path);
+  EXPECT_EQ(read_plan(path), plan);
+}
+
+TEST_F(PlanFile, SamePlanSameBytes) {
+  write_plan(some_plan(), path);
+  const std::string first = testing::get(path);
+  write_plan(read_plan(path), path);
+  EXPECT_EQ(testing::get(path), first);
+}
+
+TEST_F(PlanFile, IsTheDocumentedFile) {
+  const Parts parts = parts_of(some_plan());
+  EXPECT_EQ(parts.metadata.at("format"), "veloxquant-plan");
+  EXPECT_EQ(parts.metadata.at("version"), "1");
+  EXPECT_EQ(parts.metadata.at("checksum"), parts.checksum());
+  EXPECT_EQ(parts.tensors.at("layers.0.keys.codebook").shape, (std::vector<std::int64_t>{2, 2, 2}));
+  EXPECT_EQ(parts.json.at("units").at(0).at("tensors").at("codebook"), "layers.0.keys.codebook");
+  EXPECT_EQ(parts.json.at("effective_bits"), effective_bits(some_plan()));
+}
+
+// A plan survives whatever one byte is changed to only if it is still the same plan (spaces that pad the header, say).
+TEST_F(PlanFile, EveryDamagedByteIsSeen) {
+  const Plan plan = some_plan();
+  write_plan(plan, path);
+  const std::string whole = testing::get(path);
+  const auto damaged = folder / "damaged.plan";
+  int refused = 0;
+  for (std::size_t i = 0; i < whole.size(); ++i)
+    for (const int change : {0x01, 0x20, 0x80}) {
+      std::string bytes = whole;
+      bytes[i] = static_cast<char>(bytes[i] ^ change);
+      testing::put(damaged, bytes);
+      try {
+        ASSERT_EQ(read_plan(damaged), plan) << "byte " << i;
+      } catch (const std::runtime_error& error) {
+        ASSERT_THAT(error.what(), HasSubstr("damaged.plan"));
+        ++refused;
+      }
+    }
+  EXPECT_GT(refused, static_cast<int>(3 * (whole.size() - 70)));
+}
+
+TEST_F(PlanFile, EveryTruncationIsSeen) {
+  write_plan(some_plan(), path);
+  const std::string whole = testing::get(path);
+  for (std::size_t size = 0; size < whole.size(); ++size) {
+    testing::put(path, whole.substr(0, size));
+    ASSERT_THROW(read_plan(path), std::runtime_error) << size;
+  }
+}
+
+TEST_F(PlanFile, OtherFilesAreNoPlans) {
+  write_safetensors(path, {{"weight", {{1}, {1}}}}, {});
+  EXPECT_THAT(message_of<std::runtime_error>([&] { read_plan(path); }), HasSubstr("not a plan"));
+  EXPECT_THAT(message_of<std::runtime_error>([&] { read_plan(folder / "none.plan"); }), HasSubstr("none.plan"));
+}
+
+TEST_F(PlanFile, RefusesMetadataThatIsNotAPlans) {
+  EXPECT_EQ(problem([](Parts&) {}), "");
+  EXPECT_THAT(problem([](Parts& parts) { parts.metadata["format"] = "gguf"; }), HasSubstr("gguf"));
+  EXPECT_THAT(problem([](Parts& parts) { parts.metadata["version"] = "2"; }), AllOf(HasSubstr("version"), HasSubstr("got 2")));
+  EXPECT_THAT(problem([](Parts& parts) { parts.metadata["more"] = "x"; }), HasSubstr("metadata"));
+  for (const char* field : {"format", "version", "checksum"}) EXPECT_THAT(problem([&](Parts& parts) { parts.metadata.erase(field); }), HasSubstr(field));
+}
+
+TEST_F(PlanFile, RefusesMissingFieldsAndNamesThem) {
+  const Parts parts = parts_of(some_plan());
+  const auto each = [&](const std::string& pointer) {
+    const nlohmann::ordered_json::json_pointer at(pointer);
+    for (const auto& [field, value] : parts.json.at(at).items())
+      EXPECT_THAT(problem([&](Parts& changed) { changed.json.at(at).erase(field); }), HasSubstr(field)) << pointer;
+    EXPECT_THAT(problem([&](Parts& changed) { changed.json.at(at)["surplus"] = 1; }), HasSubstr("surplus")) << pointer;
+  };
+  for (const char* pointer : {"", "/model", "/units/0", "/units/0/numbers", "/units/0/tensors", "/units/3", "/provenance", "/provenance/texts/0"}) each(pointer);
+}
+
+TEST_F(PlanFile, RefusesFieldsThatMakeNoSense) {
+  const struct {
+    const char* pointer;
+    nlohmann::json value;
+  } cases[] = {
+      {"/model", 1},
+      {"/model/num_layers", 3},
+      {"/model/num_layers", 0},
+      {"/model/num_layers", 2.5},
+      {"/model/num_layers", 1e300},
+      {"/model/num_layers", std::numeric_limits<std::int64_t>::max()},
+      {"/model/head_dim", 8},
+      {"/model/head_dim", 65535},
+      {"/model/num_kv_heads", -1},
+      {"/model/architecture", 1},
+      {"/model/config_hash", nullptr},
+      {"/window", 32},
+      {"/sinks", 4},
+      {"/units", nullptr},
+      {"/units", nlohmann::json::array()},
+      {"/units/1", 1},
+      {"/units/1/layer", 1},
+      {"/units/1/layer", -1},
+      {"/units/1/side", "keys"},
+      {"/units/1/side", "queries"},
+      {"/units/1/dim", 8},
+      {"/units/1/method", "gguf"},
+      {"/units/1/method", "kivi"},
+      {"/units/1/numbers/bits", 0},
+      {"/units/1/numbers/bits", 9},
+      {"/units/1/numbers/bits", 2.5},
+      {"/units/1/numbers/group_size", 0},
+      {"/units/0/numbers/num_subspaces", 4},
+      {"/units/0/numbers/num_subspaces", 3},
+      {"/units/0/numbers/num_centroids", 4},
+      {"/units/0/tensors/codebook", "layers.0.keys.smooth_factors"},
+      {"/units/0/tensors/codebook", "layers.9.keys.codebook"},
+      {"/units/0/tensors/codebook", 1},
+      {"/provenance/bits", -1},
+      {"/provenance/bits", nullptr},
+      {"/provenance/seed", -1},
+      {"/provenance/seed", 0.5},
+      {"/provenance/num_samples", 0},
+      {"/provenance/texts", "book.txt"},
+      {"/provenance/texts/0", "book.txt"},
+      {"/predicted_kl", -1},
+      {"/predicted_kl", "0"},
+      {"/effective_bits", 2},
+      {"/effective_bits", nullptr},
+  };
+  for (const auto& c : cases) {
+    const nlohmann::ordered_json::json_pointer pointer(c.pointer);
+    EXPECT_NE(problem([&](Parts& parts) { parts.json.at(pointer) = c.value; }), "") << c.pointer << " = " << c.value;
+  }
+}
+
+TEST_F(PlanFile, RefusesTensorsThatDoNotFit) {
+  const std::string codebook = "layers.0.keys.codebook", factors = "layers.0.keys.smooth_factors";
+  EXPECT_THAT(problem([&](Parts& parts) { parts.tensors.erase(codebook); }), HasSubstr("codebook"));
+  EXPECT_THAT(problem([&](Parts& parts) { parts.tensors["surplus"] = {{1}, {1}}; }), HasSubstr("surplus"));
+  EXPECT_THAT(problem([&](Parts& parts) { parts.tensors[codebook].shape = {2, 4}; }), HasSubstr("codebook"));
+  EXPECT_THAT(problem([&](Parts& parts) { parts.tensors[factors] = {{3}, {1, 1, 1}}; }), HasSubstr("smooth_factors"));
+  for (const float value : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    EXPECT_THAT(problem([&](Parts& parts) { parts.tensors[codebook].values[3] = value; }), HasSubstr("codebook"));
+    EXPECT_THAT(problem([&](Parts& parts) { parts.tensors[factors].values[3] = value; }), HasSubstr("smooth_factors"));
+  }
+  EXPECT_THAT(problem([&](Parts& parts) { parts.tensors[factors].values[0] = 0; }), HasSubstr("smooth_factors"));
+  EXPECT_THAT(problem([&](Parts& parts) {
+                parts.json["units"][1]["tensors"]["codebook"] = codebook;
+                parts.tensors["layers.0.values.codebook"] = parts.tensors[codebook];
+              }),
+              HasSubstr("codebook"));
+}
+
+// What could not be read is not written, and the old file stays.
+TEST_F(PlanFile, WritesOnlyWhatCanBeRead) {
+  write_plan(some_plan(), path);
+  const std::string before = testing::get(path);
+  const auto refused = [&](const auto& change) {
+    Plan plan = some_plan();
+    change(plan);
+    return !message_of<std::exception>([&] { write_plan(plan, path); }).empty();
+  };
+  EXPECT_TRUE(refused([](Plan& plan) { plan.units.pop_back(); }));
+  EXPECT_TRUE(refused([](Plan& plan) { plan.provenance.bits = std::numeric_limits<double>::quiet_NaN(); }));
+  EXPECT_TRUE(refused([](Plan& plan) { plan.units[0].quantizer.tensors.at("codebook").values[0] = std::numeric_limits<float>::infinity(); }));
+  EXPECT_TRUE(refused([](Plan& plan) { plan.units[0].quantizer.tensors.erase("codebook"); }));
+  EXPECT_EQ(testing::get(path), before);
+}
+
+TEST_F(PlanFile, NamesOfTextsNeedNotBeUtf8) {
+  Plan plan = some_plan();
+  plan.provenance.texts = {{"caf\xe9.txt", "00"}};
+  write_plan(plan, path);
+  EXPECT_EQ(read_plan(path).provenance.texts.at(0).name, "caf\xef\xbf\xbd.txt");
+}
+
+TEST_F(PlanFile, DescriptionSaysWhatFollows) {
+  const Plan plan = some_plan();
+  const auto json = describe_plan(plan);
+  EXPECT_EQ(json.at("effective_bits"), effective_bits(plan));
+  EXPECT_EQ(json.at("constant_bytes"), constant_bytes(plan));
+  EXPECT_EQ(json.at("bytes_per_token"), bytes_per_token(plan));
+  EXPECT_EQ(json.at("units").at(0).at("bits"), 2.0);
+  EXPECT_EQ(json.at("units").at(1).at("bits"), 10.0);
+}
+
+}  // namespace
+}  // namespace veloxquant
