@@ -33,7 +33,8 @@ void sgemm(benchmark::State& state) {
   const auto a = normal_values(kSize * kSize), b = a;
   std::vector<float> c(a.size());
   for (auto _ : state)
-    cblas_sgemm(kRowMajor, kNoTranspose, kNoTranspose, kSize, kSize, kSize, 1.0f, a.data(), kSize, b.data(), kSize, 0.0f, c.data(), kSize);
+    cblas_sgemm(kRowMajor, kNoTranspose, kNoTranspose, kSize, kSize, kSize, 1.0f, a.data(), kSize, b.data(), kSize, 0.0f, c.data(),
+                kSize);
   count_flops(state, 2.0 * kSize * kSize * kSize);
 }
 
@@ -44,12 +45,14 @@ void nearest_centroid(benchmark::State& state) {
   constexpr std::size_t kRows = 8192, kBlock = 512;
   const auto vectors = normal_values(kRows * dim), codebook = normal_values(subspaces * count * width);
   std::vector<NearestCentroid> nearest;
-  for (std::size_t s = 0; s < subspaces; ++s) nearest.emplace_back(std::span(codebook).subspan(s * count * width, count * width), count, width);
+  for (std::size_t s = 0; s < subspaces; ++s)
+    nearest.emplace_back(std::span(codebook).subspan(s * count * width, count * width), count, width);
   std::vector<std::uint16_t> codes(kRows * subspaces);
   for (auto _ : state) {
     parallel_for(kRows, kBlock, [&](std::size_t begin, std::size_t end) {
       for (std::size_t s = 0; s < subspaces; ++s)
-        nearest[s](vectors.data() + begin * dim + s * width, end - begin, dim, codes.data() + begin * subspaces + s, subspaces, nullptr);
+        nearest[s](vectors.data() + begin * dim + s * width, end - begin, dim, codes.data() + begin * subspaces + s, subspaces,
+                   nullptr);
     });
   }
   count_flops(state, 2.0 * kRows * static_cast<double>(dim * count));
@@ -58,7 +61,8 @@ void nearest_centroid(benchmark::State& state) {
 void product_codebook(benchmark::State& state) {
   const int dim = static_cast<int>(state.range(0)), subspaces = static_cast<int>(state.range(1));
   const auto vectors = normal_values(16384 * static_cast<std::size_t>(dim));
-  for (auto _ : state) benchmark::DoNotOptimize(train_product_codebook(vectors, dim, subspaces, {.num_centroids = 256, .max_iter = 25}));
+  for (auto _ : state)
+    benchmark::DoNotOptimize(train_product_codebook(vectors, dim, subspaces, {.num_centroids = 256, .max_iter = 25}));
 }
 
 void hadamard_rows(benchmark::State& state) {
@@ -70,7 +74,14 @@ void hadamard_rows(benchmark::State& state) {
 }
 
 BENCHMARK(sgemm)->UseRealTime();
-BENCHMARK(nearest_centroid)->UseRealTime()->Args({64, 16, 256})->Args({128, 32, 256})->Args({128, 64, 256})->Args({128, 16, 256})->Args({128, 8, 256})->Args({128, 4, 4096});
+BENCHMARK(nearest_centroid)
+    ->UseRealTime()
+    ->Args({64, 16, 256})
+    ->Args({128, 32, 256})
+    ->Args({128, 64, 256})
+    ->Args({128, 16, 256})
+    ->Args({128, 8, 256})
+    ->Args({128, 4, 4096});
 BENCHMARK(product_codebook)->UseRealTime()->Unit(benchmark::kMillisecond)->Args({64, 16})->Args({128, 32});
 BENCHMARK(hadamard_rows)->UseRealTime()->Arg(64)->Arg(128);
 

@@ -22,4 +22,4 @@ step calibrate "$model" --method vecinfer --bits 2 -o "$out/vecinfer.plan"
 echo
 echo "3. What does the model still know, next to what others keep?  (own text of another seed, and facts sown in it)"
 step evaluate "$model" --plan "$out/vecinfer.plan" --plan "$out/turboquant.plan" --peer mlx4 --peer mlx2 --peer kivi2 --peer turboquant2 \
-  --windows 4 --length 1024 --seed 1
+  --windows 4 --length 1024 --recall 8 --seed 1

@@ -11,15 +11,16 @@
 namespace veloxquant {
 namespace {
 
-using ::testing::HasSubstr;
 using testing::get;
+using ::testing::HasSubstr;
 using testing::message_of;
 using testing::put;
 
 class File : public ::testing::Test {
  protected:
   std::size_t files() const {
-    return static_cast<std::size_t>(std::distance(std::filesystem::directory_iterator(folder.path()), std::filesystem::directory_iterator()));
+    return static_cast<std::size_t>(
+        std::distance(std::filesystem::directory_iterator(folder.path()), std::filesystem::directory_iterator()));
   }
 
   testing::TemporaryFolder folder;

@@ -10,8 +10,8 @@ namespace {
 
 using ::testing::AllOf;
 using ::testing::HasSubstr;
-using ::testing::Not;
 using testing::message_of;
+using ::testing::Not;
 
 std::string parse_problem(std::string_view text) {
   return message_of<std::runtime_error>([&] { parse_json(text, "a.json"); });
@@ -31,12 +31,14 @@ TEST(Json, ReadsWhatIsValid) {
 }
 
 TEST(Json, RefusesWhatIsNotJson) {
-  for (const char* text : {"", " ", "{", "[1,]", "{\"a\": 1} x", "{'a': 1}", "nul", "\"\xff\"", "\"\xc3\"", "\"\xed\xa0\x80\"", "{\"\xff\": 1}", "1e400",
-                           "-1e400", "01", "NaN", "Infinity", "[\"a\nb\"]", "// no\n1", "\"\\ud800\""})
+  for (const char* text : {"", " ", "{", "[1,]", "{\"a\": 1} x", "{'a': 1}", "nul", "\"\xff\"", "\"\xc3\"", "\"\xed\xa0\x80\"",
+                           "{\"\xff\": 1}", "1e400", "-1e400", "01", "NaN", "Infinity", "[\"a\nb\"]", "// no\n1", "\"\\ud800\""})
     EXPECT_THAT(parse_problem(text), AllOf(HasSubstr("a.json"), HasSubstr("byte"), Not(HasSubstr("\n")))) << text;
 }
 
-TEST(Json, NamesTheByte) { EXPECT_THAT(parse_problem("[1, 2, x]"), HasSubstr("at byte 8")); }
+TEST(Json, NamesTheByte) {
+  EXPECT_THAT(parse_problem("[1, 2, x]"), HasSubstr("at byte 8"));
+}
 
 TEST(Json, SaysEndlessRubbishInAFewWords) {
   const std::string problem = parse_problem("\"" + std::string(1 << 20, 'x'));
@@ -95,10 +97,12 @@ TEST_F(JsonFields, TakesTheDefaultForAbsentAndNull) {
 }
 
 TEST_F(JsonFields, RefusesWhatDoesNotFitAndSaysWhy) {
-  EXPECT_THAT(problem([&] { object.integer("layers", 1, 8); }), AllOf(HasSubstr("a.json"), HasSubstr("layers"), HasSubstr("12"), HasSubstr("from 1 to 8")));
+  EXPECT_THAT(problem([&] { object.integer("layers", 1, 8); }),
+              AllOf(HasSubstr("a.json"), HasSubstr("layers"), HasSubstr("12"), HasSubstr("from 1 to 8")));
   for (const char* field : {"big", "bigger", "half", "whole", "yes", "name", "none", "inner", "list"})
     EXPECT_THAT(problem([&] { object.integer(field); }), HasSubstr(field));
-  for (const char* field : {"yes", "name", "none", "inner", "list"}) EXPECT_THAT(problem([&] { object.number(field); }), HasSubstr(field));
+  for (const char* field : {"yes", "name", "none", "inner", "list"})
+    EXPECT_THAT(problem([&] { object.number(field); }), HasSubstr(field));
   for (const char* field : {"layers", "name", "none"}) EXPECT_THAT(problem([&] { object.boolean(field); }), HasSubstr(field));
   for (const char* field : {"layers", "yes", "none"}) EXPECT_THAT(problem([&] { object.string(field); }), HasSubstr(field));
   EXPECT_THAT(problem([&] { object.object("list"); }), AllOf(HasSubstr("list"), HasSubstr("[1]")));

@@ -61,8 +61,7 @@ TEST_P(Parallel, NestedCallsRunOnTheirThread) {
 
 TEST_P(Parallel, ManySmallJobs) {
   std::atomic<std::size_t> sum = 0;
-  for (int job = 0; job < 2000; ++job)
-    parallel_for(8, 1, [&](std::size_t begin, std::size_t end) { sum += end - begin; });
+  for (int job = 0; job < 2000; ++job) parallel_for(8, 1, [&](std::size_t begin, std::size_t end) { sum += end - begin; });
   EXPECT_EQ(sum, 16'000u);
 }
 

@@ -34,7 +34,9 @@ TEST(Random, SeedsAndStreamsAreIndependent) {
 }
 
 // Five standard errors of the mean of kDraws numbers: a sound generator fails once in a million seeds, and the seed is fixed.
-double five_errors(double deviation) { return 5 * deviation / std::sqrt(kDraws); }
+double five_errors(double deviation) {
+  return 5 * deviation / std::sqrt(kDraws);
+}
 
 TEST(Random, UniformHasItsMoments) {
   Random random(1);

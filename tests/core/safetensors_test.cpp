@@ -15,8 +15,8 @@ namespace {
 
 using ::testing::AllOf;
 using ::testing::HasSubstr;
-using ::testing::Not;
 using testing::message_of;
+using ::testing::Not;
 
 std::string with_length(std::uint64_t length, const std::string& rest) {
   std::string bytes(sizeof(length), '\0');
@@ -24,7 +24,9 @@ std::string with_length(std::uint64_t length, const std::string& rest) {
   return bytes + rest;
 }
 
-std::string file_of(const std::string& header, std::size_t data_bytes) { return with_length(header.size(), header + std::string(data_bytes, '\0')); }
+std::string file_of(const std::string& header, std::size_t data_bytes) {
+  return with_length(header.size(), header + std::string(data_bytes, '\0'));
+}
 
 std::string entry(const std::string& dtype, const std::string& shape, const std::string& offsets) {
   return R"({"dtype":")" + dtype + R"(","shape":)" + shape + R"(,"data_offsets":)" + offsets + "}";
@@ -46,7 +48,8 @@ class Safetensors : public ::testing::Test {
 
   std::string header_problem(const std::string& header, std::size_t data_bytes = 0) { return problem(file_of(header, data_bytes)); }
 
-  std::string entry_problem(const std::string& dtype, const std::string& shape, const std::string& offsets, std::size_t data_bytes) {
+  std::string entry_problem(const std::string& dtype, const std::string& shape, const std::string& offsets,
+                            std::size_t data_bytes) {
     return header_problem("{\"weight\":" + entry(dtype, shape, offsets) + "}", data_bytes);
   }
 
@@ -99,15 +102,18 @@ TEST_F(Safetensors, RefusesFilesTooShort) {
 }
 
 TEST_F(Safetensors, RefusesHeaderLengths) {
-  for (const std::uint64_t length : {std::uint64_t{3}, std::uint64_t{100'000'001}, std::uint64_t{1} << 62, (std::uint64_t{1} << 63) - 1, std::uint64_t{1} << 63,
-                                     ~std::uint64_t{0} - 7, ~std::uint64_t{0}})
+  for (const std::uint64_t length :
+       {std::uint64_t{3}, std::uint64_t{100'000'001}, std::uint64_t{1} << 62, (std::uint64_t{1} << 63) - 1, std::uint64_t{1} << 63,
+        ~std::uint64_t{0} - 7, ~std::uint64_t{0}})
     EXPECT_THAT(problem(with_length(length, "{}")), HasSubstr(std::to_string(length)));
   problem(with_length(0, ""));
   problem(with_length(0, "{}"));
 }
 
 TEST_F(Safetensors, RefusesHeadersThatAreNoObjectOfEntries) {
-  for (const char* header : {"[]", "1", "null", "\"x\"", "{", "{}}", "{\"a\":1}", "{\"a\":null}", "{\"a\":[]}", "{\"a\":{}}", "\xff\xff"}) header_problem(header);
+  for (const char* header :
+       {"[]", "1", "null", "\"x\"", "{", "{}}", "{\"a\":1}", "{\"a\":null}", "{\"a\":[]}", "{\"a\":{}}", "\xff\xff"})
+    header_problem(header);
   header_problem(std::string(1'000'000, '['));
   header_problem(R"({"a":{"dtype":"F32","shape":[1]}})", 4);
   header_problem(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"more":1}})", 4);
@@ -133,8 +139,8 @@ TEST_F(Safetensors, RefusesEntriesAndNamesThem) {
       {"F32", "[\"1\"]", "[0,4]", 4},
       {"F32", "[2]", "[0,4]", 4},
       {"F32", "[]", "[0,0]", 0},
-      {"F32", "[4611686018427387904]", "[0,0]", 0},                        // 2^62 · 4 = 2^64
-      {"F32", "[4294967296,4294967296]", "[0,0]", 0},                      // 2^64
+      {"F32", "[4611686018427387904]", "[0,0]", 0},    // 2^62 · 4 = 2^64
+      {"F32", "[4294967296,4294967296]", "[0,0]", 0},  // 2^64
       {"U8", "[4294967296,4294967296,3]", "[0,0]", 0},
       {"U8", "[9223372036854775808]", "[0,0]", 0},
       {"U8", "[18446744073709551615]", "[0,0]", 0},
@@ -150,9 +156,10 @@ TEST_F(Safetensors, RefusesEntriesAndNamesThem) {
       {"F32", "[1]", "[18446744073709551612,0]", 4},
       {"F32", "[1]", "[9223372036854775804,9223372036854775808]", 4},
       {"F32", "[0]", "[9223372036854775807,9223372036854775807]", 0},
-      {"F32", "[1]", "[4,8]", 8},                                          // a hole before
+      {"F32", "[1]", "[4,8]", 8},  // a hole before
   };
-  for (const auto& c : cases) EXPECT_THAT(entry_problem(c.dtype, c.shape, c.offsets, c.data_bytes), HasSubstr("weight")) << c.dtype << c.shape << c.offsets;
+  for (const auto& c : cases)
+    EXPECT_THAT(entry_problem(c.dtype, c.shape, c.offsets, c.data_bytes), HasSubstr("weight")) << c.dtype << c.shape << c.offsets;
 }
 
 TEST_F(Safetensors, RefusesHolesOverlapsAndTrailingBytes) {
@@ -172,11 +179,14 @@ TEST_F(Safetensors, RefusesNamesThatStandTwice) {
   EXPECT_THAT(header_problem(R"({"__metadata__":{"a":"b","a":"c"}})"), HasSubstr("twice"));
 }
 
-TEST_F(Safetensors, NamesWithControlCharactersStayInOneLine) { header_problem(R"({"a\nb\u001b[31m":{}})"); }
+TEST_F(Safetensors, NamesWithControlCharactersStayInOneLine) {
+  header_problem(R"({"a\nb\u001b[31m":{}})");
+}
 
 // Every half there is, against the definition of the format.
 TEST_F(Safetensors, ReadsHalves) {
-  std::string header = "{\"h\":" + entry("F16", "[256,256]", "[0,131072]") + ",\"b\":" + entry("BF16", "[65536]", "[131072,262144]") + "}";
+  std::string header =
+      "{\"h\":" + entry("F16", "[256,256]", "[0,131072]") + ",\"b\":" + entry("BF16", "[65536]", "[131072,262144]") + "}";
   std::string bytes = file_of(header, 262144);
   for (std::uint32_t i = 0; i < 65536; ++i) {
     const auto bits = static_cast<std::uint16_t>(i);

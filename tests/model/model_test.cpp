@@ -1,5 +1,7 @@
 #include "veloxquant/model/model.h"
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -30,6 +32,16 @@ mx::array logits_of(const mx::array& tokens) {
 }
 
 TEST(Model, OpenBlasDoesTheWork) { EXPECT_TRUE(blas_description().starts_with("OpenBLAS")) << blas_description(); }
+
+// Whatever libraries bring, the first cblas_sgemm in the search order, which MLX's library binds to, is the program's own.
+TEST(Model, MatrixProductsOfMlxComeToUs) {
+  void* symbol = ::dlsym(RTLD_DEFAULT, "cblas_sgemm");
+  ASSERT_NE(symbol, nullptr);
+  Dl_info where{}, here{};
+  ASSERT_NE(::dladdr(symbol, &where), 0);
+  ASSERT_NE(::dladdr(reinterpret_cast<void*>(&blas_description), &here), 0);
+  EXPECT_STREQ(where.dli_fname, here.dli_fname);
+}
 
 // The operations that a GPU runs, here on the CPU, are an independent implementation of our kernels.
 TEST(Model, OwnKernelsEqualMlxOperations) {

@@ -45,8 +45,8 @@ Choice best_by_search(const Ladders& units, std::int64_t budget) {
   for (;;) {
     const Choice choice = choice_of(units, options);
     const double tie = best ? 1e-12 * best->distortion : 0;
-    if (choice.cost() <= budget &&
-        (!best || choice.distortion < best->distortion - tie || (choice.distortion <= best->distortion + tie && choice.costs > best->costs)))
+    if (choice.cost() <= budget && (!best || choice.distortion < best->distortion - tie ||
+                                    (choice.distortion <= best->distortion + tie && choice.costs > best->costs)))
       best = choice;
     std::size_t u = 0;
     while (u < units.size() && ++options[u] == static_cast<int>(units[u].size())) options[u++] = 0;
@@ -79,7 +79,8 @@ TEST(Allocate, EqualsSearchOnConvexLadders) {
       const double alpha = random.uniform(), beta = 0.5 + random.uniform();
       for (int bits = 1; bits <= 4; ++bits) options.push_back({bits, alpha * std::exp(-beta * bits)});
     }
-    for (std::int64_t budget = least_cost(units); budget <= 4 * static_cast<std::int64_t>(units.size()) + 2; ++budget) expect_best(units, budget);
+    for (std::int64_t budget = least_cost(units); budget <= 4 * static_cast<std::int64_t>(units.size()) + 2; ++budget)
+      expect_best(units, budget);
   }
 }
 
@@ -90,7 +91,8 @@ TEST(Allocate, EqualsSearchOnAnyLadders) {
     const auto step = static_cast<std::int64_t>(1 + random.below(7));
     for (auto& options : units) {
       options.resize(1 + random.below(5));
-      for (auto& option : options) option = {static_cast<std::int64_t>(random.below(12)) * step + 3, random.normal() * random.normal() + 10};
+      for (auto& option : options)
+        option = {static_cast<std::int64_t>(random.below(12)) * step + 3, random.normal() * random.normal() + 10};
     }
     for (int i = 0; i < 5; ++i) expect_best(units, least_cost(units) + static_cast<std::int64_t>(random.below(40)) * step / 2);
   }
@@ -103,7 +105,8 @@ TEST(Allocate, TiesGoToTheFirstUnits) {
     Ladders units(2 + random.below(4));
     for (auto& options : units)
       for (int bits = 1; bits <= 4; ++bits) options.push_back({bits, 0.1 * static_cast<double>(random.below(4))});
-    for (std::size_t budget = units.size(); budget <= 4 * units.size(); ++budget) expect_best(units, static_cast<std::int64_t>(budget));
+    for (std::size_t budget = units.size(); budget <= 4 * units.size(); ++budget)
+      expect_best(units, static_cast<std::int64_t>(budget));
   }
   const Ladders same(3, {{1, 3.0}, {2, 2.0}, {3, 1.0}});
   EXPECT_EQ(allocate(same, 6), (std::vector<int>{2, 1, 0}));
@@ -124,7 +127,8 @@ TEST(Allocate, EdgesOfTheBudget) {
 TEST(Allocate, RefusesLaddersThatMakeNoSense) {
   const double nan = std::numeric_limits<double>::quiet_NaN(), infinity = std::numeric_limits<double>::infinity();
   const std::vector<AllocationOption> good = {{1, 1.0}};
-  for (const auto& bad : Ladders{{}, {{-1, 1.0}}, {{1, nan}}, {{1, -1.0}}, {{1, infinity}}, {{std::numeric_limits<std::int64_t>::max(), 1.0}}})
+  for (const auto& bad :
+       Ladders{{}, {{-1, 1.0}}, {{1, nan}}, {{1, -1.0}}, {{1, infinity}}, {{std::numeric_limits<std::int64_t>::max(), 1.0}}})
     EXPECT_THAT(message_of<std::invalid_argument>([&] { allocate(Ladders{good, bad}, 10); }), HasSubstr("unit 1"));
   const Ladders huge = {{{0, 1.0}, {1, 0.5}}, {{0, 1.0}, {std::int64_t{1} << 40, 0.0}}};
   EXPECT_THAT(message_of<std::invalid_argument>([&] { allocate(huge, std::int64_t{1} << 39); }), HasSubstr("too large"));
@@ -153,7 +157,8 @@ TEST(Allocate, ManyUnits) {
 LayerMap<DistortionCurve> random_curves(Random& random, int layers) {
   LayerMap<DistortionCurve> curves;
   for (int i = 0; i < layers; ++i)
-    curves[layer_name(i)] = {.layer_name = layer_name(i), .alpha = random.below(5) == 0 ? 0.0 : random.uniform(), .beta = 0.3 + random.uniform()};
+    curves[layer_name(i)] = {
+        .layer_name = layer_name(i), .alpha = random.below(5) == 0 ? 0.0 : random.uniform(), .beta = 0.3 + random.uniform()};
   return curves;
 }
 

@@ -20,13 +20,16 @@ const std::vector<double> kRates = {1.0, 1.5, 2.0, 3.0, 4.0};
 
 // Keys and values lie on exponentials with the same decay, so that their mean does too.
 SensitivityResult exponential(int layer, double mean, double deviation, double keys, double values, double beta) {
-  SensitivityResult result{.layer_name = layer_name(layer), .mean_sensitivity = mean, .std_sensitivity = deviation, .distortions = {}};
+  SensitivityResult result{
+      .layer_name = layer_name(layer), .mean_sensitivity = mean, .std_sensitivity = deviation, .distortions = {}};
   for (const double rate : {1.0, 2.0, 3.0, 4.0})
     result.distortions["turboquant"].push_back({rate, keys * std::exp(-beta * rate), values * std::exp(-beta * rate)});
   return result;
 }
 
-LayerMap<SensitivityResult> one(SensitivityResult result) { return {{result.layer_name, std::move(result)}}; }
+LayerMap<SensitivityResult> one(SensitivityResult result) {
+  return {{result.layer_name, std::move(result)}};
+}
 
 std::string problem(const LayerMap<SensitivityResult>& sensitivities, const std::vector<double>& rates = kRates,
                     const std::string& quantizer = "turboquant") {
@@ -34,7 +37,8 @@ std::string problem(const LayerMap<SensitivityResult>& sensitivities, const std:
 }
 
 TEST(DistortionCurve, RecoversAnExponential) {
-  const auto curves = fit_distortion_curve({{"layer_2", exponential(2, 3.0, 0.5, 1.2, 0.8, 1.4)}, {"layer_10", exponential(10, 0.1, 0.0, 2.0, 4.0, 0.9)}});
+  const auto curves = fit_distortion_curve(
+      {{"layer_2", exponential(2, 3.0, 0.5, 1.2, 0.8, 1.4)}, {"layer_10", exponential(10, 0.1, 0.0, 2.0, 4.0, 0.9)}});
   ASSERT_EQ(curves.size(), 2u);
   const auto& curve = curves.at("layer_2");
   EXPECT_EQ(curve.layer_name, "layer_2");
@@ -67,14 +71,16 @@ TEST(DistortionCurve, RatesBetweenMeasuredOnesAreInterpolatedInLogarithms) {
 // At high rate every further bit divides the distortion of a scalar quantizer by four: β near ln 4; at 1 to 4 bits Lloyd–Max on a
 // Gaussian has 0.3634, 0.1175, 0.03454, 0.009497 (Max 1960).
 TEST(DistortionCurve, WithoutMeasurementsTheGaussianIsTaken) {
-  const SensitivityResult by_hand{.layer_name = "layer_0", .mean_sensitivity = std::sqrt(2), .std_sensitivity = 0, .distortions = {}};
+  const SensitivityResult by_hand{
+      .layer_name = "layer_0", .mean_sensitivity = std::sqrt(2), .std_sensitivity = 0, .distortions = {}};
   const auto curve = fit_distortion_curve(one(by_hand), {1, 2, 3, 4}).at("layer_0");
   const double logs[] = {std::log(0.3634), std::log(0.1175), std::log(0.03454), std::log(0.009497)};
   const double slope = (-1.5 * logs[0] - 0.5 * logs[1] + 0.5 * logs[2] + 1.5 * logs[3]) / 5;
   EXPECT_NEAR(curve.beta, -slope, 0.02);
   EXPECT_NEAR(curve(1), 0.3634, 0.03);
   EXPECT_GT(curve.r_squared, 0.99);
-  for (const char* quantizer : {"kivi", "affine"}) EXPECT_GT(fit_distortion_curve(one(by_hand), kRates, quantizer).at("layer_0").beta, 0) << quantizer;
+  for (const char* quantizer : {"kivi", "affine"})
+    EXPECT_GT(fit_distortion_curve(one(by_hand), kRates, quantizer).at("layer_0").beta, 0) << quantizer;
 }
 
 TEST(DistortionCurve, InsensitiveAndEmptyLayersHaveNoCostButADecay) {
@@ -99,7 +105,8 @@ TEST(DistortionCurve, RefusesWhatItCannotUse) {
   EXPECT_THAT(problem(good, {}), HasSubstr("at least two"));
   EXPECT_THAT(problem(good, {2}), HasSubstr("at least two"));
   EXPECT_THAT(problem(good, {2, 2}), HasSubstr("at least two"));
-  for (const double rate : {0.0, -1.0, kNaN, std::numeric_limits<double>::infinity()}) EXPECT_THAT(problem(good, {1, 2, rate}), HasSubstr("bit_rates")) << rate;
+  for (const double rate : {0.0, -1.0, kNaN, std::numeric_limits<double>::infinity()})
+    EXPECT_THAT(problem(good, {1, 2, rate}), HasSubstr("bit_rates")) << rate;
   EXPECT_THAT(problem(good, kRates, "gguf"), HasSubstr("turboquant"));
   for (const double value : {-1.0, kNaN, std::numeric_limits<double>::infinity(), 1e200}) {
     EXPECT_THAT(problem(one(exponential(3, value, 0, 1, 1, 1))), HasSubstr("layer_3")) << value;

@@ -17,8 +17,8 @@ namespace {
 
 using ::testing::AllOf;
 using ::testing::HasSubstr;
-using ::testing::Not;
 using testing::message_of;
+using ::testing::Not;
 using testing::some_plan;
 
 // The parts of a file, to be changed and put together again with the right checksum.
@@ -57,7 +57,8 @@ class PlanFile : public ::testing::Test {
     if (parts.metadata.contains("checksum")) parts.metadata["checksum"] = parts.checksum();
     write_safetensors(path, parts.tensors, parts.metadata);
     const std::string text = message_of<std::runtime_error>([&] { read_plan(path); });
-    if (!text.empty()) EXPECT_THAT(text, AllOf(HasSubstr("x.plan"), Not(HasSubstr("\n"))));
+    EXPECT_TRUE(text.empty() || text.find("x.plan") != std::string::npos) << text;
+    EXPECT_THAT(text, Not(HasSubstr("\n")));
     return text;
   }
 
@@ -99,19 +100,19 @@ TEST_F(PlanFile, EveryDamagedByteIsSeen) {
   const std::string whole = testing::get(path);
   const auto damaged = folder / "damaged.plan";
   int refused = 0;
-  for (std::size_t i = 0; i < whole.size(); ++i)
-    for (const int change : {0x01, 0x20, 0x80}) {
-      std::string bytes = whole;
-      bytes[i] = static_cast<char>(bytes[i] ^ change);
-      testing::put(damaged, bytes);
-      try {
-        ASSERT_EQ(read_plan(damaged), plan) << "byte " << i;
-      } catch (const std::runtime_error& error) {
-        ASSERT_THAT(error.what(), HasSubstr("damaged.plan"));
-        ++refused;
-      }
+  constexpr int kChanges[] = {0x01, 0x20, 0x80, 0xff};
+  for (std::size_t i = 0; i < whole.size(); ++i) {
+    std::string bytes = whole;
+    bytes[i] = static_cast<char>(bytes[i] ^ kChanges[i % 4]);
+    testing::put(damaged, bytes);
+    try {
+      ASSERT_EQ(read_plan(damaged), plan) << "byte " << i;
+    } catch (const std::runtime_error& error) {
+      ASSERT_THAT(error.what(), HasSubstr("damaged.plan"));
+      ++refused;
     }
-  EXPECT_GT(refused, static_cast<int>(3 * (whole.size() - 70)));
+  }
+  EXPECT_GT(refused, static_cast<int>(whole.size()) - 70);
 }
 
 TEST_F(PlanFile, EveryTruncationIsSeen) {
@@ -134,7 +135,8 @@ TEST_F(PlanFile, RefusesMetadataThatIsNotAPlans) {
   EXPECT_THAT(problem([](Parts& parts) { parts.metadata["format"] = "gguf"; }), HasSubstr("gguf"));
   EXPECT_THAT(problem([](Parts& parts) { parts.metadata["version"] = "2"; }), AllOf(HasSubstr("version"), HasSubstr("got 2")));
   EXPECT_THAT(problem([](Parts& parts) { parts.metadata["more"] = "x"; }), HasSubstr("metadata"));
-  for (const char* field : {"format", "version", "checksum"}) EXPECT_THAT(problem([&](Parts& parts) { parts.metadata.erase(field); }), HasSubstr(field));
+  for (const char* field : {"format", "version", "checksum"})
+    EXPECT_THAT(problem([&](Parts& parts) { parts.metadata.erase(field); }), HasSubstr(field));
 }
 
 TEST_F(PlanFile, RefusesMissingFieldsAndNamesThem) {
@@ -145,7 +147,9 @@ TEST_F(PlanFile, RefusesMissingFieldsAndNamesThem) {
       EXPECT_THAT(problem([&](Parts& changed) { changed.json.at(at).erase(field); }), HasSubstr(field)) << pointer;
     EXPECT_THAT(problem([&](Parts& changed) { changed.json.at(at)["surplus"] = 1; }), HasSubstr("surplus")) << pointer;
   };
-  for (const char* pointer : {"", "/model", "/units/0", "/units/0/numbers", "/units/0/tensors", "/units/3", "/provenance", "/provenance/texts/0"}) each(pointer);
+  for (const char* pointer :
+       {"", "/model", "/units/0", "/units/0/numbers", "/units/0/tensors", "/units/3", "/provenance", "/provenance/texts/0"})
+    each(pointer);
 }
 
 TEST_F(PlanFile, RefusesFieldsThatMakeNoSense) {
@@ -233,7 +237,8 @@ TEST_F(PlanFile, WritesOnlyWhatCanBeRead) {
   };
   EXPECT_TRUE(refused([](Plan& plan) { plan.units.pop_back(); }));
   EXPECT_TRUE(refused([](Plan& plan) { plan.provenance.bits = std::numeric_limits<double>::quiet_NaN(); }));
-  EXPECT_TRUE(refused([](Plan& plan) { plan.units[0].quantizer.tensors.at("codebook").values[0] = std::numeric_limits<float>::infinity(); }));
+  EXPECT_TRUE(refused(
+      [](Plan& plan) { plan.units[0].quantizer.tensors.at("codebook").values[0] = std::numeric_limits<float>::infinity(); }));
   EXPECT_TRUE(refused([](Plan& plan) { plan.units[0].quantizer.tensors.erase("codebook"); }));
   EXPECT_EQ(testing::get(path), before);
 }

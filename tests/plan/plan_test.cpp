@@ -16,8 +16,9 @@ using ::testing::HasSubstr;
 using testing::message_of;
 using testing::some_plan;
 
-// Dimension 4.  Layer 0: vecinfer keys of two 1-bit codes a vector, in one byte; affine values of four 2-bit codes, scale and bias, in 5 bytes.
-// Layer 1: turboquant keys of four 3-bit codes and a norm, in 4 bytes; kivi values of four 1-bit codes, minimum and step, in 5 bytes.
+// Dimension 4.  Layer 0: vecinfer keys of two 1-bit codes a vector, in one byte; affine values of four 2-bit codes, scale and bias,
+// in 5 bytes. Layer 1: turboquant keys of four 3-bit codes and a norm, in 4 bytes; kivi values of four 1-bit codes, minimum and
+// step, in 5 bytes.
 TEST(Plan, CountsEverythingThatIsStored) {
   const Plan plan = some_plan();
   EXPECT_DOUBLE_EQ(effective_bits(plan), (1 + 5 + 4 + 5) * 8 / 4.0 / 4);
@@ -33,7 +34,8 @@ TEST(Plan, NamesWhatDiffersFromTheModel) {
     other.*field = value;
     return message_of<std::runtime_error>([&] { check_identity(plan, other); });
   };
-  EXPECT_THAT(problem(&ModelIdentity::architecture, "qwen3"), AllOf(HasSubstr("architecture"), HasSubstr("llama"), HasSubstr("qwen3")));
+  EXPECT_THAT(problem(&ModelIdentity::architecture, "qwen3"),
+              AllOf(HasSubstr("architecture"), HasSubstr("llama"), HasSubstr("qwen3")));
   EXPECT_THAT(problem(&ModelIdentity::num_layers, 3), HasSubstr("num_layers is 2 in the plan, 3 in the model"));
   EXPECT_THAT(problem(&ModelIdentity::num_kv_heads, 9), HasSubstr("num_kv_heads"));
   EXPECT_THAT(problem(&ModelIdentity::head_dim, 9), HasSubstr("head_dim"));
@@ -58,7 +60,8 @@ TEST(Plan, UnitsCoverTheModelInOrder) {
   EXPECT_THAT(problem([](Plan& plan) { plan.units[3] = plan.units[1]; }), HasSubstr("units[3]"));
   EXPECT_THAT(problem([](Plan& plan) { plan.units[2].quantizer.side = Side::kValues; }), HasSubstr("units[2]"));
   EXPECT_THAT(problem([](Plan& plan) { plan.units[1].quantizer.dim = 8; }), AllOf(HasSubstr("units[1]"), HasSubstr("head_dim 4")));
-  EXPECT_THAT(problem([](Plan& plan) { plan.units[2].quantizer.numbers["bits"] = 99; }), AllOf(HasSubstr("units[2]"), HasSubstr("99")));
+  EXPECT_THAT(problem([](Plan& plan) { plan.units[2].quantizer.numbers["bits"] = 99; }),
+              AllOf(HasSubstr("units[2]"), HasSubstr("99")));
 }
 
 }  // namespace

@@ -18,12 +18,15 @@ LayerMap<SensitivityResult> some_results() {
   for (int i = 0; i < 12; ++i) {
     auto& result = results[layer_name(i)];
     result = {.layer_name = layer_name(i), .mean_sensitivity = 0.1 / (i + 3), .std_sensitivity = 1e-7 * i, .distortions = {}};
-    if (i != 5) result.distortions = {{"turboquant", {{1, 0.36, 0.37}, {1.5, 0.2, 0.3}}}, {"kivi", {{2, 0.1, 1e-17}}}, {"affine", {}}};
+    if (i != 5)
+      result.distortions = {{"turboquant", {{1, 0.36, 0.37}, {1.5, 0.2, 0.3}}}, {"kivi", {{2, 0.1, 1e-17}}}, {"affine", {}}};
   }
   return results;
 }
 
-LayerMap<SensitivityResult> read(const std::string& text) { return sensitivities_from_json(parse_json(text, "probe.json"), "probe.json"); }
+LayerMap<SensitivityResult> read(const std::string& text) {
+  return sensitivities_from_json(parse_json(text, "probe.json"), "probe.json");
+}
 
 TEST(Sensitivity, RoundTripIsExact) {
   const auto results = some_results();
@@ -38,7 +41,9 @@ TEST(Sensitivity, DistortionsMayBeAbsent) {
   EXPECT_TRUE(results.at("layer_0").distortions.empty());
 }
 
-std::string one_layer(const std::string& fields) { return R"({"layer_0": {"layer_name": "layer_0", )" + fields + "}}"; }
+std::string one_layer(const std::string& fields) {
+  return R"({"layer_0": {"layer_name": "layer_0", )" + fields + "}}";
+}
 
 TEST(Sensitivity, RefusesAndNamesTheField) {
   const std::string good = R"("mean_sensitivity": 1, "std_sensitivity": 1)";
@@ -71,7 +76,8 @@ TEST(Sensitivity, RefusesAndNamesTheField) {
       {point(R"([{"rate": 2, "keys": 1, "values": 1, "more": 1}])"), "more"},
   };
   for (const auto& c : cases)
-    EXPECT_THAT(message_of<std::runtime_error>([&] { read(c.text); }), AllOf(HasSubstr("probe.json"), HasSubstr(c.named))) << c.text;
+    EXPECT_THAT(message_of<std::runtime_error>([&] { read(c.text); }), AllOf(HasSubstr("probe.json"), HasSubstr(c.named)))
+        << c.text;
 }
 
 TEST(Sensitivity, RefusesGaps) {

@@ -1,8 +1,8 @@
 // safetensors_tool IN.safetensors OUT.safetensors
 // Reads a file with our reader and writes its tensors, as float32, and metadata with our writer.
-#include <exception>
-
 #include <fmt/format.h>
+
+#include <exception>
 
 #include "veloxquant/core/safetensors.h"
 

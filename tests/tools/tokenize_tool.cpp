@@ -1,5 +1,8 @@
 // tokenize_tool FOLDER [--special]        lines of text, as hexadecimal bytes, to lines of tokens
 // tokenize_tool FOLDER --decode [--keep]  lines of tokens to lines of text, as hexadecimal bytes; --keep: special tokens too
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <exception>
@@ -7,9 +10,6 @@
 #include <sstream>
 #include <string>
 #include <vector>
-
-#include <fmt/format.h>
-#include <fmt/ranges.h>
 
 #include "veloxquant/text/tokenizer.h"
 

@@ -54,7 +54,7 @@ void add_calibrate(CLI::App& program) {
   command.add_option("model", options->model, "Model folder: config.json, *.safetensors, tokenizer.json")->required();
   command.add_option("-o,--output", options->output, "Plan file to write")->required();
   command.add_option("--bits", options->bits, "Effective bits per element on average: everything stored per token counts")
-      ->check(CLI::PositiveNumber)
+      ->check(positive_number())
       ->capture_default_str();
   command.add_option("--context", options->context, "Context at which bits are counted (default: the model's maximum)")->check(CLI::PositiveNumber);
   command.add_option("--method", options->method, "Quantizer")->check(CLI::IsMember({"vecinfer", "turboquant", "kivi", "affine"}))->capture_default_str();

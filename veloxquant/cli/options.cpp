@@ -1,5 +1,7 @@
 #include "veloxquant/cli/options.h"
 
+#include <cmath>
+
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/file.h"
 
@@ -21,6 +23,16 @@ std::vector<std::string> TextOptions::read() const {
   std::vector<std::string> texts;
   for (const auto& file : files) texts.push_back(read_file(file));
   return texts;
+}
+
+CLI::Validator positive_number() {
+  return CLI::Validator(
+      [](std::string& text) {
+        double value = 0;
+        const bool fits = CLI::detail::lexical_cast(text, value) && std::isfinite(value) && value > 0;
+        return fits ? std::string() : fmt::format("expected a number above 0, got {}", text);
+      },
+      "POSITIVE");
 }
 
 void add_json_flag(CLI::App& command, bool& json) { command.add_flag("--json", json, "Print JSON instead of a table"); }

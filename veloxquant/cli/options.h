@@ -36,6 +36,9 @@ struct TextOptions {
   std::vector<std::string> read() const;
 };
 
+/// Accepts finite numbers above 0 (CLI11's own check lets NaN pass).
+CLI::Validator positive_number();
+
 void add_json_flag(CLI::App& command, bool& json);
 
 /// A model and its tokenizer, from one folder; they must fit each other.

@@ -57,7 +57,7 @@ void add_sensitivity(CLI::App& program) {
   command.add_option("--samples", options->num_samples, "Samples that the model reads")->check(CLI::PositiveNumber)->capture_default_str();
   command.add_option("--length", options->length, "Tokens of a sample")->check(CLI::PositiveNumber)->capture_default_str();
   command.add_option("--noise-scale", options->noise_scale, "Noise, relative to the standard deviation of the layer's keys (values)")
-      ->check(CLI::PositiveNumber)
+      ->check(positive_number())
       ->capture_default_str();
   options->text.add_to(command);
   options->run.add_to(command);

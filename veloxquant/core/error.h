@@ -5,13 +5,13 @@
 // The text of both reads "[where] what was wrong", with the offending value and what is accepted, in one line.
 #pragma once
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <utility>
-
-#include <fmt/format.h>
 
 namespace veloxquant {
 

@@ -112,7 +112,9 @@ void write_file_atomically(const std::filesystem::path& path, std::string_view c
   file.commit();
 }
 
-void check_writable(const std::filesystem::path& path) { TemporaryFile file(path); }
+void check_writable(const std::filesystem::path& path) {
+  TemporaryFile file(path);
+}
 
 MappedFile::MappedFile(const std::filesystem::path& path) {
   const OpenedFile file = open_regular(path);

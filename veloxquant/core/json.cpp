@@ -44,7 +44,8 @@ class Checker : public nlohmann::json_sax<json> {
   bool parse_error(std::size_t position, const std::string&, const json::exception& error) override {
     // The parser's words quote the text, which may be endless and, where that is what is wrong, not UTF-8.
     std::string words = std::string(error.what()).substr(0, kShownProblem);
-    std::replace_if(words.begin(), words.end(), [](unsigned char c) { return c >= 0x80; }, '?');
+    std::replace_if(
+        words.begin(), words.end(), [](unsigned char c) { return c >= 0x80; }, '?');
     problem = fmt::format("not valid JSON at byte {}: {}", position, words);
     return false;
   }
@@ -74,7 +75,9 @@ json parse_json(std::string_view text, std::string_view source) {
   return json::parse(text);
 }
 
-json read_json(const std::filesystem::path& path) { return parse_json(read_file(path), path.string()); }
+json read_json(const std::filesystem::path& path) {
+  return parse_json(read_file(path), path.string());
+}
 
 JsonObject::JsonObject(const json& value, std::string where) : json_(value), where_(std::move(where)) {
   if (!value.is_object()) throw_failure("json", "{}: expected an object, got {}", where_, shown(value));
@@ -98,7 +101,8 @@ void JsonObject::refuse(std::string_view field, std::string_view expected) const
 std::int64_t JsonObject::integer(std::string_view field, std::int64_t min, std::int64_t max) const {
   const json& value = at(field);
   const bool fits = value.is_number_integer() &&
-                    (!value.is_number_unsigned() || value.get<std::uint64_t>() <= static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()));
+                    (!value.is_number_unsigned() ||
+                     value.get<std::uint64_t>() <= static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()));
   if (!fits || value.get<std::int64_t>() < min || value.get<std::int64_t>() > max)
     refuse(field, fmt::format("a whole number from {} to {}", min, max));
   return value.get<std::int64_t>();
@@ -124,7 +128,9 @@ bool JsonObject::boolean(std::string_view field) const {
   return at(field).get<bool>();
 }
 
-bool JsonObject::boolean_or(std::string_view field, bool otherwise) const { return has(field) ? boolean(field) : otherwise; }
+bool JsonObject::boolean_or(std::string_view field, bool otherwise) const {
+  return has(field) ? boolean(field) : otherwise;
+}
 
 std::string JsonObject::string(std::string_view field) const {
   if (!at(field).is_string()) refuse(field, "a string");
@@ -135,7 +141,9 @@ std::string JsonObject::string_or(std::string_view field, std::string otherwise)
   return has(field) ? string(field) : std::move(otherwise);
 }
 
-JsonObject JsonObject::object(std::string_view field) const { return {at(field), fmt::format("{}: {}", where_, field)}; }
+JsonObject JsonObject::object(std::string_view field) const {
+  return {at(field), fmt::format("{}: {}", where_, field)};
+}
 
 void JsonObject::expect_only(const std::vector<std::string_view>& known) const {
   for (const auto& [field, value] : json_.items())

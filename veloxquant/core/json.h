@@ -4,17 +4,16 @@
 #include <cstdint>
 #include <filesystem>
 #include <limits>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
-#include <nlohmann/json.hpp>
-
 namespace veloxquant {
 
-/// Parses one JSON value.  Throws std::runtime_error that names `source` and the place: for anything that is not valid JSON in UTF-8,
-/// for objects and arrays nested deeper than 64, and for a key that stands twice in one object.
+/// Parses one JSON value.  Throws std::runtime_error that names `source` and the place: for anything that is not valid JSON in
+/// UTF-8, for objects and arrays nested deeper than 64, and for a key that stands twice in one object.
 nlohmann::json parse_json(std::string_view text, std::string_view source);
 
 /// parse_json of a file.

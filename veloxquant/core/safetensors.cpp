@@ -25,9 +25,9 @@ struct TypeSize {
   std::string_view dtype;
   std::uint64_t bytes;
 };
-constexpr TypeSize kTypes[] = {{"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1}, {"U16", 2}, {"I16", 2},
-                               {"F16", 2},  {"BF16", 2}, {"U32", 4}, {"I32", 4},    {"F32", 4},     {"U64", 8},     {"I64", 8}, {"F64", 8},
-                               {"C64", 8}};
+constexpr TypeSize kTypes[] = {{"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1},
+                               {"U16", 2},  {"I16", 2}, {"F16", 2}, {"BF16", 2},    {"U32", 4},     {"I32", 4},
+                               {"F32", 4},  {"U64", 8}, {"I64", 8}, {"F64", 8},     {"C64", 8}};
 
 struct Range {
   std::uint64_t begin, end;
@@ -47,7 +47,8 @@ std::uint64_t read_shape(const JsonObject& entry, std::vector<std::int64_t>& sha
   if (!list.is_array() || list.size() > kMaxRank) entry.refuse("shape", fmt::format("a list of at most {} sizes", kMaxRank));
   std::uint64_t bytes = type_bytes(entry);
   for (const auto& size : list) {
-    if (!size.is_number_unsigned() || size.get<std::uint64_t>() > (std::uint64_t{1} << 62)) entry.refuse("shape", "sizes from 0 to 2^62");
+    if (!size.is_number_unsigned() || size.get<std::uint64_t>() > (std::uint64_t{1} << 62))
+      entry.refuse("shape", "sizes from 0 to 2^62");
     shape.push_back(size.get<std::int64_t>());
     if (__builtin_mul_overflow(bytes, size.get<std::uint64_t>(), &bytes)) entry.refuse("shape", "a product below 2^64 bytes");
   }
@@ -64,11 +65,13 @@ Range read_offsets(const JsonObject& entry, const std::string& name, std::uint64
 }
 
 void check_cover(std::vector<Range> ranges, std::uint64_t data_bytes, const std::string& file) {
-  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return std::tie(a.begin, a.end) < std::tie(b.begin, b.end); });
+  std::sort(ranges.begin(), ranges.end(),
+            [](const Range& a, const Range& b) { return std::tie(a.begin, a.end) < std::tie(b.begin, b.end); });
   std::uint64_t covered = 0;
   for (const auto& range : ranges) {
     if (range.begin != covered)
-      throw_failure("safetensors", "{}: tensor {} starts at byte {} of the data, expected {}", file, range.name, range.begin, covered);
+      throw_failure("safetensors", "{}: tensor {} starts at byte {} of the data, expected {}", file, range.name, range.begin,
+                    covered);
     covered = range.end;
   }
   if (covered != data_bytes)
@@ -83,8 +86,12 @@ std::map<std::string, std::string> read_metadata(const nlohmann::json& value, co
   return metadata;
 }
 
-float from_half(std::uint16_t bits) { return static_cast<float>(std::bit_cast<_Float16>(bits)); }
-float from_bfloat(std::uint16_t bits) { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
+float from_half(std::uint16_t bits) {
+  return static_cast<float>(std::bit_cast<_Float16>(bits));
+}
+float from_bfloat(std::uint16_t bits) {
+  return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
+}
 
 void check_tensor(const std::string& name, const Tensor& tensor) {
   if (name == kMetadata) throw_invalid("safetensors", "a tensor may not be named {}", kMetadata);
@@ -115,7 +122,8 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : file_(path
   const std::string name = path.string();
   const auto bytes = file_.bytes();
   std::uint64_t header_bytes = 0;
-  if (bytes.size() < kLengthBytes) throw_failure("safetensors", "{}: {} bytes are too few for a safetensors file", name, bytes.size());
+  if (bytes.size() < kLengthBytes)
+    throw_failure("safetensors", "{}: {} bytes are too few for a safetensors file", name, bytes.size());
   std::memcpy(&header_bytes, bytes.data(), kLengthBytes);
   if (header_bytes > kMaxHeaderBytes || header_bytes > bytes.size() - kLengthBytes)
     throw_failure("safetensors", "{}: header of {} bytes, at most {} are possible", name, header_bytes,
@@ -137,7 +145,8 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : file_(path
     const std::uint64_t expected = read_shape(entry, tensor.shape);
     const Range range = read_offsets(entry, key, data.size());
     if (range.end - range.begin != expected)
-      throw_failure("safetensors", "{}: tensor {}: {} bytes for a shape that takes {}", name, key, range.end - range.begin, expected);
+      throw_failure("safetensors", "{}: tensor {}: {} bytes for a shape that takes {}", name, key, range.end - range.begin,
+                    expected);
     tensor.data = data.subspan(range.begin, expected);
     ranges.push_back(range);
     tensors_.emplace(key, std::move(tensor));
@@ -157,7 +166,8 @@ Tensor to_float32(const SafetensorsEntry& entry, std::string_view tensor, std::s
   return result;
 }
 
-std::string serialize_safetensors(const std::map<std::string, Tensor>& tensors, const std::map<std::string, std::string>& metadata) {
+std::string serialize_safetensors(const std::map<std::string, Tensor>& tensors,
+                                  const std::map<std::string, std::string>& metadata) {
   nlohmann::json header = nlohmann::json::object();
   if (!metadata.empty()) header[kMetadata] = metadata;
   std::uint64_t offset = 0;

@@ -16,9 +16,9 @@
 namespace veloxquant {
 
 struct SafetensorsEntry {
-  std::string dtype;                 // "F32", "BF16", …
+  std::string dtype;  // "F32", "BF16", …
   std::vector<std::int64_t> shape;
-  std::span<const std::byte> data;   // row-major, little-endian; not aligned
+  std::span<const std::byte> data;  // row-major, little-endian; not aligned
 };
 
 /// A file mapped into memory and checked throughout: sizes, types, and that the tensors cover the data exactly, without holes or
@@ -36,11 +36,12 @@ class SafetensorsFile {
   std::map<std::string, std::string> metadata_;
 };
 
-/// An F32, F16 or BF16 entry as float32; other types are a std::runtime_error that names `tensor` and `source`.  Values are not checked.
+/// An F32, F16 or BF16 entry as float32; other types are a std::runtime_error that names `tensor` and `source`.  Values are not
+/// checked.
 Tensor to_float32(const SafetensorsEntry& entry, std::string_view tensor, std::string_view source);
 
-/// The bytes of a file with these tensors (F32, in order of name) and metadata: the same for the same content.  The data starts at a
-/// multiple of 64 bytes.  Throws std::invalid_argument for a shape that does not fit its values and for text that is not UTF-8.
+/// The bytes of a file with these tensors (F32, in order of name) and metadata: the same for the same content.  The data starts at
+/// a multiple of 64 bytes.  Throws std::invalid_argument for a shape that does not fit its values and for text that is not UTF-8.
 std::string serialize_safetensors(const std::map<std::string, Tensor>& tensors, const std::map<std::string, std::string>& metadata);
 
 /// Writes that atomically.

@@ -1,12 +1,33 @@
 #include "veloxquant/kernels/nearest_centroid.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
+
+#include "hwy/aligned_allocator.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "veloxquant/kernels/nearest_centroid.cpp"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
+
+// Centroids that are scored together: with three vectors of points twelve accumulators, a point's vectors and a centroid's value
+// fill the sixteen registers of AVX2.
+#ifndef VELOXQUANT_NEAREST_CENTROID_QUAD
+#define VELOXQUANT_NEAREST_CENTROID_QUAD
+namespace veloxquant {
+constexpr std::size_t kQuad = 4;
+
+struct CentroidsView {
+  const float* quads;
+  const float* half_norms;
+  const float* shift;
+  std::size_t count, dim;
+
+  std::size_t num_quads() const { return (count + kQuad - 1) / kQuad; }
+};
+}  // namespace veloxquant
+#endif
 
 HWY_BEFORE_NAMESPACE();
 namespace veloxquant {
@@ -14,89 +35,124 @@ namespace HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Points that share the loads of a vector of centroids.
-constexpr std::size_t kPoints = 4;
-
 using F = hn::ScalableTag<float>;
 using I = hn::RebindToSigned<F>;
 
-// The lane with the smallest score, and of equal ones the lowest index.
-void reduce(hn::Vec<F> best, hn::Vec<I> index, float* score, std::uint16_t* code) {
-  const F d;
-  const I di;
-  HWY_ALIGN float scores[hn::MaxLanes(d)];
-  HWY_ALIGN std::int32_t indices[hn::MaxLanes(d)];
-  hn::Store(best, d, scores);
-  hn::Store(index, di, indices);
-  std::size_t lane = 0;
-  for (std::size_t i = 1; i < hn::Lanes(d); ++i)
-    if (scores[i] < scores[lane] || (scores[i] == scores[lane] && indices[i] < indices[lane])) lane = i;
-  *score = scores[lane];
-  *code = static_cast<std::uint16_t>(indices[lane]);
-}
+// The lowest score of each point, and the first quad of centroids in which it occurs.
+struct Winners {
+  float* scores;
+  std::int32_t* quads;
+};
 
-template <std::size_t kCount>
-void nearest_block(const float* points, std::size_t stride, std::size_t dim, const float* transposed, const float* half_norms,
-                   std::size_t padded, std::uint16_t* codes, std::size_t code_stride, float* scores) {
+// Lanes hold points: x [dim, kVectors · lanes].  One comparison a quad, rather than a centroid, keeps the arithmetic mostly
+// products; which of the four it was is found afterwards, once a point.  kDim = 0: any dim.
+template <std::size_t kVectors, std::size_t kDim>
+void best_quads(const float* HWY_RESTRICT x, const CentroidsView& centroids, const Winners& winners) {
   const F d;
   const I di;
-  const std::size_t lanes = hn::Lanes(d);
-  hn::Vec<F> best0 = hn::Set(d, std::numeric_limits<float>::infinity()), best1 = best0, best2 = best0, best3 = best0;
-  hn::Vec<I> index0 = hn::Zero(di), index1 = index0, index2 = index0, index3 = index0;
-  auto index = hn::Iota(di, 0);
-  const auto step = hn::Set(di, static_cast<std::int32_t>(lanes));
-  const float *p0 = points, *p1 = points + (kCount > 1 ? stride : 0), *p2 = points + (kCount > 2 ? 2 * stride : 0),
-              *p3 = points + (kCount > 3 ? 3 * stride : 0);
-  for (std::size_t c = 0; c < padded; c += lanes) {
-    auto s0 = hn::LoadU(d, half_norms + c), s1 = s0, s2 = s0, s3 = s0;
-    const float* column = transposed + c;
-    for (std::size_t i = 0; i < dim; ++i, column += padded) {
-      const auto centroid = hn::LoadU(d, column);
-      s0 = hn::NegMulAdd(hn::Set(d, p0[i]), centroid, s0);
-      if (kCount > 1) s1 = hn::NegMulAdd(hn::Set(d, p1[i]), centroid, s1);
-      if (kCount > 2) s2 = hn::NegMulAdd(hn::Set(d, p2[i]), centroid, s2);
-      if (kCount > 3) s3 = hn::NegMulAdd(hn::Set(d, p3[i]), centroid, s3);
+  const std::size_t lanes = hn::Lanes(d), dim = kDim != 0 ? kDim : centroids.dim;
+  const float* HWY_RESTRICT centroid = centroids.quads;
+  auto best0 = hn::Set(d, std::numeric_limits<float>::infinity()), best1 = best0, best2 = best0;
+  auto where0 = hn::Zero(di), where1 = where0, where2 = where0;
+  for (std::size_t quad = 0; quad < centroids.num_quads(); ++quad) {
+    const float* half_norms = centroids.half_norms + quad * kQuad;
+    auto a0 = hn::Set(d, half_norms[0]), a1 = a0, a2 = a0, b0 = hn::Set(d, half_norms[1]), b1 = b0, b2 = b0;
+    auto c0 = hn::Set(d, half_norms[2]), c1 = c0, c2 = c0, e0 = hn::Set(d, half_norms[3]), e1 = e0, e2 = e0;
+    for (std::size_t i = 0; i < dim; ++i, centroid += kQuad) {
+      const float* column = x + i * kVectors * lanes;
+      const auto x0 = hn::Load(d, column), x1 = kVectors > 1 ? hn::Load(d, column + lanes) : x0;
+      const auto x2 = kVectors > 2 ? hn::Load(d, column + 2 * lanes) : x0;
+      const auto subtract = [&](float value, hn::Vec<F>& s0, hn::Vec<F>& s1, hn::Vec<F>& s2) {
+        const auto broadcast = hn::Set(d, value);
+        s0 = hn::NegMulAdd(broadcast, x0, s0);
+        if (kVectors > 1) s1 = hn::NegMulAdd(broadcast, x1, s1);
+        if (kVectors > 2) s2 = hn::NegMulAdd(broadcast, x2, s2);
+      };
+      subtract(centroid[0], a0, a1, a2);
+      subtract(centroid[1], b0, b1, b2);
+      subtract(centroid[2], c0, c1, c2);
+      subtract(centroid[3], e0, e1, e2);
     }
-    const auto keep = [&](hn::Vec<F> score, hn::Vec<F>& best, hn::Vec<I>& best_index) {
-      const auto nearer = hn::Lt(score, best);
-      best = hn::Min(score, best);
-      best_index = hn::IfThenElse(hn::RebindMask(di, nearer), index, best_index);
+    const auto index = hn::Set(di, static_cast<std::int32_t>(quad));
+    const auto keep = [&](hn::Vec<F> lowest, hn::Vec<F>& best, hn::Vec<I>& where) {
+      where = hn::IfThenElse(hn::RebindMask(di, hn::Lt(lowest, best)), index, where);
+      best = hn::Min(lowest, best);
     };
-    keep(s0, best0, index0);
-    if (kCount > 1) keep(s1, best1, index1);
-    if (kCount > 2) keep(s2, best2, index2);
-    if (kCount > 3) keep(s3, best3, index3);
-    index = hn::Add(index, step);
+    keep(hn::Min(hn::Min(a0, b0), hn::Min(c0, e0)), best0, where0);
+    if (kVectors > 1) keep(hn::Min(hn::Min(a1, b1), hn::Min(c1, e1)), best1, where1);
+    if (kVectors > 2) keep(hn::Min(hn::Min(a2, b2), hn::Min(c2, e2)), best2, where2);
   }
-  reduce(best0, index0, scores, codes);
-  if (kCount > 1) reduce(best1, index1, scores + 1, codes + code_stride);
-  if (kCount > 2) reduce(best2, index2, scores + 2, codes + 2 * code_stride);
-  if (kCount > 3) reduce(best3, index3, scores + 3, codes + 3 * code_stride);
+  const auto store = [&](std::size_t at, hn::Vec<F> best, hn::Vec<I> where) {
+    hn::Store(best, d, winners.scores + at);
+    hn::Store(where, di, winners.quads + at);
+  };
+  store(0, best0, where0);
+  if (kVectors > 1) store(lanes, best1, where1);
+  if (kVectors > 2) store(2 * lanes, best2, where2);
 }
 
-void nearest_rows(const float* points, std::size_t rows, std::size_t stride, std::size_t dim, const float* transposed,
-                  const float* half_norms, std::size_t padded, std::uint16_t* codes, std::size_t code_stride, float* distances) {
-  float scores[kPoints];
-  for (std::size_t r = 0; r < rows; r += kPoints) {
-    const std::size_t count = std::min(kPoints, rows - r);
-    const float* block = points + r * stride;
-    std::uint16_t* block_codes = codes + r * code_stride;
-    if (count == kPoints) {
-      nearest_block<kPoints>(block, stride, dim, transposed, half_norms, padded, block_codes, code_stride, scores);
-    } else {
-      for (std::size_t i = 0; i < count; ++i)
-        nearest_block<1>(block + i * stride, stride, dim, transposed, half_norms, padded, block_codes + i * code_stride, code_stride, scores + i);
+// Which of the quad's centroids has the score: the same operations in the same order give the same bits.
+std::size_t index_in_quad(const float* x, std::size_t x_stride, const CentroidsView& centroids, std::size_t quad, float score) {
+  const hn::CappedTag<float, kQuad> d;
+  const std::size_t lanes = hn::Lanes(d);
+  for (std::size_t first = 0; first < kQuad; first += lanes) {
+    auto scores = hn::LoadU(d, centroids.half_norms + quad * kQuad + first);
+    const float* centroid = centroids.quads + quad * centroids.dim * kQuad + first;
+    for (std::size_t i = 0; i < centroids.dim; ++i)
+      scores = hn::NegMulAdd(hn::LoadU(d, centroid + i * kQuad), hn::Set(d, x[i * x_stride]), scores);
+    const std::intptr_t found = hn::FindFirstTrue(d, hn::Eq(scores, hn::Set(d, score)));
+    if (found >= 0) return std::min(quad * kQuad + first + static_cast<std::size_t>(found), centroids.count - 1);
+  }
+  return quad * kQuad;  // only for scores that are not numbers
+}
+
+template <std::size_t kVectors>
+void best_quads_of_dim(const float* x, const CentroidsView& centroids, const Winners& winners) {
+  switch (centroids.dim) {
+    case 2:
+      return best_quads<kVectors, 2>(x, centroids, winners);
+    case 4:
+      return best_quads<kVectors, 4>(x, centroids, winners);
+    case 8:
+      return best_quads<kVectors, 8>(x, centroids, winners);
+    default:
+      return best_quads<kVectors, 0>(x, centroids, winners);
+  }
+}
+
+void nearest_rows(const CentroidsView& centroids, const float* points, std::size_t rows, std::size_t stride, std::uint16_t* codes,
+                  std::size_t code_stride, float* distances) {
+  constexpr std::size_t kMaxBlock = 3 * hn::MaxLanes(F());
+  const std::size_t lanes = hn::Lanes(F()), dim = centroids.dim;
+  const auto buffer = hwy::AllocateAligned<float>(dim * kMaxBlock);
+  float* x = buffer.get();
+  HWY_ALIGN float scores[kMaxBlock];
+  HWY_ALIGN std::int32_t quads[kMaxBlock];
+  for (std::size_t begin = 0; begin < rows;) {
+    const std::size_t block = rows - begin > lanes ? 3 * lanes : lanes, count = std::min(block, rows - begin);
+    for (std::size_t r = 0; r < block; ++r) {
+      const float* point = points + (begin + std::min(r, count - 1)) * stride;
+      for (std::size_t i = 0; i < dim; ++i) x[i * block + r] = point[i] - centroids.shift[i];
     }
-    if (!distances) continue;
-    for (std::size_t i = 0; i < count; ++i) {
+    if (block == lanes) {
+      best_quads_of_dim<1>(x, centroids, {scores, quads});
+    } else {
+      best_quads_of_dim<3>(x, centroids, {scores, quads});
+    }
+    for (std::size_t r = 0; r < count; ++r) {
+      const std::size_t code = index_in_quad(x + r, block, centroids, static_cast<std::size_t>(quads[r]), scores[r]);
+      codes[(begin + r) * code_stride] = static_cast<std::uint16_t>(code);
+      if (!distances) continue;
       // From the centroid itself: |x|² + 2·score would cancel where they are close.
+      const float* centroid = centroids.quads + code / kQuad * dim * kQuad + code % kQuad;
       float distance = 0;
-      for (std::size_t j = 0; j < dim; ++j) {
-        const float difference = block[i * stride + j] - transposed[j * padded + block_codes[i * code_stride]];
+      for (std::size_t i = 0; i < dim; ++i) {
+        const float difference = x[i * block + r] - centroid[i * kQuad];
         distance += difference * difference;
       }
-      distances[r + i] = distance;
+      distances[begin + r] = distance;
     }
+    begin += count;
   }
 }
 
@@ -109,26 +165,45 @@ namespace veloxquant {
 
 HWY_EXPORT(nearest_rows);
 
-NearestCentroid::NearestCentroid(std::span<const float> centroids, std::size_t count, std::size_t dim) : dim_(dim) {
-  constexpr std::size_t kWidestVector = 16;  // lanes of the widest target
-  padded_ = (count + kWidestVector - 1) / kWidestVector * kWidestVector;
-  transposed_.resize(dim * padded_);
-  half_norms_.assign(padded_, std::numeric_limits<float>::infinity());
+namespace {
+
+// The centre of the values `stride` apart, rounded to multiples of the smallest power of two that is not below their spread around
+// it: zero for data around zero, and subtracting it from their like is exact.
+float shift_of(const float* values, std::size_t count, std::size_t stride) {
+  float low = values[0], high = values[0];
+  for (std::size_t i = 1; i < count; ++i) {
+    low = std::min(low, values[i * stride]);
+    high = std::max(high, values[i * stride]);
+  }
+  const double centre = (static_cast<double>(low) + high) / 2, spread = std::max(high - centre, std::abs(centre) * 0x1p-22);
+  if (spread == 0) return 0.0f;
+  const double grid = std::exp2(std::ceil(std::log2(spread)));
+  return static_cast<float>(std::nearbyint(centre / grid) * grid);
+}
+
+}  // namespace
+
+NearestCentroid::NearestCentroid(std::span<const float> centroids, std::size_t count, std::size_t dim) : count_(count), dim_(dim) {
+  for (std::size_t i = 0; i < dim; ++i) shift_.push_back(shift_of(centroids.data() + i, count, dim));
+  const std::size_t num_quads = (count + kQuad - 1) / kQuad;
+  quads_.resize(num_quads * dim * kQuad);
+  half_norms_.assign(num_quads * kQuad, std::numeric_limits<float>::infinity());
   for (std::size_t c = 0; c < count; ++c) {
+    float* column = quads_.data() + c / kQuad * dim * kQuad + c % kQuad;
     double norm = 0;
     for (std::size_t i = 0; i < dim; ++i) {
-      const float value = centroids[c * dim + i];
-      transposed_[i * padded_ + c] = value;
+      const float value = centroids[c * dim + i] - shift_[i];
+      column[i * kQuad] = value;
       norm += static_cast<double>(value) * value;
     }
     half_norms_[c] = static_cast<float>(norm / 2);
   }
 }
 
-void NearestCentroid::operator()(const float* points, std::size_t rows, std::size_t stride, std::uint16_t* codes, std::size_t code_stride,
-                                 float* distances) const {
-  HWY_DYNAMIC_DISPATCH(nearest_rows)
-  (points, rows, stride, dim_, transposed_.data(), half_norms_.data(), padded_, codes, code_stride, distances);
+void NearestCentroid::operator()(const float* points, std::size_t rows, std::size_t stride, std::uint16_t* codes,
+                                 std::size_t code_stride, float* distances) const {
+  const CentroidsView centroids{quads_.data(), half_norms_.data(), shift_.data(), count_, dim_};
+  HWY_DYNAMIC_DISPATCH(nearest_rows)(centroids, points, rows, stride, codes, code_stride, distances);
 }
 
 }  // namespace veloxquant

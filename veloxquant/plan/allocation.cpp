@@ -67,8 +67,8 @@ std::vector<int> allocate(std::span<const std::vector<AllocationOption>> units, 
   const std::size_t width = problem.budget + 1;
   if (width > kMaxEntries / (units.size() + 1))
     throw_invalid("allocate", "{} units times a budget of {} steps is too large", units.size(), problem.budget);
-  // best[u][b]: least distortion of units u, u + 1, … with b to spend.  From the last unit to the first, so that walking forward can
-  // settle ties in favour of the first units.
+  // best[u][b]: least distortion of units u, u + 1, … with b to spend.  From the last unit to the first, so that walking forward
+  // can settle ties in favour of the first units.
   std::vector<std::vector<double>> best(units.size() + 1, std::vector<double>(width, 0.0));
   for (std::size_t u = units.size(); u-- > 0;) {
     auto& row = best[u];

@@ -26,8 +26,9 @@ struct DistortionCurve {
 /// interpolated.  A layer without measured distortions, or whose data is all zero, is given the quantizer's on a Gaussian.
 /// RateQuant (arXiv 2605.06675) writes α·β'^(−r); β = ln β'.
 ///
-/// Throws std::invalid_argument for no layers, fewer than two different rates, rates outside what was measured (says the range), an unknown
-/// quantizer, sensitivities that are negative or not finite, and a layer whose distortion does not fall with the rate (names it).
+/// Throws std::invalid_argument for no layers, fewer than two different rates, rates outside what was measured (says the range), an
+/// unknown quantizer, sensitivities that are negative or not finite, and a layer whose distortion does not fall with the rate
+/// (names it).
 LayerMap<DistortionCurve> fit_distortion_curve(const LayerMap<SensitivityResult>& sensitivities,
                                                const std::vector<double>& bit_rates = {1.0, 1.5, 2.0, 3.0, 4.0},
                                                const std::string& quantizer = "turboquant");

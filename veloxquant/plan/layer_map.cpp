@@ -1,14 +1,16 @@
 #include "veloxquant/plan/layer_map.h"
 
-#include <charconv>
-
 #include <fmt/format.h>
+
+#include <charconv>
 
 #include "veloxquant/core/error.h"
 
 namespace veloxquant {
 
-std::string layer_name(int index) { return fmt::format("layer_{}", index); }
+std::string layer_name(int index) {
+  return fmt::format("layer_{}", index);
+}
 
 int layer_index(std::string_view name) {
   constexpr std::string_view kPrefix = "layer_";

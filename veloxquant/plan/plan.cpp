@@ -24,7 +24,8 @@ double bytes_per_token(const Plan& plan) {
 
 void check_identity(const Plan& plan, const ModelIdentity& model) {
   const auto compare = [](const char* field, const auto& in_plan, const auto& in_model) {
-    if (in_plan != in_model) throw_failure("plan", "was made for another model: {} is {} in the plan, {} in the model", field, in_plan, in_model);
+    if (in_plan != in_model)
+      throw_failure("plan", "was made for another model: {} is {} in the plan, {} in the model", field, in_plan, in_model);
   };
   compare("architecture", plan.model.architecture, model.architecture);
   compare("num_layers", plan.model.num_layers, model.num_layers);
@@ -45,10 +46,15 @@ void check_plan(const Plan& plan) {
     const int layer = static_cast<int>(i / 2);
     const Side side = i % 2 == 0 ? Side::kKeys : Side::kValues;
     if (unit.layer != layer || unit.side != side || unit.quantizer.side != side)
-      throw_invalid("plan", "units[{}]: expected {} of layer {}, got {} of layer {}", i, to_string(side), layer, to_string(unit.side), unit.layer);
+      throw_invalid("plan", "units[{}]: expected {} of layer {}, got {} of layer {}", i, to_string(side), layer,
+                    to_string(unit.side), unit.layer);
     if (unit.quantizer.dim != plan.model.head_dim)
       throw_invalid("plan", "units[{}]: dim: expected the head_dim {}, got {}", i, plan.model.head_dim, unit.quantizer.dim);
-    make_quantizer(unit.quantizer);
+    try {
+      make_quantizer(unit.quantizer);
+    } catch (const std::invalid_argument& error) {
+      throw_invalid("plan", "units[{}]: {}", i, error.what());
+    }
   }
 }
 

@@ -30,11 +30,11 @@ struct TextSource {
 
 /// Where a plan came from: enough to make it again.
 struct Provenance {
-  std::string program;             // "veloxquant 0.1.0"
-  std::string method;              // as asked for
-  std::string units;               // "uniform" or "layer"
-  double bits = 0;                 // as asked for
-  std::vector<TextSource> texts;   // none: the model's own text
+  std::string program;            // "veloxquant 0.1.0"
+  std::string method;             // as asked for
+  std::string units;              // "uniform" or "layer"
+  double bits = 0;                // as asked for
+  std::vector<TextSource> texts;  // none: the model's own text
   int num_samples = 0;
   int sequence_length = 0;
   std::uint64_t seed = 0;
@@ -65,8 +65,8 @@ double bytes_per_token(const Plan& plan);
 /// Throws std::runtime_error that names what differs, unless the plan was made for this model.
 void check_identity(const Plan& plan, const ModelIdentity& model);
 
-/// Throws std::invalid_argument that names the unit and the field, unless the units cover each side of every layer once, in order, and every
-/// quantizer can be made and fits the model's head_dim.
+/// Throws std::invalid_argument that names the unit and the field, unless the units cover each side of every layer once, in order,
+/// and every quantizer can be made and fits the model's head_dim.
 void check_plan(const Plan& plan);
 
 }  // namespace veloxquant

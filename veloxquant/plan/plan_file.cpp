@@ -21,16 +21,19 @@ constexpr std::int64_t kMaxSize = 1 << 24;
 constexpr std::int64_t kMaxLayers = 4096;
 constexpr std::int64_t kMaxHeadDim = 1024;
 
-std::string tensor_name(int layer, Side side, const std::string& name) { return fmt::format("layers.{}.{}.{}", layer, to_string(side), name); }
+std::string tensor_name(int layer, Side side, const std::string& name) {
+  return fmt::format("layers.{}.{}.{}", layer, to_string(side), name);
+}
 
 Json model_json(const ModelIdentity& model) {
-  return {{"architecture", model.architecture}, {"num_layers", model.num_layers},     {"num_kv_heads", model.num_kv_heads},
-          {"head_dim", model.head_dim},         {"hidden_size", model.hidden_size},   {"vocab_size", model.vocab_size},
+  return {{"architecture", model.architecture}, {"num_layers", model.num_layers},    {"num_kv_heads", model.num_kv_heads},
+          {"head_dim", model.head_dim},         {"hidden_size", model.hidden_size},  {"vocab_size", model.vocab_size},
           {"config_hash", model.config_hash},   {"weights_hash", model.weights_hash}};
 }
 
 ModelIdentity read_model(const JsonObject& json) {
-  json.expect_only({"architecture", "num_layers", "num_kv_heads", "head_dim", "hidden_size", "vocab_size", "config_hash", "weights_hash"});
+  json.expect_only(
+      {"architecture", "num_layers", "num_kv_heads", "head_dim", "hidden_size", "vocab_size", "config_hash", "weights_hash"});
   const auto size = [&](const char* field, std::int64_t max = kMaxSize) { return static_cast<int>(json.integer(field, 1, max)); };
   return {.architecture = json.string("architecture"),
           .num_layers = size("num_layers", kMaxLayers),
@@ -58,7 +61,9 @@ UnitPlan read_unit(const JsonObject& json, Tensors& tensors) {
   json.expect_only({"layer", "side", "method", "dim", "numbers", "tensors"});
   const std::string side = json.string("side");
   if (side != "keys" && side != "values") json.refuse("side", "\"keys\" or \"values\"");
-  UnitPlan unit{.layer = static_cast<int>(json.integer("layer", 0, kMaxSize)), .side = side == "keys" ? Side::kKeys : Side::kValues, .quantizer = {}};
+  UnitPlan unit{.layer = static_cast<int>(json.integer("layer", 0, kMaxSize)),
+                .side = side == "keys" ? Side::kKeys : Side::kValues,
+                .quantizer = {}};
   unit.quantizer.method = json.string("method");
   unit.quantizer.side = unit.side;
   unit.quantizer.dim = static_cast<int>(json.integer("dim", 1, kMaxSize));
@@ -78,10 +83,14 @@ UnitPlan read_unit(const JsonObject& json, Tensors& tensors) {
 Json provenance_json(const Provenance& provenance) {
   auto texts = Json::array();
   for (const auto& text : provenance.texts) texts.push_back({{"name", text.name}, {"sha256", text.sha256}});
-  return {{"program", provenance.program},   {"method", provenance.method},
-          {"units", provenance.units},       {"bits", provenance.bits},
-          {"texts", std::move(texts)},       {"num_samples", provenance.num_samples},
-          {"sequence_length", provenance.sequence_length}, {"seed", provenance.seed},
+  return {{"program", provenance.program},
+          {"method", provenance.method},
+          {"units", provenance.units},
+          {"bits", provenance.bits},
+          {"texts", std::move(texts)},
+          {"num_samples", provenance.num_samples},
+          {"sequence_length", provenance.sequence_length},
+          {"seed", provenance.seed},
           {"device", provenance.device}};
 }
 
@@ -109,7 +118,11 @@ Provenance read_provenance(const JsonObject& json) {
 Json plan_json(const Plan& plan) {
   auto units = Json::array();
   for (const auto& unit : plan.units) units.push_back(unit_json(unit));
-  Json json = {{"model", model_json(plan.model)}, {"window", 0}, {"sinks", 0}, {"units", std::move(units)}, {"provenance", provenance_json(plan.provenance)}};
+  Json json = {{"model", model_json(plan.model)},
+               {"window", 0},
+               {"sinks", 0},
+               {"units", std::move(units)},
+               {"provenance", provenance_json(plan.provenance)}};
   json["predicted_kl"] = plan.predicted_kl ? Json(*plan.predicted_kl) : Json(nullptr);
   json["effective_bits"] = effective_bits(plan);
   return json;
@@ -149,7 +162,8 @@ Plan parse_plan(const std::string& text, Tensors tensors, const std::string& whe
   json.integer("window", 0, 0);
   json.integer("sinks", 0, 0);
   if (!json.at("units").is_array()) json.refuse("units", "a list");
-  for (const auto& item : json.at("units")) plan.units.push_back(read_unit({item, fmt::format("{}: units[{}]", where, plan.units.size())}, tensors));
+  for (const auto& item : json.at("units"))
+    plan.units.push_back(read_unit({item, fmt::format("{}: units[{}]", where, plan.units.size())}, tensors));
   plan.provenance = read_provenance(json.object("provenance"));
   if (!json.at("predicted_kl").is_null()) plan.predicted_kl = json.number("predicted_kl", 0);
   if (!tensors.empty()) throw_failure("plan", "{}: tensor {} belongs to no unit", where, tensors.begin()->first);
@@ -170,23 +184,28 @@ void write_plan(const Plan& plan, const std::filesystem::path& path) {
   const std::string json = plan_json(plan).dump(-1, ' ', false, Json::error_handler_t::replace);
   const Tensors tensors = all_tensors(plan);
   parse_plan(json, tensors, path.string());  // so that what is written can be read
-  write_safetensors(path, tensors, {{"format", kFormat}, {"version", kVersion}, {"plan", json}, {"checksum", checksum(json, tensors)}});
+  write_safetensors(path, tensors,
+                    {{"format", kFormat}, {"version", kVersion}, {"plan", json}, {"checksum", checksum(json, tensors)}});
 }
 
 Plan read_plan(const std::filesystem::path& path) {
   const std::string where = path.string();
   const SafetensorsFile file(path);
-  if (metadata_field(file, "format", where) != kFormat) throw_failure("plan", "{}: format: expected {}, got {}", where, kFormat, file.metadata().at("format"));
+  if (metadata_field(file, "format", where) != kFormat)
+    throw_failure("plan", "{}: format: expected {}, got {}", where, kFormat, file.metadata().at("format"));
   if (metadata_field(file, "version", where) != kVersion)
     throw_failure("plan", "{}: version: expected {}, got {}", where, kVersion, file.metadata().at("version"));
-  if (file.metadata().size() != 4) throw_failure("plan", "{}: expected the metadata format, version, plan and checksum, got {} fields", where, file.metadata().size());
+  if (file.metadata().size() != 4)
+    throw_failure("plan", "{}: expected the metadata format, version, plan and checksum, got {} fields", where,
+                  file.metadata().size());
   Tensors tensors;
   for (const auto& [name, entry] : file.tensors()) {
     if (entry.dtype != "F32") throw_failure("plan", "{}: tensor {}: expected F32, got {}", where, name, entry.dtype);
     tensors.emplace(name, to_float32(entry, name, where));
   }
   const std::string& json = metadata_field(file, "plan", where);
-  if (metadata_field(file, "checksum", where) != checksum(json, tensors)) throw_failure("plan", "{}: the checksum does not match: the file is damaged", where);
+  if (metadata_field(file, "checksum", where) != checksum(json, tensors))
+    throw_failure("plan", "{}: the checksum does not match: the file is damaged", where);
   return parse_plan(json, std::move(tensors), where);
 }
 

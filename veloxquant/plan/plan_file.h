@@ -2,18 +2,19 @@
 #pragma once
 
 #include <filesystem>
-
 #include <nlohmann/json.hpp>
 
 #include "veloxquant/plan/plan.h"
 
 namespace veloxquant {
 
-/// Writes a safetensors file atomically: same plan, same bytes.  Throws std::runtime_error for a plan that read_plan() would refuse.
+/// Writes a safetensors file atomically: same plan, same bytes.  Throws std::runtime_error for a plan that read_plan() would
+/// refuse.
 void write_plan(const Plan& plan, const std::filesystem::path& path);
 
-/// Reads it strictly.  Throws std::runtime_error that names the file and what is wrong: damage (by the checksum), another version, fields or
-/// tensors that are missing, unknown or of the wrong shape, values that are not finite, units that do not cover the model.
+/// Reads it strictly.  Throws std::runtime_error that names the file and what is wrong: damage (by the checksum), another version,
+/// fields or tensors that are missing, unknown or of the wrong shape, values that are not finite, units that do not cover the
+/// model.
 Plan read_plan(const std::filesystem::path& path);
 
 /// What the file's JSON says, for people and tools: the plan without its tensors, and what follows from it (effective bits, bytes).

@@ -23,7 +23,9 @@ std::vector<DistortionPoint> read_points(const nlohmann::json& list, const std::
   return points;
 }
 
-void check_quantizer(const std::string& name, const std::string& where) try { quantizer_method(name); } catch (const std::invalid_argument& error) {
+void check_quantizer(const std::string& name, const std::string& where) try {
+  quantizer_method(name);
+} catch (const std::invalid_argument& error) {
   throw_failure("json", "{}: {}", where, error.what());
 }
 

@@ -29,19 +29,25 @@ ScaleAndBias choose(std::span<const float> group, int bits) {
   return {edge / zero_code, edge};
 }
 
-std::vector<double> widths(int) { return {1, 2, 3, 4, 5, 6, 7, 8}; }
+std::vector<double> widths(int) {
+  return {1, 2, 3, 4, 5, 6, 7, 8};
+}
 
-double rate(int dim, double width) { return AffineQuantizer(dim, static_cast<int>(width), kGroupSize).rate(); }
+double rate(int dim, double width) {
+  return AffineQuantizer(dim, static_cast<int>(width), kGroupSize).rate();
+}
 
 QuantizerParameters fit(std::span<const float> vectors, int dim, const FitOptions& options) {
   check_vectors("affine", vectors, dim);
   const int bits = whole_bits("affine", widths(dim), options.width);
-  return {.method = "affine", .side = options.side, .dim = dim, .numbers = {{"bits", bits}, {"group_size", kGroupSize}}, .tensors = {}};
+  return {
+      .method = "affine", .side = options.side, .dim = dim, .numbers = {{"bits", bits}, {"group_size", kGroupSize}}, .tensors = {}};
 }
 
 std::unique_ptr<const Quantizer> make(const QuantizerParameters& parameters) {
   expect_parameters(parameters, {"bits", "group_size"}, {});
-  return std::make_unique<AffineQuantizer>(parameters.dim, number_in(parameters, "bits", 1, 8), number_in(parameters, "group_size", 1, 65536));
+  return std::make_unique<AffineQuantizer>(parameters.dim, number_in(parameters, "bits", 1, 8),
+                                           number_in(parameters, "group_size", 1, 65536));
 }
 
 }  // namespace
@@ -84,13 +90,16 @@ void AffineQuantizer::decode(std::span<const std::uint8_t> encoded, std::span<fl
     in += static_cast<std::size_t>(groups()) * kScaleBytes;
     unpack_bits(in, bits_, codes);
     in += packed_bytes(dim, bits_);
-    for (std::size_t i = 0; i < dim; ++i) {
-      const std::uint8_t* group = scales + i / group_size * kScaleBytes;
-      vectors[token * dim + i] = static_cast<float>(codes[i]) * load_half(group) + load_half(group + 2);
+    for (std::size_t begin = 0; begin < dim; begin += group_size, scales += kScaleBytes) {
+      const float scale = load_half(scales), bias = load_half(scales + 2);
+      for (std::size_t i = begin; i < std::min(begin + group_size, dim); ++i)
+        vectors[token * dim + i] = static_cast<float>(codes[i]) * scale + bias;
     }
   }
 }
 
-QuantizerMethod affine_method() { return {"affine", widths, rate, fit, make, /* learns= */ false}; }
+QuantizerMethod affine_method() {
+  return {"affine", widths, rate, fit, make, /* learns= */ false};
+}
 
 }  // namespace veloxquant

@@ -12,8 +12,10 @@ namespace veloxquant {
 namespace {
 
 // Squared error of each channel, summed over all runs in order.
-std::vector<double> channel_errors(const Quantizer& quantizer, std::span<const float> vectors, std::size_t run_values) {
-  const auto dim = static_cast<std::size_t>(quantizer.dim());
+std::vector<double> channel_errors(const Quantizer& quantizer, std::span<const float> vectors, std::size_t run_tokens) {
+  const auto dim = static_cast<std::size_t>(quantizer.dim()), run_values = run_tokens * dim;
+  if (run_values == 0 || vectors.size() % run_values != 0)
+    throw_invalid("distortion", "expected whole runs of {} tokens of {} values, got {} values", run_tokens, dim, vectors.size());
   const std::size_t runs = vectors.size() / run_values;
   std::vector<std::vector<double>> errors(runs, std::vector<double>(dim));
   parallel_for(runs, 1, [&](std::size_t run, std::size_t) {
@@ -37,21 +39,23 @@ double power_of(std::span<const float> vectors) {
   return power;
 }
 
-double total(const std::vector<double>& errors) { return std::accumulate(errors.begin(), errors.end(), 0.0); }
+double total(const std::vector<double>& errors) {
+  return std::accumulate(errors.begin(), errors.end(), 0.0);
+}
 
 }  // namespace
 
 double restored_distortion(const Quantizer& quantizer, std::span<const float> vectors, std::size_t run_tokens) {
   const double power = power_of(vectors);
-  return power == 0 ? 0.0 : total(channel_errors(quantizer, vectors, run_tokens * static_cast<std::size_t>(quantizer.dim()))) / power;
+  return power == 0 ? 0.0 : total(channel_errors(quantizer, vectors, run_tokens)) / power;
 }
 
-double relative_distortion(const QuantizerMethod& method, Side side, std::span<const float> vectors, std::size_t run_tokens, int dim, double rate,
-                           std::uint64_t seed) {
+double relative_distortion(const QuantizerMethod& method, Side side, std::span<const float> vectors, std::size_t run_tokens,
+                           int dim, double rate, std::uint64_t seed) {
   const auto widths = method.widths(dim);
   if (widths.empty() || !(rate >= widths.front() && rate <= widths.back()))
-    throw_invalid("distortion", "{} offers {} to {} bits for vectors of {}, got {}", method.name, widths.empty() ? 0 : widths.front(),
-                  widths.empty() ? 0 : widths.back(), dim, rate);
+    throw_invalid("distortion", "{} offers {} to {} bits for vectors of {}, got {}", method.name,
+                  widths.empty() ? 0 : widths.front(), widths.empty() ? 0 : widths.back(), dim, rate);
   const double power = power_of(vectors);
   if (power == 0) return 0;
 
@@ -60,7 +64,7 @@ double relative_distortion(const QuantizerMethod& method, Side side, std::span<c
   const double share = wide == narrow ? 1.0 : (rate - narrow) / (wide - narrow);
   const auto errors_at = [&](double width) {
     const auto quantizer = method.make(method.fit(vectors, dim, {.side = side, .width = width, .seed = seed}));
-    return channel_errors(*quantizer, vectors, run_tokens * static_cast<std::size_t>(dim));
+    return channel_errors(*quantizer, vectors, run_tokens);
   };
   const auto wide_errors = errors_at(wide);
   if (share == 1.0) return total(wide_errors) / power;

@@ -14,7 +14,9 @@ namespace {
 constexpr std::size_t kGroup = 32;
 constexpr std::size_t kRangeBytes = 4;  // of a minimum and a step
 
-std::vector<double> widths(int) { return {1, 2, 3, 4, 5, 6, 7, 8}; }
+std::vector<double> widths(int) {
+  return {1, 2, 3, 4, 5, 6, 7, 8};
+}
 
 double rate(int dim, double width) {
   const int bits = static_cast<int>(width);
@@ -23,7 +25,11 @@ double rate(int dim, double width) {
 
 QuantizerParameters fit(std::span<const float> vectors, int dim, const FitOptions& options) {
   check_vectors("kivi", vectors, dim);
-  return {.method = "kivi", .side = options.side, .dim = dim, .numbers = {{"bits", whole_bits("kivi", widths(dim), options.width)}}, .tensors = {}};
+  return {.method = "kivi",
+          .side = options.side,
+          .dim = dim,
+          .numbers = {{"bits", whole_bits("kivi", widths(dim), options.width)}},
+          .tensors = {}};
 }
 
 std::unique_ptr<const Quantizer> make(const QuantizerParameters& parameters) {
@@ -43,7 +49,9 @@ struct KiviQuantizer::Groups {
   }
 };
 
-int KiviQuantizer::token_group() const { return side_ == Side::kKeys ? static_cast<int>(kGroup) : 1; }
+int KiviQuantizer::token_group() const {
+  return side_ == Side::kKeys ? static_cast<int>(kGroup) : 1;
+}
 
 KiviQuantizer::Groups KiviQuantizer::groups_of(std::size_t tokens) const {
   const auto dim = static_cast<std::size_t>(dim_);
@@ -66,7 +74,8 @@ void KiviQuantizer::encode(std::span<const float> vectors, std::span<std::uint8_
     const std::size_t count = std::min(run, tokens - first);
     const Groups groups = groups_of(count);
     const auto part = vectors.subspan(first * dim, count * dim);
-    std::vector<float> low(groups.count, std::numeric_limits<float>::max()), high(groups.count, std::numeric_limits<float>::lowest());
+    std::vector<float> low(groups.count, std::numeric_limits<float>::max()),
+        high(groups.count, std::numeric_limits<float>::lowest());
     for (std::size_t i = 0; i < part.size(); ++i) {
       const std::size_t group = groups.of(i / dim, i % dim);
       low[group] = std::min(low[group], part[i]);
@@ -81,7 +90,7 @@ void KiviQuantizer::encode(std::span<const float> vectors, std::span<std::uint8_
     for (std::size_t token = 0; token < count; ++token, out += packed_bytes(dim, bits_)) {
       for (std::size_t i = 0; i < dim; ++i) {
         const std::size_t group = groups.of(token, i);
-        const float code = high[group] > 0 ? std::nearbyint((part[token * dim + i] - low[group]) / high[group]) : 0.0f;
+        const float code = high[group] != 0 ? std::nearbyint((part[token * dim + i] - low[group]) / high[group]) : 0.0f;
         codes[i] = static_cast<std::uint16_t>(std::clamp(code, 0.0f, levels));
       }
       pack_bits(codes, bits_, out);
@@ -96,18 +105,23 @@ void KiviQuantizer::decode(std::span<const std::uint8_t> encoded, std::span<floa
   for (std::size_t first = 0; first < tokens; first += run) {
     const std::size_t count = std::min(run, tokens - first);
     const Groups groups = groups_of(count);
-    const std::uint8_t* ranges = in;
-    in += groups.count * kRangeBytes;
+    std::vector<float> low(groups.count), step(groups.count);
+    for (std::size_t group = 0; group < groups.count; ++group, in += kRangeBytes) {
+      low[group] = load_half(in);
+      step[group] = load_half(in + 2);
+    }
     for (std::size_t token = 0; token < count; ++token, in += packed_bytes(dim, bits_)) {
       unpack_bits(in, bits_, codes);
       for (std::size_t i = 0; i < dim; ++i) {
-        const std::uint8_t* range = ranges + groups.of(token, i) * kRangeBytes;
-        vectors[(first + token) * dim + i] = static_cast<float>(codes[i]) * load_half(range + 2) + load_half(range);
+        const std::size_t group = groups.of(token, i);
+        vectors[(first + token) * dim + i] = static_cast<float>(codes[i]) * step[group] + low[group];
       }
     }
   }
 }
 
-QuantizerMethod kivi_method() { return {"kivi", widths, rate, fit, make, /* learns= */ false}; }
+QuantizerMethod kivi_method() {
+  return {"kivi", widths, rate, fit, make, /* learns= */ false};
+}
 
 }  // namespace veloxquant

@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <numeric>
+#include <set>
 
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/parallel.h"
@@ -12,16 +15,35 @@
 namespace veloxquant {
 namespace {
 
-constexpr std::size_t kBlockRows = 4096;       // rows whose sums are kept apart and added in order
-constexpr std::size_t kSeedRowsPerCentroid = 32;  // of the subsample that seeding looks at
+// Sums of rows are kept apart by blocks, and added in order.
+constexpr std::size_t kMinBlockRows = 4096, kMaxBlocks = 32;
+
+// Rows that seeding looks at.
+constexpr std::size_t kSeedRows = 8192, kSeedRowsPerCentroid = 4;
+
 constexpr double kLeastProgress = 1e-4;
 
 struct Points {
   const float* data;
   std::size_t rows, stride, dim;
+  std::span<const float> weights;
 
   const float* row(std::size_t i) const { return data + i * stride; }
+  float weight(std::size_t i) const { return weights.empty() ? 1.0f : weights[i]; }
 };
+
+void check_weights(const Points& points) {
+  if (points.weights.empty()) return;
+  if (points.weights.size() != points.rows)
+    throw_invalid("kmeans", "weights: expected {}, got {}", points.rows, points.weights.size());
+  bool any = false;
+  for (const float weight : points.weights) {
+    if (!std::isfinite(weight) || weight < 0)
+      throw_invalid("kmeans", "weights: expected finite values of at least 0, got {}", weight);
+    any |= weight > 0;
+  }
+  if (!any) throw_invalid("kmeans", "weights: expected some above 0, got none");
+}
 
 void check(const Points& points, const KMeansOptions& options) {
   if (options.num_centroids < 1 || options.num_centroids > 65536)
@@ -32,51 +54,91 @@ void check(const Points& points, const KMeansOptions& options) {
     throw_invalid("kmeans", "{} points are too few for {} centroids", points.rows, options.num_centroids);
   for (std::size_t i = 0; i < points.rows; ++i)
     for (std::size_t j = 0; j < points.dim; ++j)
-      if (!std::isfinite(points.row(i)[j])) throw_invalid("kmeans", "expected finite points, got {} in row {}", points.row(i)[j], i);
+      if (!std::isfinite(points.row(i)[j]))
+        throw_invalid("kmeans", "expected finite points, got {} in row {}", points.row(i)[j], i);
+  check_weights(points);
 }
 
-float squared_distance(const float* a, const float* b, std::size_t dim) {
-  float sum = 0;
-  for (std::size_t i = 0; i < dim; ++i) sum += (a[i] - b[i]) * (a[i] - b[i]);
-  return sum;
+// One row of each stretch of the data.
+std::vector<std::size_t> seed_rows(const Points& points, std::size_t count, Random& random) {
+  const std::size_t sample = std::min(points.rows, std::max(kSeedRows, kSeedRowsPerCentroid * count));
+  std::vector<std::size_t> rows(sample);
+  for (std::size_t i = 0; i < sample; ++i) {
+    const std::size_t begin = points.rows * i / sample, end = points.rows * (i + 1) / sample;
+    rows[i] = begin + random.below(end - begin);
+  }
+  return rows;
 }
 
-// Indices of distinct points, each drawn with probability in proportion to its squared distance from those drawn before; fewer than asked
-// for if no other points are left in the subsample.
+// An index drawn in proportion to its share; `total`, the sum of shares, is above 0.
+std::size_t draw(const std::vector<double>& shares, double total, Random& random) {
+  double left = random.uniform() * total;
+  std::size_t chosen = 0;
+  for (std::size_t i = 0; i < shares.size() && left >= 0; ++i) {
+    if (shares[i] <= 0) continue;
+    chosen = i;
+    left -= shares[i];
+  }
+  return chosen;
+}
+
+// Squared distances of some rows of points to one of them; channel by channel, which compilers turn into vector code.
+class SquaredDistances {
+ public:
+  SquaredDistances(const Points& points, const std::vector<std::size_t>& rows)
+      : rows_(rows.size()), columns_(rows.size() * points.dim) {
+    for (std::size_t i = 0; i < rows_; ++i)
+      for (std::size_t j = 0; j < points.dim; ++j) columns_[j * rows_ + i] = points.row(rows[i])[j];
+  }
+
+  void operator()(std::size_t to, std::vector<float>& distances) const {
+    distances.assign(rows_, 0.0f);
+    for (auto column = columns_.begin(); column != columns_.end(); column += static_cast<std::ptrdiff_t>(rows_)) {
+      const float centre = column[static_cast<std::ptrdiff_t>(to)];
+      std::transform(distances.begin(), distances.end(), column, distances.begin(),
+                     [centre](float sum, float x) { return sum + (x - centre) * (x - centre); });
+    }
+  }
+
+ private:
+  std::size_t rows_;
+  std::vector<float> columns_;  // [dim, rows]
+};
+
+// Indices of distinct points, each drawn with probability in proportion to its weighted squared distance from those drawn before;
+// fewer than asked for if no other points are left in the subsample.
 std::vector<std::size_t> seed_points(const Points& points, const KMeansOptions& options) {
   Random random(options.seed);
   const auto count = static_cast<std::size_t>(options.num_centroids);
-  const std::size_t sample = std::min(points.rows, kSeedRowsPerCentroid * count);
-  std::vector<std::size_t> rows(sample);
-  for (std::size_t i = 0; i < sample; ++i) {
-    const std::size_t begin = points.rows * i / sample, end = points.rows * (i + 1) / sample;  // one of each stretch
-    rows[i] = begin + random.below(end - begin);
-  }
-  std::vector<float> nearest(sample, std::numeric_limits<float>::max());
-  std::vector<std::size_t> seeds = {rows[random.below(sample)]};
+  const auto rows = seed_rows(points, count, random);
+  const SquaredDistances squared_distances(points, rows);
+  std::vector<float> nearest(rows.size(), std::numeric_limits<float>::max()), distances;
+  std::vector<double> shares(rows.size());
+  for (std::size_t i = 0; i < rows.size(); ++i) shares[i] = points.weight(rows[i]);
+  std::vector<std::size_t> seeds;
   while (seeds.size() < count) {
-    double total = 0;
-    for (std::size_t i = 0; i < sample; ++i) {
-      nearest[i] = std::min(nearest[i], squared_distance(points.row(rows[i]), points.row(seeds.back()), points.dim));
-      total += nearest[i];
-    }
+    const double total = std::accumulate(shares.begin(), shares.end(), 0.0);
     if (total <= 0) break;
-    double left = random.uniform() * total;
-    std::size_t chosen = sample;
-    for (std::size_t i = 0; i < sample && left >= 0; ++i) {
-      if (nearest[i] <= 0) continue;
-      chosen = i;
-      left -= nearest[i];
-    }
+    const std::size_t chosen = draw(shares, total, random);
     seeds.push_back(rows[chosen]);
+    squared_distances(chosen, distances);
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      nearest[i] = std::min(nearest[i], distances[i]);
+      shares[i] = static_cast<double>(points.weight(rows[i])) * nearest[i];
+    }
   }
+  if (seeds.empty()) seeds.push_back(rows.front());  // the subsample has no weight
   return seeds;
 }
 
 class Lloyd {
  public:
   Lloyd(const Points& points, const KMeansOptions& options)
-      : points_(points), count_(static_cast<std::size_t>(options.num_centroids)), codes_(points.rows), distances_(points.rows) {
+      : points_(points),
+        count_(static_cast<std::size_t>(options.num_centroids)),
+        block_rows_(std::max(kMinBlockRows, (points.rows + kMaxBlocks - 1) / kMaxBlocks)),
+        codes_(points.rows),
+        distances_(points.rows) {
     const auto seeds = seed_points(points, options);
     for (std::size_t c = 0; c < count_; ++c) {
       const float* seed = points.row(seeds[std::min(c, seeds.size() - 1)]);
@@ -87,104 +149,110 @@ class Lloyd {
   KMeansResult run(int max_iter) {
     KMeansResult result;
     double before = std::numeric_limits<double>::max();
+    std::size_t fewest_empty = count_ + 1;
     for (result.iterations = 1;; ++result.iterations) {
-      const double error = assign();
-      const bool converged = error >= before * (1 - kLeastProgress) || error == 0;
-      if (move_empty_cells()) {
-        before = std::numeric_limits<double>::max();
-        // Beyond max_iter only to fill cells; each round fills at least one for good or ends here.
-        if (result.iterations < max_iter + static_cast<int>(count_)) continue;
-      }
-      if (converged || result.iterations >= max_iter) {
-        result.mean_squared_error = error / static_cast<double>(points_.rows);
-        break;
-      }
-      before = error;
-      update();
+      assign();
+      const std::size_t empty = empty_cells();
+      const bool filling = empty > 0 && empty < fewest_empty;  // beyond max_iter too, as long as it succeeds
+      if (!filling && (result.iterations >= max_iter || error_ >= before * (1 - kLeastProgress))) break;
+      fewest_empty = std::min(fewest_empty, empty);
+      before = error_;
+      if (result.iterations < max_iter) update();
+      if (empty > 0 && !fill_empty_cells()) break;
     }
-    result.used_centroids = static_cast<int>(count_ - static_cast<std::size_t>(std::count(sizes_.begin(), sizes_.end(), 0u)));
+    result.used_centroids = static_cast<int>(count_ - empty_cells());
+    result.mean_squared_error = error_ / std::accumulate(weights_.begin(), weights_.end(), 0.0);
     for (std::size_t c = 0; c < count_; ++c)
-      if (sizes_[c] == 0) std::copy_n(centroids_.begin() + static_cast<std::ptrdiff_t>(codes_[0] * points_.dim), points_.dim, centroids_.begin() + static_cast<std::ptrdiff_t>(c * points_.dim));
+      if (weights_[c] == 0) std::copy_n(centroid(codes_[0]), points_.dim, centroid(c));
     result.centroids = std::move(centroids_);
     return result;
   }
 
  private:
-  // Finds the nearest centroid of every point, and sums of the points of each cell; returns the total squared error.
-  double assign() {
-    const NearestCentroid nearest(centroids_, count_, points_.dim);
-    const std::size_t blocks = (points_.rows + kBlockRows - 1) / kBlockRows, dim = points_.dim;
-    std::vector<std::vector<double>> sums(blocks);
-    std::vector<std::vector<unsigned>> sizes(blocks);
-    std::vector<double> errors(blocks);
-    parallel_for(points_.rows, kBlockRows, [&](std::size_t begin, std::size_t end) {
-      nearest(points_.row(begin), end - begin, points_.stride, codes_.data() + begin, 1, distances_.data() + begin);
-      auto& sum = sums[begin / kBlockRows];
-      auto& size = sizes[begin / kBlockRows];
-      sum.resize(count_ * dim);
-      size.resize(count_);
-      for (std::size_t i = begin; i < end; ++i) {
-        ++size[codes_[i]];
-        for (std::size_t j = 0; j < dim; ++j) sum[codes_[i] * dim + j] += points_.row(i)[j];
-        errors[begin / kBlockRows] += distances_[i];
-      }
-    });
-    sums_.assign(count_ * dim, 0.0);
-    sizes_.assign(count_, 0u);
+  struct Sums {
+    std::vector<double> values, weights;  // [count, dim], [count]
     double error = 0;
-    for (std::size_t block = 0; block < blocks; ++block) {
-      for (std::size_t i = 0; i < sums_.size(); ++i) sums_[i] += sums[block][i];
-      for (std::size_t c = 0; c < count_; ++c) sizes_[c] += sizes[block][c];
-      error += errors[block];
+  };
+
+  float* centroid(std::size_t c) { return centroids_.data() + c * points_.dim; }
+
+  std::size_t empty_cells() const { return static_cast<std::size_t>(std::count(weights_.begin(), weights_.end(), 0.0)); }
+
+  Sums assign_rows(const NearestCentroid& nearest, std::size_t begin, std::size_t end) {
+    const std::size_t dim = points_.dim;
+    nearest(points_.row(begin), end - begin, points_.stride, codes_.data() + begin, 1, distances_.data() + begin);
+    Sums sums{std::vector<double>(count_ * dim), std::vector<double>(count_)};
+    for (std::size_t i = begin; i < end; ++i) {
+      const double weight = points_.weight(i);
+      double* values = sums.values.data() + codes_[i] * dim;
+      for (std::size_t j = 0; j < dim; ++j) values[j] += weight * points_.row(i)[j];
+      sums.weights[codes_[i]] += weight;
+      sums.error += weight * distances_[i];
     }
-    return error;
+    return sums;
+  }
+
+  // Finds the nearest centroid of every point, and the sums over the points of each cell.
+  void assign() {
+    const NearestCentroid nearest(centroids_, count_, points_.dim);
+    std::vector<Sums> blocks((points_.rows + block_rows_ - 1) / block_rows_);
+    parallel_for(points_.rows, block_rows_,
+                 [&](std::size_t begin, std::size_t end) { blocks[begin / block_rows_] = assign_rows(nearest, begin, end); });
+    sums_.assign(count_ * points_.dim, 0.0);
+    weights_.assign(count_, 0.0);
+    error_ = 0;
+    for (const auto& block : blocks) {
+      std::transform(sums_.begin(), sums_.end(), block.values.begin(), sums_.begin(), std::plus<>());
+      std::transform(weights_.begin(), weights_.end(), block.weights.begin(), weights_.begin(), std::plus<>());
+      error_ += block.error;
+    }
   }
 
   void update() {
     for (std::size_t c = 0; c < count_; ++c)
-      for (std::size_t j = 0; j < points_.dim && sizes_[c] > 0; ++j)
-        centroids_[c * points_.dim + j] = static_cast<float>(sums_[c * points_.dim + j] / sizes_[c]);
+      for (std::size_t j = 0; j < points_.dim && weights_[c] > 0; ++j)
+        centroid(c)[j] = static_cast<float>(sums_[c * points_.dim + j] / weights_[c]);
   }
 
-  // Gives every empty cell one of the points farthest from their centroids, all of them distinct; false if there is nothing to move.
-  bool move_empty_cells() {
-    std::vector<std::size_t> empty;
-    for (std::size_t c = 0; c < count_; ++c)
-      if (sizes_[c] == 0) empty.push_back(c);
-    if (empty.empty()) return false;
+  // Gives every empty cell one of the points with most error, all of them distinct; false if there is nothing to move.
+  bool fill_empty_cells() {
     std::vector<std::size_t> far;
     for (std::size_t i = 0; i < points_.rows; ++i)
-      if (distances_[i] > 0) far.push_back(i);
-    std::stable_sort(far.begin(), far.end(), [&](std::size_t a, std::size_t b) { return distances_[a] > distances_[b]; });
-    std::vector<const float*> taken;
-    const auto equal = [&](const float* a, const float* b) { return std::equal(a, a + points_.dim, b); };
-    for (const std::size_t i : far) {
-      if (taken.size() == empty.size()) break;
-      if (std::any_of(taken.begin(), taken.end(), [&](const float* other) { return equal(points_.row(i), other); })) continue;
-      std::copy_n(points_.row(i), points_.dim, centroids_.begin() + static_cast<std::ptrdiff_t>(empty[taken.size()] * points_.dim));
-      taken.push_back(points_.row(i));
+      if (points_.weight(i) * distances_[i] > 0) far.push_back(i);
+    const auto error = [&](std::size_t i) { return points_.weight(i) * distances_[i]; };
+    std::stable_sort(far.begin(), far.end(), [&](std::size_t a, std::size_t b) { return error(a) > error(b); });
+    std::set<std::vector<float>> taken;
+    auto next = far.begin();
+    for (std::size_t c = 0; c < count_; ++c) {
+      if (weights_[c] > 0) continue;
+      while (next != far.end() && !taken.emplace(points_.row(*next), points_.row(*next) + points_.dim).second) ++next;
+      if (next == far.end()) break;
+      std::copy_n(points_.row(*next), points_.dim, centroid(c));
     }
     return !taken.empty();
   }
 
   Points points_;
-  std::size_t count_;
+  std::size_t count_, block_rows_;
   std::vector<float> centroids_;
   std::vector<std::uint16_t> codes_;
   std::vector<float> distances_;
-  std::vector<double> sums_;
-  std::vector<unsigned> sizes_;
+  std::vector<double> sums_, weights_;  // of the points of each cell
+  double error_ = 0;
 };
 
 }  // namespace
 
-KMeansResult kmeans(const float* data, std::size_t rows, std::size_t stride, std::size_t dim, const KMeansOptions& options) {
-  const Points points{data, rows, stride, dim};
+KMeansResult kmeans(const float* data, std::size_t rows, std::size_t stride, std::size_t dim, const KMeansOptions& options,
+                    std::span<const float> weights) {
+  const Points points{data, rows, stride, dim, weights};
   check(points, options);
   return Lloyd(points, options).run(options.max_iter);
 }
 
 Tensor train_product_codebook(std::span<const float> vectors, int dim, int num_subspaces, const KMeansOptions& options) {
+  if (dim < 1 || vectors.size() % static_cast<std::size_t>(dim) != 0)
+    throw_invalid("codebook", "expected rows of {} values, got {} values", dim, vectors.size());
   if (num_subspaces < 1 || dim % num_subspaces != 0)
     throw_invalid("codebook", "num_subspaces: expected a divisor of the dimension {}, got {}", dim, num_subspaces);
   const int subspace_dim = dim / num_subspaces;
@@ -197,7 +265,8 @@ Tensor train_product_codebook(std::span<const float> vectors, int dim, int num_s
     own.seed = Random(options.seed, begin).next();
     const auto result = kmeans(vectors.data() + begin * static_cast<std::size_t>(subspace_dim), rows, static_cast<std::size_t>(dim),
                                static_cast<std::size_t>(subspace_dim), own);
-    std::copy(result.centroids.begin(), result.centroids.end(), codebook.values.begin() + static_cast<std::ptrdiff_t>(begin * size));
+    std::copy(result.centroids.begin(), result.centroids.end(),
+              codebook.values.begin() + static_cast<std::ptrdiff_t>(begin * size));
   });
   return codebook;
 }

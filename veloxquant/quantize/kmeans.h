@@ -18,16 +18,19 @@ struct KMeansOptions {
 
 struct KMeansResult {
   std::vector<float> centroids;  // [num_centroids, dim]
-  int used_centroids = 0;        // cells that hold points; fewer than num_centroids only if there are fewer distinct points.  Unused
-                                 // centroids repeat the first
+  int used_centroids = 0;  // cells that hold points; fewer than num_centroids only if there are fewer distinct points (distinct:
+                           // that float32 distances can tell apart).  Unused centroids repeat a used one
   int iterations = 0;
-  double mean_squared_error = 0;  // of a point, summed over its dimensions
+  double mean_squared_error = 0;  // of a point, summed over its dimensions; weighted where there are weights
 };
 
 /// Lloyd's algorithm from k-means++ seeds (Arthur and Vassilvitskii 2007, on a subsample), for points: `rows` rows of `dim` floats,
-/// `stride` apart.  A cell that runs empty is moved to the point farthest from its centroid.  The same result on any number of threads.
-/// Throws std::invalid_argument for fewer points than centroids, values that are not finite, and counts below 1.
-KMeansResult kmeans(const float* points, std::size_t rows, std::size_t stride, std::size_t dim, const KMeansOptions& options);
+/// `stride` apart.  A cell that runs empty is moved to the point that has most error.  The same result on any number of threads.
+/// weights [rows] or none: what a point counts, ≥ 0.
+/// Throws std::invalid_argument for fewer points than centroids, values that are not finite, weights that are negative or all zero,
+/// and counts below 1.
+KMeansResult kmeans(const float* points, std::size_t rows, std::size_t stride, std::size_t dim, const KMeansOptions& options,
+                    std::span<const float> weights = {});
 
 /// One codebook per sub-space: vectors [rows, dim] in num_subspaces pieces of dim / num_subspaces neighbouring channels →
 /// [num_subspaces, num_centroids, dim / num_subspaces].  Sub-spaces are trained in parallel.

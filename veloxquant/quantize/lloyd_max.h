@@ -5,8 +5,8 @@
 
 namespace veloxquant {
 
-/// Levels, ascending and symmetric, and the boundaries half-way between neighbours, of the quantizer of least mean squared error for the
-/// standard normal distribution (Lloyd 1982, Max 1960), by its fixed point in closed form.
+/// Levels, ascending and symmetric, and the boundaries half-way between neighbours, of the quantizer of least mean squared error
+/// for the standard normal distribution (Lloyd 1982, Max 1960): the fixed point of its closed form, by Newton's method.
 struct LloydMax {
   std::vector<float> levels;      // [2^bits]
   std::vector<float> boundaries;  // [2^bits − 1]

@@ -11,7 +11,8 @@ namespace veloxquant {
 namespace {
 
 template <class Map>
-void expect_keys(const QuantizerParameters& parameters, const Map& map, std::initializer_list<std::string_view> names, const char* kind) {
+void expect_keys(const QuantizerParameters& parameters, const Map& map, std::initializer_list<std::string_view> names,
+                 const char* kind) {
   for (const auto name : names)
     if (!map.contains(std::string(name))) throw_invalid(parameters.method, "no {} {}", kind, name);
   for (const auto& [name, value] : map)
@@ -22,7 +23,8 @@ void expect_keys(const QuantizerParameters& parameters, const Map& map, std::ini
 
 void expect_parameters(const QuantizerParameters& parameters, std::initializer_list<std::string_view> numbers,
                        std::initializer_list<std::string_view> tensors) {
-  if (parameters.dim < 1 || parameters.dim > 65536) throw_invalid(parameters.method, "dim: expected 1 to 65536, got {}", parameters.dim);
+  if (parameters.dim < 1 || parameters.dim > 65536)
+    throw_invalid(parameters.method, "dim: expected 1 to 65536, got {}", parameters.dim);
   expect_keys(parameters, parameters.numbers, numbers, "number");
   expect_keys(parameters, parameters.tensors, tensors, "tensor");
 }
@@ -36,7 +38,12 @@ int number_in(const QuantizerParameters& parameters, std::string_view name, std:
 const Tensor& tensor_of(const QuantizerParameters& parameters, std::string_view name, const std::vector<std::int64_t>& shape) {
   const Tensor& tensor = parameters.tensors.at(std::string(name));
   if (tensor.shape != shape)
-    throw_invalid(parameters.method, "{}: expected shape [{}], got [{}]", name, fmt::join(shape, ", "), fmt::join(tensor.shape, ", "));
+    throw_invalid(parameters.method, "{}: expected shape [{}], got [{}]", name, fmt::join(shape, ", "),
+                  fmt::join(tensor.shape, ", "));
+  std::size_t size = 1;
+  for (const auto axis : shape) size *= static_cast<std::size_t>(axis);
+  if (tensor.values.size() != size)
+    throw_invalid(parameters.method, "{}: expected {} values, got {}", name, size, tensor.values.size());
   for (const float value : tensor.values)
     if (!std::isfinite(value)) throw_invalid(parameters.method, "{}: expected finite values, got {}", name, value);
   return tensor;

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
+#include "veloxquant/core/error.h"
 #include "veloxquant/core/random.h"
 #include "veloxquant/kernels/bit_packing.h"
 #include "veloxquant/kernels/gemm.h"
@@ -15,9 +17,20 @@ namespace {
 
 constexpr std::size_t kNormBytes = 2;
 
-std::vector<double> widths(int dim) { return dim < 2 ? std::vector<double>{} : std::vector<double>{1, 2, 3, 4, 5, 6, 7, 8}; }
+// Beyond this, making a random matrix orthogonal takes seconds.
+constexpr int kMaxMatrixDim = 1024;
 
-double rate(int dim, double width) { return TurboQuantizer(dim, static_cast<int>(width), 0).rate(); }
+bool offers(int dim) {
+  return dim >= 2 && (dim <= kMaxMatrixDim || is_power_of_two(static_cast<std::size_t>(dim)));
+}
+
+std::vector<double> widths(int dim) {
+  return offers(dim) ? std::vector<double>{1, 2, 3, 4, 5, 6, 7, 8} : std::vector<double>{};
+}
+
+double rate(int dim, double width) {
+  return TurboQuantizer(dim, static_cast<int>(width), 0).rate();
+}
 
 QuantizerParameters fit(std::span<const float> vectors, int dim, const FitOptions& options) {
   check_vectors("turboquant", vectors, dim);
@@ -29,7 +42,8 @@ QuantizerParameters fit(std::span<const float> vectors, int dim, const FitOption
 
 std::unique_ptr<const Quantizer> make(const QuantizerParameters& parameters) {
   expect_parameters(parameters, {"bits", "seed"}, {});
-  if (parameters.dim < 2) return number_in({.method = "turboquant", .numbers = {{"dim", parameters.dim}}, .tensors = {}}, "dim", 2, 65536), nullptr;
+  if (!offers(parameters.dim))
+    throw_invalid("turboquant", "dim: expected a power of two or 2 to {}, got {}", kMaxMatrixDim, parameters.dim);
   const int bits = number_in(parameters, "bits", 1, 8);
   return std::make_unique<TurboQuantizer>(parameters.dim, bits, static_cast<std::uint64_t>(parameters.numbers.at("seed")));
 }
@@ -91,7 +105,8 @@ void TurboQuantizer::rotate_back(std::span<float> rows) const {
     return;
   }
   const std::vector<float> rotated(rows.begin(), rows.end());
-  gemm(false, false, static_cast<int>(count), dim_, dim_, 1.0f, rotated.data(), dim_, matrix_.data(), dim_, 0.0f, rows.data(), dim_);
+  gemm(false, false, static_cast<int>(count), dim_, dim_, 1.0f, rotated.data(), dim_, matrix_.data(), dim_, 0.0f, rows.data(),
+       dim_);
 }
 
 std::vector<float> TurboQuantizer::rotation_matrix() const {
@@ -105,23 +120,27 @@ std::vector<float> TurboQuantizer::rotation_matrix() const {
 void TurboQuantizer::encode(std::span<const float> vectors, std::span<std::uint8_t> encoded) const {
   const auto dim = static_cast<std::size_t>(dim_), tokens = vectors.size() / dim;
   const auto& boundaries = lloyd_max(bits_).boundaries;
-  std::vector<float> rotated(vectors.begin(), vectors.end());
+  // Scaled before it is rotated: sums of very large values would overflow.
+  std::vector<float> rotated(vectors.size());
+  std::uint8_t* out = encoded.data();
+  for (std::size_t token = 0; token < tokens; ++token, out += encoded_bytes(1)) {
+    const auto row = vectors.subspan(token * dim, dim);
+    double squares = 0;
+    for (const float value : row) squares += static_cast<double>(value) * value;
+    const double norm = std::sqrt(squares), to_unit = norm > 0 ? std::sqrt(static_cast<double>(dim)) / norm : 0.0;
+    store_half(static_cast<float>(std::min<double>(norm, std::numeric_limits<float>::max())), out);
+    for (std::size_t i = 0; i < dim; ++i) rotated[token * dim + i] = static_cast<float>(row[i] * to_unit);
+  }
   rotate(rotated);
   std::vector<std::uint16_t> codes(dim);
-  std::uint8_t* out = encoded.data();
-  for (std::size_t token = 0; token < tokens; ++token) {
+  out = encoded.data() + kNormBytes;
+  for (std::size_t token = 0; token < tokens; ++token, out += encoded_bytes(1)) {
     const float* row = rotated.data() + token * dim;
-    double squares = 0;
-    for (std::size_t i = 0; i < dim; ++i) squares += static_cast<double>(row[i]) * row[i];
-    const double norm = std::sqrt(squares);
-    store_half(static_cast<float>(norm), out);
-    const float to_unit = norm > 0 ? static_cast<float>(std::sqrt(static_cast<double>(dim)) / norm) : 0.0f;
     std::fill(codes.begin(), codes.end(), std::uint16_t{0});
     // Counting the boundaries below is a handful of comparisons that the compiler turns into vector code.
     for (const float boundary : boundaries)
-      for (std::size_t i = 0; i < dim; ++i) codes[i] = static_cast<std::uint16_t>(codes[i] + (row[i] * to_unit > boundary));
-    pack_bits(codes, bits_, out + kNormBytes);
-    out += encoded_bytes(1);
+      for (std::size_t i = 0; i < dim; ++i) codes[i] = static_cast<std::uint16_t>(codes[i] + (row[i] > boundary));
+    pack_bits(codes, bits_, out);
   }
 }
 
@@ -138,6 +157,8 @@ void TurboQuantizer::decode(std::span<const std::uint8_t> encoded, std::span<flo
   rotate_back(vectors);
 }
 
-QuantizerMethod turboquant_method() { return {"turboquant", widths, rate, fit, make, /* learns= */ false}; }
+QuantizerMethod turboquant_method() {
+  return {"turboquant", widths, rate, fit, make, /* learns= */ false};
+}
 
 }  // namespace veloxquant

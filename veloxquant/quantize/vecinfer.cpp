@@ -7,6 +7,7 @@
 #include <fmt/ranges.h>
 
 #include "veloxquant/core/error.h"
+#include "veloxquant/core/parallel.h"
 #include "veloxquant/core/random.h"
 #include "veloxquant/kernels/bit_packing.h"
 #include "veloxquant/kernels/hadamard.h"
@@ -30,7 +31,9 @@ std::vector<double> widths(int dim) {
   return result;
 }
 
-double rate(int, double width) { return width; }
+double rate(int, double width) {
+  return width;
+}
 
 int subspaces_of(int dim, double width) {
   const auto offered = widths(dim);
@@ -40,6 +43,9 @@ int subspaces_of(int dim, double width) {
                   dim * width / kCodeBits, dim, fmt::join(offered, ", "));
   return static_cast<int>(dim * width / kCodeBits);
 }
+
+// Vectors that are encoded together: their sub-spaces are found in the cache.
+constexpr std::size_t kBlockRows = 384;
 
 // At most kTrainingRows rows, one drawn from each stretch of the data.
 std::vector<float> training_rows(std::span<const float> vectors, int dim, std::uint64_t seed) {
@@ -61,7 +67,8 @@ QuantizerParameters fit(std::span<const float> vectors, int dim, const FitOption
   std::vector<float> factors = options.side == Side::kKeys ? smooth_factors(vectors, dim) : std::vector<float>{};
   std::vector<float> rows = training_rows(vectors, dim, options.seed);
   if (!factors.empty()) transform_keys(rows, factors);
-  Tensor codebook = train_product_codebook(rows, dim, subspaces, {.num_centroids = kNumCentroids, .max_iter = options.max_iter, .seed = options.seed});
+  Tensor codebook = train_product_codebook(rows, dim, subspaces,
+                                           {.num_centroids = kNumCentroids, .max_iter = options.max_iter, .seed = options.seed});
   return vecinfer_parameters(options.side, dim, std::move(factors), std::move(codebook));
 }
 
@@ -72,15 +79,19 @@ std::unique_ptr<const Quantizer> make(const QuantizerParameters& parameters) {
   } else {
     expect_parameters(parameters, {"num_subspaces", "num_centroids"}, {"codebook"});
   }
-  const int dim = parameters.dim, subspaces = number_in(parameters, "num_subspaces", 1, dim), centroids = number_in(parameters, "num_centroids", 2, 4096);
+  const int dim = parameters.dim, subspaces = number_in(parameters, "num_subspaces", 1, dim),
+            centroids = number_in(parameters, "num_centroids", 2, 4096);
   if (dim % subspaces != 0) throw_invalid("vecinfer", "num_subspaces: expected a divisor of {}, got {}", dim, subspaces);
-  if (!is_power_of_two(static_cast<std::size_t>(centroids))) throw_invalid("vecinfer", "num_centroids: expected a power of two, got {}", centroids);
-  if (keys && !is_power_of_two(static_cast<std::size_t>(dim))) throw_invalid("vecinfer", "dim: expected a power of two, got {}", dim);
+  if (!is_power_of_two(static_cast<std::size_t>(centroids)))
+    throw_invalid("vecinfer", "num_centroids: expected a power of two, got {}", centroids);
+  if (keys && !is_power_of_two(static_cast<std::size_t>(dim)))
+    throw_invalid("vecinfer", "dim: expected a power of two, got {}", dim);
   std::vector<float> factors;
   if (keys) factors = tensor_of(parameters, "smooth_factors", {dim}).values;
   for (const float factor : factors)
     if (factor <= 0) throw_invalid("vecinfer", "smooth_factors: expected positive values, got {}", factor);
-  return std::make_unique<VecInferQuantizer>(std::move(factors), tensor_of(parameters, "codebook", {subspaces, centroids, dim / subspaces}));
+  return std::make_unique<VecInferQuantizer>(std::move(factors),
+                                             tensor_of(parameters, "codebook", {subspaces, centroids, dim / subspaces}));
 }
 
 template <class Scale>
@@ -119,7 +130,8 @@ ProductCodebook::ProductCodebook(Tensor codebook) : codebook_(std::move(codebook
   const auto& shape = codebook_.shape;
   const bool fits = shape.size() == 3 && shape[0] > 0 && shape[1] > 0 && shape[1] <= 65536 && shape[2] > 0 &&
                     codebook_.values.size() == static_cast<std::size_t>(shape[0] * shape[1] * shape[2]);
-  if (!fits) throw_invalid("codebook", "expected a shape [num_subspaces, num_centroids, subspace_dim], got [{}]", fmt::join(shape, ", "));
+  if (!fits)
+    throw_invalid("codebook", "expected a shape [num_subspaces, num_centroids, subspace_dim], got [{}]", fmt::join(shape, ", "));
   check_vectors("codebook", codebook_.values, 1);
   num_subspaces_ = static_cast<int>(shape[0]);
   num_centroids_ = static_cast<int>(shape[1]);
@@ -132,8 +144,11 @@ ProductCodebook::ProductCodebook(Tensor codebook) : codebook_(std::move(codebook
 
 void ProductCodebook::encode(std::span<const float> vectors, std::span<std::uint16_t> codes) const {
   const auto stride = static_cast<std::size_t>(dim()), rows = vectors.size() / stride;
-  for (std::size_t s = 0; s < nearest_.size(); ++s)
-    nearest_[s](vectors.data() + s * static_cast<std::size_t>(subspace_dim_), rows, stride, codes.data() + s, nearest_.size(), nullptr);
+  parallel_for(rows, kBlockRows, [&](std::size_t begin, std::size_t end) {
+    for (std::size_t s = 0; s < nearest_.size(); ++s)
+      nearest_[s](vectors.data() + begin * stride + s * static_cast<std::size_t>(subspace_dim_), end - begin, stride,
+                  codes.data() + begin * nearest_.size() + s, nearest_.size(), nullptr);
+  });
 }
 
 void ProductCodebook::decode(std::span<const std::uint16_t> codes, std::span<float> vectors) const {
@@ -147,15 +162,17 @@ void ProductCodebook::decode(std::span<const std::uint16_t> codes, std::span<flo
 
 void ProductCodebook::query_tables(std::span<const float> queries, std::span<float> tables) const {
   const auto width = static_cast<std::size_t>(subspace_dim_), centroids = static_cast<std::size_t>(num_centroids_);
-  for (std::size_t i = 0; i < queries.size() / width; ++i) {
-    const float* query = queries.data() + i * width;
-    const float* centroid = codebook_.values.data() + i % nearest_.size() * centroids * width;
-    for (std::size_t c = 0; c < centroids; ++c, centroid += width) {
-      float sum = 0;
-      for (std::size_t j = 0; j < width; ++j) sum += query[j] * centroid[j];
-      tables[i * centroids + c] = sum;
+  parallel_for(queries.size() / width, nearest_.size(), [&](std::size_t begin, std::size_t end) {
+    for (std::size_t i = begin; i < end; ++i) {
+      const float* query = queries.data() + i * width;
+      const float* centroid = codebook_.values.data() + i % nearest_.size() * centroids * width;
+      for (std::size_t c = 0; c < centroids; ++c, centroid += width) {
+        float sum = 0;
+        for (std::size_t j = 0; j < width; ++j) sum += query[j] * centroid[j];
+        tables[i * centroids + c] = sum;
+      }
     }
-  }
+  });
 }
 
 VecInferQuantizer::VecInferQuantizer(std::vector<float> factors, Tensor codebook)
@@ -194,6 +211,8 @@ QuantizerParameters vecinfer_parameters(Side side, int dim, std::vector<float> f
   return parameters;
 }
 
-QuantizerMethod vecinfer_method() { return {"vecinfer", widths, rate, fit, make, /* learns= */ true}; }
+QuantizerMethod vecinfer_method() {
+  return {"vecinfer", widths, rate, fit, make, /* learns= */ true};
+}
 
 }  // namespace veloxquant

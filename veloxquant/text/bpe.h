@@ -18,8 +18,8 @@ class Bpe {
   /// (dropout, byte_fallback, prefixes and suffixes), ids that are taken twice, merges of tokens that do not exist.
   explicit Bpe(const JsonObject& json);
 
-  /// Appends the tokens of one word.  Characters that are not in the vocabulary become the unknown token, or nothing if there is
-  /// none.
+  /// Appends the tokens of one word, which must be valid UTF-8.  Characters that are not in the vocabulary become the unknown
+  /// token, or nothing if none is named.  Throws std::runtime_error if it is named and needed but not in the vocabulary itself.
   void encode(std::string_view word, std::vector<std::int32_t>& tokens) const;
 
   const std::unordered_map<std::string, std::int32_t>& vocabulary() const { return vocabulary_; }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <string>
 
 #include "veloxquant/core/error.h"
@@ -95,18 +96,26 @@ RecallDocument assemble(const Parts& parts, std::span<const std::int32_t> filler
 
 std::vector<RecallDocument> make_recall_documents(const Tokenizer& tokenizer, std::span<const std::int32_t> filler, int count,
                                                   int context, std::uint64_t seed) {
-  if (count < 1) throw_invalid("recall", "expected at least 1 document, got {}", count);
-  std::vector<RecallDocument> documents;
+  if (count < 1) throw_invalid("recall", "count: expected at least 1 document, got {}", count);
+  std::vector<Random> randoms;
+  std::vector<Parts> parts;
+  std::size_t largest = 0, smallest = std::numeric_limits<std::size_t>::max();
   for (int i = 0; i < count; ++i) {
-    Random random(seed, static_cast<std::uint64_t>(i));
-    const Parts parts = draw_parts(tokenizer, random);
-    const std::size_t length = static_cast<std::size_t>(std::max(context, 0)) + 1, needed = parts.size() + parts.notes.size();
-    if (length < needed) throw_invalid("recall", "the facts of a document take {} tokens, the context has {}", needed, context);
-    const std::size_t room = length - parts.size();
-    if (filler.size() < room)
-      throw_invalid("recall", "the text is too short: a document needs {} tokens of it, it has {}", room, filler.size());
-    documents.push_back(assemble(parts, filler, room, random));
+    randoms.emplace_back(seed, static_cast<std::uint64_t>(i));
+    parts.push_back(draw_parts(tokenizer, randoms.back()));
+    largest = std::max(largest, parts.back().size() + parts.back().notes.size());  // every note stands before a token of filler
+    smallest = std::min(smallest, parts.back().size());
   }
+  const std::size_t length = static_cast<std::size_t>(std::max(context, 0)) + 1;
+  if (length < largest)
+    throw_invalid("recall", "context: expected at least {} tokens to hold the facts of these documents, got {}", largest - 1,
+                  context);
+  if (filler.size() < length - smallest)
+    throw_invalid("recall", "the text is too short: a document needs {} tokens of it, it has {}", length - smallest, filler.size());
+
+  std::vector<RecallDocument> documents;
+  for (std::size_t i = 0; i < parts.size(); ++i)
+    documents.push_back(assemble(parts[i], filler, length - parts[i].size(), randoms[i]));
   return documents;
 }
 

@@ -10,8 +10,8 @@ namespace veloxquant {
 /// \w, \h and \p{…} it spells out, with the characters of Unicode 16.
 ///
 /// What the two would read differently is refused: throws std::runtime_error that names `where`, the pattern and the part.  That is
-/// named and atomic groups' kin, options other than i and m, sets within sets, back-references, \D, \W, \H and \P{…} in a set, and
-/// a + or ? that follows {n,m}.
+/// named groups, back-references, options other than i and m, options from the middle of a group on, sets within sets, negated
+/// escapes other than \S in a set, and a + or ? that follows an interval such as {2}.
 std::string to_pcre2(std::string_view pattern, std::string_view where);
 
 /// A pattern that matches this text literally.

@@ -1,45 +1,74 @@
 #include "veloxquant/text/samples.h"
 
 #include <algorithm>
+#include <limits>
+#include <string_view>
 
 #include "veloxquant/core/error.h"
 
 namespace veloxquant {
 namespace {
 
-void check_counts(int count, int least, int length) {
-  if (count < least) throw_invalid("samples", "expected at least {}, got {}", least, count);
+using Texts = std::span<const std::span<const std::int32_t>>;
+
+void check_counts(std::string_view what, int count, int least, int length) {
+  if (count < least) throw_invalid("samples", "{}: expected at least {}, got {}", what, least, count);
   if (length < 1) throw_invalid("samples", "length: expected at least 1 token, got {}", length);
+}
+
+std::size_t count_windows(Texts texts, std::size_t length) {
+  std::size_t count = 0;
+  for (const auto& text : texts) count += text.size() / length;
+  return count;
+}
+
+// The greatest length at which there are `count` windows; 0 if there is none.
+std::size_t longest_window(Texts texts, std::size_t count) {
+  std::size_t fits = 0, too_long = 1;
+  for (const auto& text : texts) too_long = std::max(too_long, text.size() + 1);
+  while (fits + 1 < too_long) {
+    const std::size_t middle = fits + (too_long - fits) / 2;
+    (count_windows(texts, middle) >= count ? fits : too_long) = middle;
+  }
+  return fits;
+}
+
+void check_enough(Texts texts, std::string_view what, int count, int length) {
+  const auto wanted = static_cast<std::size_t>(count), width = static_cast<std::size_t>(length);
+  const std::size_t possible = count_windows(texts, width);
+  if (possible >= wanted) return;
+  std::size_t tokens = 0;
+  for (const auto& text : texts) tokens += text.size();
+  throw_invalid(
+      "samples",
+      "the text is too short: {} {} of {} tokens need {} tokens without overlap, it has {}; possible are at most {} {} of that "
+      "length, or a length of at most {} for that many",
+      count, what, length, wanted * width, tokens, possible, what, longest_window(texts, wanted));
 }
 
 }  // namespace
 
 TokenBatch cut_samples(const std::vector<std::vector<std::int32_t>>& texts, int num_samples, int length) {
-  check_counts(num_samples, 1, length);
+  check_counts("num_samples", num_samples, 1, length);
+  const std::vector<std::span<const std::int32_t>> spans(texts.begin(), texts.end());
+  check_enough(spans, "samples", num_samples, length);
   const auto width = static_cast<std::size_t>(length);
   std::vector<const std::int32_t*> windows;
-  std::size_t total = 0;
-  for (const auto& text : texts) {
-    total += text.size();
+  for (const auto& text : texts)
     for (std::size_t begin = 0; begin + width <= text.size(); begin += width) windows.push_back(text.data() + begin);
-  }
-  if (windows.size() < static_cast<std::size_t>(num_samples))
-    throw_invalid("samples", "the text is too short: {} tokens are {} samples of {}, {} were asked for", total, windows.size(),
-                  length, num_samples);
   TokenBatch batch(num_samples, length);
-  for (int i = 0; i < num_samples; ++i)
-    std::copy_n(windows[static_cast<std::size_t>(i) * windows.size() / static_cast<std::size_t>(num_samples)], width,
-                batch.row(i).begin());
+  for (int i = 0; i < num_samples; ++i) {
+    const auto window = static_cast<std::size_t>(i) * windows.size() / static_cast<std::size_t>(num_samples);
+    std::copy_n(windows[window], width, batch.row(i).begin());
+  }
   return batch;
 }
 
 TokenBatch leading_windows(std::span<const std::int32_t> text, int num_windows, int length) {
-  check_counts(num_windows, 0, length);
-  const int possible = static_cast<int>(text.size() / static_cast<std::size_t>(length)),
-            wanted = num_windows == 0 ? std::max(possible, 1) : num_windows;
-  if (possible < wanted)
-    throw_invalid("samples", "the text is too short: {} tokens are {} windows of {}, {} were asked for", text.size(), possible,
-                  length, wanted);
+  check_counts("num_windows", num_windows, 0, length);
+  const auto all = std::min<std::size_t>(text.size() / static_cast<std::size_t>(length), std::numeric_limits<int>::max());
+  const int wanted = num_windows > 0 ? num_windows : std::max(static_cast<int>(all), 1);
+  check_enough({&text, 1}, "windows", wanted, length);
   TokenBatch batch(wanted, length);
   std::copy_n(text.begin(), batch.tokens.size(), batch.tokens.begin());
   return batch;

@@ -1,0 +1,393 @@
+"""The program as a person meets it: commands, JSON, exit status, one-line errors, nothing half-written."""
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from tiny_models import write_model
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory, demo_model):
+    """About 3,000 tokens of English."""
+    sentence = "The captain of the ship said that the weather would change before the morning, and he was right; "
+    words = "storm sea letter doctor window garden horse river winter candle road stranger captain lady silence".split()
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(sentence + f"the {rng.choice(words)} and the {rng.choice(words)} of number {rng.integers(1000)}. " for _ in range(80)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def plan(run, demo_model, text, tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan") / "demo.plan"
+    done = run("calibrate", demo_model, "--method", "vecinfer", "--bits", 1, "--samples", 4, "--length", 128, "--text", text, "-o", path)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def fails(done, *parts, status=1):
+    """One line on stderr that holds these parts."""
+    assert done.returncode == status, (done.returncode, done.stderr)
+    line = done.stderr.strip()
+    assert "\n" not in line, line
+    assert line.startswith("veloxquant: "), line
+    for part in parts:
+        assert str(part) in line, (part, line)
+
+
+# What works ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_help_has_examples_and_version_names_blas(run):
+    assert "OpenBLAS" in run("--version").stdout
+    for command in "calibrate sensitivity allocate inspect verify evaluate".split():
+        done = run(command, "--help")
+        assert done.returncode == 0 and "Example: veloxquant " + command in done.stdout
+
+
+def test_probe_saved_and_allocated_without_a_model(run, demo_model, text, tmp_path):
+    done = run("sensitivity", demo_model, "--samples", 2, "--length", 64, "--text", text, "--json")
+    assert done.returncode == 0, done.stderr
+    probe = json.loads(done.stdout)
+    assert list(probe) == [f"layer_{i}" for i in range(12)]
+    for name, layer in probe.items():
+        assert layer["layer_name"] == name and layer["mean_sensitivity"] > 0 and layer["std_sensitivity"] >= 0
+        assert set(layer["distortions"]) == {"turboquant", "kivi", "affine"}
+        assert [point["rate"] for point in layer["distortions"]["turboquant"]] == [1, 1.5, 2, 3, 4]
+    saved = tmp_path / "sensitivities.json"
+    saved.write_text(done.stdout)
+    for quantizer in ("turboquant", "kivi", "affine"):
+        done = run("allocate", saved, "--bits", 2.5, "--quantizer", quantizer, "--json")
+        assert done.returncode == 0, done.stderr
+        bits = json.loads(done.stdout)
+        assert list(bits) == list(probe) and sum(bits.values()) == 30 and set(bits.values()) <= {1, 2, 3, 4}
+    assert "layer_11" in run("allocate", saved).stdout
+    # three documented fields are enough
+    bare = {k: {f: v[f] for f in ("layer_name", "mean_sensitivity", "std_sensitivity")} for k, v in probe.items()}
+    saved.write_text(json.dumps(bare))
+    assert sum(json.loads(run("allocate", saved, "--json").stdout).values()) == 24
+
+
+def test_plan_is_described_verified_and_evaluated(run, demo_model, text, plan):
+    described = json.loads(run("inspect", plan, "--json").stdout)
+    assert described["effective_bits"] == 1 and described["constant_bytes"] > 12 * 2 * 256 * 64 * 4
+    assert described["provenance"]["texts"][0]["name"] == text.name
+    assert "layer_11" in run("inspect", plan).stdout
+    assert run("verify", plan).returncode == 0
+    assert json.loads(run("verify", plan, "--model", demo_model, "--json").stdout)["ok"] is True
+    done = run("evaluate", demo_model, "--plan", plan, "--peer", "mlx4", "--peer", "kivi2", "--text", text, "--windows", 2, "--length", 448, "--recall", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [row["storage"] for row in rows] == ["full", plan.name, "mlx4", "kivi2"]
+    for row in rows:
+        assert set(row) == {"storage", "effective_bits", "perplexity", "kl_mean", "kl_p999", "top1", "recall"}
+    assert rows[0]["kl_mean"] == 0 and rows[1]["effective_bits"] == 1 and rows[2]["effective_bits"] == 4.5
+    assert rows[1]["kl_mean"] > rows[3]["kl_mean"] > rows[2]["kl_mean"] > 0
+
+
+def test_same_seed_same_plan(run, demo_model, tmp_path):
+    def make(name, seed, threads):
+        command = ["calibrate", demo_model, "--method", "turboquant", "--bits", 2.5, "--units", "layer", "--samples", 2, "--length", 48]
+        done = run(*command, "--seed", seed, "-o", tmp_path / name, preexec_fn=lambda: os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:threads])))
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / name).read_bytes()
+
+    first = make("a", 3, 2)
+    assert first == make("b", 3, 1)
+    assert first != make("c", 4, 2)
+
+
+def test_own_text_is_the_default(run, demo_model):
+    rows = json.loads(run("evaluate", demo_model, "--peer", "mlx8", "--windows", 1, "--length", 32, "--json").stdout)
+    assert rows[1]["kl_mean"] < 0.05 and rows[0]["recall"] is None
+
+
+def test_affine_plan_equals_the_mlx_peer(run, demo_model, text, tmp_path):
+    """Our packed affine codes against mx.quantize itself, in what the model makes of them."""
+    plan = tmp_path / "affine.plan"
+    done = run("calibrate", demo_model, "--method", "affine", "--units", "uniform", "--bits", 3.5, "--samples", 1, "--length", 32, "--text", text, "-o", plan)
+    assert done.returncode == 0, done.stderr
+    done = run("evaluate", demo_model, "--plan", plan, "--peer", "mlx3", "--text", text, "--windows", 3, "--length", 256, "--json")
+    _, ours, theirs = json.loads(done.stdout)
+    assert ours["effective_bits"] == theirs["effective_bits"] == 3.5
+    assert ours["kl_mean"] == pytest.approx(theirs["kl_mean"], rel=0.05)
+
+
+# Bad input -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["quantize"],
+        ["evaluate"],
+        ["evaluate", "MODEL", "--peer", "mlx7"],
+        ["evaluate", "MODEL", "--windows", "0"],
+        ["evaluate", "MODEL", "--windows", "-3"],
+        ["evaluate", "MODEL", "--device", "tpu"],
+        ["calibrate", "MODEL"],
+        ["calibrate", "MODEL", "-o", "x", "--bits", "0"],
+        ["calibrate", "MODEL", "-o", "x", "--bits", "nan"],
+        ["calibrate", "MODEL", "-o", "x", "--samples", "0"],
+        ["calibrate", "MODEL", "-o", "x", "--window", "32"],
+        ["calibrate", "MODEL", "-o", "x", "--sinks", "4"],
+        ["calibrate", "MODEL", "-o", "x", "--method", "gptq"],
+        ["sensitivity", "MODEL", "--noise-scale", "-1"],
+        ["sensitivity", "MODEL", "--length", "99999999999999999999"],
+        ["allocate"],
+    ],
+)
+def test_usage_is_status_2(run, demo_model, arguments):
+    done = run(*[demo_model if a == "MODEL" else a for a in arguments])
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert done.stderr.strip() or done.stdout.strip()
+
+
+@pytest.fixture
+def tiny(tmp_path, demo_model):
+    """A small model that fits the bundled tokenizer, to be damaged."""
+    folder = write_model(tmp_path / "tiny", "llama", vocab_size=8192)
+    shutil.copy(demo_model / "tokenizer.json", folder)
+    return folder
+
+
+def change_config(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    for field, value in fields.items():
+        if value is None:
+            del config[field]
+        else:
+            config[field] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def evaluate(run, folder, text):
+    return run("evaluate", folder, "--text", text, "--windows", 1, "--length", 16, "--peer", "turboquant2")
+
+
+def test_tiny_model_works_before_it_is_damaged(run, tiny, text):
+    done = evaluate(run, tiny, text)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "fields, parts",
+    [
+        (dict(model_type="gpt_neox"), ["model_type", "gpt_neox", "llama", "qwen2", "qwen3"]),
+        (dict(model_type=7), ["model_type", "7"]),
+        (dict(model_type=None), ["model_type"]),
+        (dict(num_hidden_layers=0), ["num_hidden_layers", "0"]),
+        (dict(num_hidden_layers=4), ["model.layers.3"]),
+        (dict(num_hidden_layers=2), ["model.layers.2"]),
+        (dict(num_hidden_layers="three"), ["num_hidden_layers", "three"]),
+        (dict(hidden_size=2**63), ["hidden_size", "9223372036854775808"]),
+        (dict(hidden_size=-64), ["hidden_size", "-64"]),
+        (dict(hidden_size=128), ["expected shape", "config.json"]),
+        (dict(num_key_value_heads=3), ["num_key_value_heads", "3"]),
+        (dict(vocab_size=9000), ["embed_tokens", "9000"]),
+        (dict(hidden_act="gelu"), ["hidden_act", "gelu", "silu"]),
+        (dict(rope_scaling=dict(rope_type="yarn", factor=2.0)), ["rope_type", "yarn", "linear", "llama3"]),
+        (dict(rope_scaling=dict(rope_type="linear", factor="two")), ["factor", "two"]),
+        (dict(rms_norm_eps=float("nan")), ["config.json"]),
+        (dict(quantization=dict(bits=4, group_size=64)), ["quantization"]),
+        (dict(layer_types=["sliding_attention"] * 3), ["layer_types", "full_attention"]),
+        (dict(bos_token_id=9999), ["bos_token_id", "9999"]),
+    ],
+)
+def test_lying_config(run, tiny, text, fields, parts):
+    change_config(tiny, **fields)
+    fails(evaluate(run, tiny, text), *parts)
+
+
+def header_of(path):
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+def write_raw(path, header, data):
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def test_damaged_weights(run, tiny, text):
+    path = tiny / "model.safetensors"
+    whole = path.read_bytes()
+    for size in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        fails(evaluate(run, tiny, text), path)
+    path.write_bytes(whole)
+    header, data = header_of(path)
+    name = "model.norm.weight"
+
+    def broken(**fields):
+        return {**header, name: {**header[name], **fields}}
+
+    begin, end = header[name]["data_offsets"]
+    for changed in (
+        broken(shape=[2**62, 8]),
+        broken(shape=[63]),
+        broken(shape=[-64]),
+        broken(shape="64"),
+        broken(dtype="F99"),
+        broken(data_offsets=[begin, 2**63]),
+        broken(data_offsets=[2**63, 2**63 + 256]),
+        broken(data_offsets=[end, begin]),
+        broken(data_offsets=[begin - 4, end - 4]),
+        broken(data_offsets=[begin]),
+        {**header, name: 3},
+    ):
+        write_raw(path, changed, data)
+        fails(evaluate(run, tiny, text), path)
+    write_raw(path, header, data + b"1234")
+    fails(evaluate(run, tiny, text), path)
+    path.write_bytes(struct.pack("<Q", 2**63) + whole[8:])
+    fails(evaluate(run, tiny, text), path)
+    path.write_bytes(struct.pack("<Q", 100_000) + b"[" * 100_000)
+    fails(evaluate(run, tiny, text), path, "nested")
+
+
+def test_missing_extra_and_nan_tensors(run, tiny, text):
+    path = tiny / "model.safetensors"
+    weights = dict(mx.load(str(path)))
+    mx.eval(weights)  # before the file is overwritten
+    name = "model.layers.1.self_attn.k_proj.weight"
+
+    def save(**changes):
+        changed = {**weights, **changes}
+        mx.save_safetensors(str(path), {k: v for k, v in changed.items() if v is not None})
+
+    save(**{name: None})
+    fails(evaluate(run, tiny, text), name)
+    save(**{"model.layers.1.self_attn.k_proj.bias": mx.zeros(32)})
+    fails(evaluate(run, tiny, text), "k_proj.bias")
+    spoilt = np.array(weights[name])
+    spoilt[3, 5] = np.nan
+    save(**{name: mx.array(spoilt)})
+    fails(evaluate(run, tiny, text), name, "nan")
+    save(**{name: mx.zeros(weights[name].shape, dtype=mx.int32)})
+    fails(evaluate(run, tiny, text), name, "I32")
+
+
+def test_missing_files(run, tiny, text, tmp_path):
+    fails(evaluate(run, tmp_path / "nowhere", text), tmp_path / "nowhere")
+    fails(run("evaluate", tiny, "--text", tmp_path / "no.txt", "--length", 16), tmp_path / "no.txt")
+    fails(run("inspect", tmp_path / "no.plan"), tmp_path / "no.plan")
+    (tiny / "tokenizer.json").unlink()
+    fails(evaluate(run, tiny, text), "tokenizer.json")
+    (tiny / "model.safetensors").unlink()
+    fails(evaluate(run, tiny, text), tiny, "safetensors")
+    (tiny / "config.json").unlink()
+    fails(evaluate(run, tiny, text), "config.json")
+
+
+def test_json_bombs(run, tiny, text, tmp_path):
+    (tiny / "config.json").write_text("[" * 1_000_000)
+    fails(evaluate(run, tiny, text), "config.json", "nested")
+    bomb = tmp_path / "bomb.json"
+    bomb.write_text('{"layer_0":' * 100_000)
+    fails(run("allocate", bomb), bomb)
+    bomb.write_text('{"layer_0": 1, "layer_0": 2}')
+    fails(run("allocate", bomb), "twice")
+
+
+def test_vocabulary_that_does_not_fit(run, tmp_path, demo_model, text):
+    folder = write_model(tmp_path / "small", "llama", vocab_size=300)
+    shutil.copy(demo_model / "tokenizer.json", folder)
+    fails(evaluate(run, folder, text), "8191", "300")
+
+
+def test_text_too_short(run, tiny, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    fails(run("sensitivity", tiny, "--text", short, "--samples", 4, "--length", 128), "too short", "128")
+    fails(run("evaluate", tiny, "--text", short, "--length", 64), "too short", "64")
+    fails(run("sensitivity", tiny, "--length", 4096), "4096", "256")
+
+
+def test_bits_out_of_range_and_heads_that_do_not_suit(run, tiny, text, tmp_path):
+    out = tmp_path / "out.plan"
+    few = ["--text", text, "--samples", 8, "--length", 64, "-o", out]
+    fails(run("calibrate", tiny, "--method", "turboquant", "--bits", 0.5, *few), "0.5")
+    fails(run("calibrate", tiny, "--method", "turboquant", "--bits", 60, *few), "60")
+    fails(run("calibrate", tiny, "--method", "vecinfer", "--bits", 1.5, *few), "1.5", "sub-spaces")
+    odd = write_model(tmp_path / "odd", "llama", vocab_size=8192, head_dim=24)
+    shutil.copy(tiny / "tokenizer.json", odd)
+    fails(run("calibrate", odd, "--method", "vecinfer", *few), "24", "vecinfer")
+    fails(run("evaluate", odd, "--text", text, "--windows", 1, "--length", 32, "--peer", "mlx4"), "24", "mlx4")
+    assert run("calibrate", odd, "--method", "turboquant", "--bits", 3, *few).returncode == 0
+    out.unlink()
+    fails(run("calibrate", tiny, "--method", "vecinfer", "--bits", 4, "--text", text, "--samples", 1, "--length", 64, "-o", out), "256")
+    assert list(tmp_path.glob("*out.plan*")) == []
+
+
+def test_allocate_refuses_what_it_cannot_do(run, tmp_path):
+    saved = tmp_path / "s.json"
+
+    def with_layers(**layers):
+        saved.write_text(json.dumps(layers))
+        return run("allocate", saved)
+
+    def layer(name, **fields):
+        return {"layer_name": name, "mean_sensitivity": 1.0, "std_sensitivity": 0.1, **fields}
+
+    good = layer("layer_0")
+    assert with_layers(layer_0=good).returncode == 0
+    fails(run("allocate", saved, "--bits", 5), "5", "1 to 4")
+    fails(run("allocate", saved, "--bits", 0.5), "0.5")
+    fails(run("allocate", saved, "--min-bits", 3, "--max-bits", 2), "min_bits")
+    fails(with_layers(layer_1=good), saved)
+    fails(with_layers(layer_0=layer("layer_1")), "layer_name")
+    fails(with_layers(layer_0=layer("layer_0", mean_sensitivity=-1)), "mean_sensitivity", "-1")
+    fails(with_layers(layer_0=layer("layer_0", mean_sensitivity="high")), "mean_sensitivity", "high")
+    fails(with_layers(layer_0={"layer_name": "layer_0"}), "mean_sensitivity")
+    fails(with_layers(layer_0=layer("layer_0", distortions={"gptq": []})), "gptq", saved)
+    rising = [{"rate": r, "keys": 0.01 * r, "values": 0.01 * r} for r in (1, 1.5, 2, 3, 4)]
+    fails(with_layers(layer_0=layer("layer_0", distortions={"turboquant": rising})), "layer_0", "does not fall")
+    saved.write_text("[]")
+    fails(run("allocate", saved), saved)
+
+
+def test_unwritable_output(run, tiny, text, tmp_path):
+    folder = tmp_path / "missing"
+    fails(run("calibrate", tiny, "--text", text, "-o", folder / "x.plan"), folder)
+    fails(run("calibrate", tiny, "--text", text, "-o", tmp_path), tmp_path)
+    fails(run("sensitivity", tiny, "--text", text, "-o", folder / "x.json"), folder)
+
+
+def test_damaged_and_foreign_plans(run, tiny, demo_model, plan, tmp_path, text):
+    data = plan.read_bytes()
+    copy = tmp_path / "copy.plan"
+    for at in (9, 200, 3000, len(data) // 2, len(data) - 1):
+        copy.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        fails(run("verify", copy), copy)
+    for size in (0, 5, 1000, len(data) - 1):
+        copy.write_bytes(data[:size])
+        fails(run("inspect", copy), copy)
+    fails(run("verify", demo_model / "model.safetensors"), "format")
+    fails(run("verify", plan, "--model", tiny), "another model", "architecture")
+    fails(run("evaluate", tiny, "--plan", plan, "--text", text, "--length", 16), "another model", plan)
+
+
+def test_interrupt_stops_soon_and_leaves_no_file(program, demo_model, tmp_path):
+    process = subprocess.Popen([program, "calibrate", demo_model, "-o", tmp_path / "x.plan"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130 and "interrupted" in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gpu_is_refused_where_there_is_none(run, tiny, text):
+    done = run("evaluate", tiny, "--text", text, "--length", 16, "--device", "gpu")
+    if done.returncode != 0:
+        fails(done, "gpu")

@@ -1,0 +1,93 @@
+#include "veloxquant/text/samples.h"
+
+#include <gtest/gtest.h>
+
+#include <numeric>
+#include <stdexcept>
+#include <string>
+
+namespace veloxquant {
+namespace {
+
+std::vector<std::int32_t> counting(int first, int count) {
+  std::vector<std::int32_t> tokens(static_cast<std::size_t>(count));
+  std::iota(tokens.begin(), tokens.end(), first);
+  return tokens;
+}
+
+std::string message_of(const auto& call) {
+  try {
+    call();
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+  return "nothing thrown";
+}
+
+TEST(Samples, AreWindowsAtEvenDistancesOverAllTexts) {
+  // windows of 3: 0 3 6 | none | 100 103, the rests 9 and 106 left out
+  const std::vector<std::vector<std::int32_t>> texts = {counting(0, 10), counting(50, 2), {}, counting(100, 7)};
+  const auto firsts = [&](int num_samples) {
+    const TokenBatch batch = cut_samples(texts, num_samples, 3);
+    EXPECT_EQ(batch.count, num_samples);
+    std::vector<int> result;
+    for (int i = 0; i < batch.count; ++i) {
+      const auto row = batch.row(i);
+      EXPECT_EQ(row.size(), 3u);
+      EXPECT_EQ(row[2], row[0] + 2);
+      result.push_back(row[0]);
+    }
+    return result;
+  };
+  EXPECT_EQ(firsts(5), (std::vector{0, 3, 6, 100, 103}));
+  EXPECT_EQ(firsts(1), (std::vector{0}));
+  EXPECT_EQ(firsts(2), (std::vector{0, 6}));
+  EXPECT_EQ(firsts(3), (std::vector{0, 3, 100}));
+}
+
+TEST(Samples, TooFewWindowsSayWhatIsPossible) {
+  const std::vector<std::vector<std::int32_t>> texts = {counting(0, 10), counting(0, 7)};
+  const std::string message = message_of([&] { cut_samples(texts, 6, 3); });
+  EXPECT_NE(message.find("need 18 tokens"), std::string::npos) << message;
+  EXPECT_NE(message.find("it has 17"), std::string::npos) << message;
+  EXPECT_NE(message.find("at most 5 samples"), std::string::npos) << message;
+  EXPECT_NE(message.find("length of at most 2 for"), std::string::npos) << message;
+  EXPECT_EQ(message.find('\n'), std::string::npos);
+}
+
+TEST(Samples, WhatTheMessageCallsPossibleIsPossible) {
+  for (int size = 1; size < 40; ++size) {
+    const std::vector<std::vector<std::int32_t>> texts = {counting(0, size), counting(0, 11)};
+    for (int samples = 1; samples < 30; ++samples) {
+      int longest = 0;
+      for (int length = 1; length <= 40; ++length)
+        if (message_of([&] { cut_samples(texts, samples, length); }) == "nothing thrown") longest = length;
+      const std::string message = message_of([&] { cut_samples(texts, samples, 50); });
+      EXPECT_NE(message.find("length of at most " + std::to_string(longest) + " "), std::string::npos) << message;
+    }
+  }
+}
+
+TEST(Samples, NumbersBelowOneAreRefused) {
+  const std::vector<std::vector<std::int32_t>> texts = {counting(0, 10)};
+  EXPECT_THROW(cut_samples(texts, 0, 3), std::invalid_argument);
+  EXPECT_THROW(cut_samples(texts, -1, 3), std::invalid_argument);
+  EXPECT_THROW(cut_samples(texts, 1, 0), std::invalid_argument);
+  EXPECT_THROW(cut_samples({}, 1, 1), std::invalid_argument);
+  EXPECT_THROW(cut_samples(texts, 2147483647, 2147483647), std::invalid_argument);
+}
+
+TEST(Samples, LeadingWindowsAreTheFirst) {
+  const auto text = counting(0, 11);
+  EXPECT_EQ(leading_windows(text, 2, 4).tokens, counting(0, 8));
+  EXPECT_EQ(leading_windows(text, 0, 4).tokens, counting(0, 8));
+  EXPECT_EQ(leading_windows(text, 0, 4).count, 2);
+  EXPECT_EQ(leading_windows(text, 1, 11).tokens, text);
+  EXPECT_THROW(leading_windows(text, 3, 4), std::invalid_argument);
+  EXPECT_THROW(leading_windows(text, 0, 12), std::invalid_argument);
+  EXPECT_THROW(leading_windows(text, -1, 4), std::invalid_argument);
+  EXPECT_THROW(leading_windows(text, 1, -4), std::invalid_argument);
+}
+
+}  // namespace
+}  // namespace veloxquant

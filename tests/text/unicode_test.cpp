@@ -1,0 +1,72 @@
+#include "veloxquant/text/unicode.h"
+
+#include <gtest/gtest.h>
+
+#include <string>
+
+namespace veloxquant {
+namespace {
+
+TEST(Utf8, BrokenSequencesAreReplacedByMaximalPrefix) {
+  // From Python: bytes.decode("utf-8", errors="replace")
+  EXPECT_EQ(repair_utf8("ok"), "ok");
+  EXPECT_EQ(repair_utf8("\xff"), "\uFFFD");
+  EXPECT_EQ(repair_utf8("a\xc3"), "a\uFFFD");
+  EXPECT_EQ(repair_utf8("\xc3("), "\uFFFD(");
+  EXPECT_EQ(repair_utf8("\xe2\x82"), "\uFFFD");
+  EXPECT_EQ(repair_utf8("\xf0\x9f\x98"), "\uFFFD");
+  EXPECT_EQ(repair_utf8("\xf0\x9f\x98\xf0\x9f\x98\x80"), "\uFFFD\U0001F600");
+  EXPECT_EQ(repair_utf8("\xed\xa0\x80"), "\uFFFD\uFFFD\uFFFD");  // a surrogate
+  EXPECT_EQ(repair_utf8("\xc0\xaf"), "\uFFFD\uFFFD");            // too long a form
+  EXPECT_EQ(repair_utf8("\xf4\x90\x80\x80"), "\uFFFD\uFFFD\uFFFD\uFFFD");
+  EXPECT_EQ(repair_utf8(std::string_view("\0\x80", 2)), std::string("\0\uFFFD", 4));
+}
+
+TEST(Utf8, EveryCharacterComesBack) {
+  std::string text;
+  for (char32_t c = 0; c < 0x110000; ++c) {
+    if (c == 0xD800) c = 0xE000;
+    append_utf8(c, text);
+  }
+  ASSERT_EQ(repair_utf8(text), text);
+  std::size_t position = 0;
+  for (char32_t c = 0; c < 0x110000; ++c) {
+    if (c == 0xD800) c = 0xE000;
+    ASSERT_EQ(next_character(text, position), c);
+  }
+  EXPECT_EQ(position, text.size());
+}
+
+TEST(Nfc, ComposesAndOrders) {
+  EXPECT_EQ(normalize_nfc("plain"), "plain");
+  EXPECT_EQ(normalize_nfc("e\u0301"), "\u00e9");
+  EXPECT_EQ(normalize_nfc("s\u0307\u0323"), "\u1e69");
+  EXPECT_EQ(normalize_nfc("a\u0301\u0323"), "\u1ea1\u0301");
+  EXPECT_EQ(normalize_nfc("\u1112\u1161\u11ab"), "\ud55c");
+  EXPECT_EQ(normalize_nfc("\u212b\u0958"), "\u00c5\u0915\u093c");  // singletons and exclusions stay apart
+  EXPECT_EQ(normalize_nfc(std::string("e\u0301\0x", 5)), std::string("\u00e9\0x", 4));
+  EXPECT_EQ(normalize_nfc("\u0301a"), "\u0301a");
+  EXPECT_EQ(normalize_nfc("a\U0001E4EC\u0301"), "a\U0001E4EC\u0301");  // a mark since Unicode 15
+}
+
+TEST(Nfc, AMegabyteOfMarksInTheWrongOrder) {
+  std::string text = "a", above, below;
+  for (int i = 0; i < 250'000; ++i) {
+    text += "\u0308\u0323";  // classes 230 and 220
+    above += "\u0308";
+    below += "\u0323";
+  }
+  EXPECT_EQ(normalize_nfc(text), "\u1ea1" + below.substr(2) + above);
+}
+
+TEST(Characters, KindsThatTokenizersAskFor) {
+  for (const char32_t c : {U' ', U'\n', U'\u0085', U'\u00a0', U'\u2028', U'\u3000'})
+    EXPECT_TRUE(is_white_space(c)) << static_cast<int>(c);
+  for (const char32_t c : {U'a', U'_', U'\u180e', U'\u200b', U'\ufeff', U'\0'})
+    EXPECT_FALSE(is_white_space(c)) << static_cast<int>(c);
+  for (const char32_t c : {U'a', U'_', U'7', U'é', U'\u0301', U'\u200d', U'Ⓐ', U'\U000323AF'}) EXPECT_TRUE(is_word_character(c));
+  for (const char32_t c : {U'-', U' ', U'²', U'½', U'€', U'\u200b'}) EXPECT_FALSE(is_word_character(c)) << static_cast<int>(c);
+}
+
+}  // namespace
+}  // namespace veloxquant
