@@ -4,7 +4,7 @@ JOBS ?= $(shell nproc)
 PYTHON = .venv/bin/python
 MLX_ROOT = $(shell $(PYTHON) -c 'import importlib.util as u; print(u.find_spec("mlx").submodule_search_locations[0])')
 
-.PHONY: build demo test clean format tidy
+.PHONY: build demo test test-slow clean format tidy
 .DEFAULT_GOAL = build
 
 build:
@@ -18,6 +18,11 @@ demo: build
 test: build
 	bash scripts/setup.sh --test
 	bash scripts/test.sh $(BUILD)
+
+# Every test, also those that compare tokenizers on every character and on whole books.
+test-slow: build
+	bash scripts/setup.sh --test
+	bash scripts/test.sh $(BUILD) "slow or not slow"
 
 format:
 	git ls-files '*.h' '*.cpp' | xargs clang-format -i

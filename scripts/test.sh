@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every test: include order, C++ (CTest), and the comparisons with independent references (pytest); counts them all.
-# usage: test.sh BUILD_FOLDER
+# usage: test.sh BUILD_FOLDER [PYTEST_MARKERS]    which comparisons to run, "not slow" if nothing is said
 set -uo pipefail
 cd "$(dirname "$0")/.."
 build=$1
@@ -18,7 +18,7 @@ skipped=$(grep -c 'Skipped' "$log")
 
 if [ -z "${VELOXQUANT_SHARED:-}" ] && [ -d ../shared ]; then VELOXQUANT_SHARED=$(cd ../shared && pwd); fi
 export VELOXQUANT_SHARED=${VELOXQUANT_SHARED:-} VELOXQUANT_TOOLS=$PWD/$build/tools VELOXQUANT_PROGRAM=$PWD/$build/bin/veloxquant
-.venv/bin/python -m pytest -q -p no:cacheprovider tests/python 2>&1 | tee "$log"
+.venv/bin/python -m pytest -q -p no:cacheprovider -m "${2:-not slow}" tests/python 2>&1 | tee "$log"
 [ "${PIPESTATUS[0]}" = 0 ] || failed_suites=$((failed_suites + 1))
 count() { sed -nE "s/.*[^0-9]?([0-9]+) $1.*/\1/p" <(tail -n 1 "$log"); }
 py_passed=$(count passed) py_failed=$(count 'failed|error') py_skipped=$(count skipped)
