@@ -2,14 +2,15 @@
 BUILD ?= build
 JOBS ?= $(shell nproc)
 PYTHON = .venv/bin/python
-MLX_ROOT = $(shell $(PYTHON) -c 'import importlib.util as u; print(u.find_spec("mlx").submodule_search_locations[0])')
+# A command for the shell, not for make, which would run it before setup.sh.
+MLX_ROOT = $$($(PYTHON) -c 'import importlib.util as u; print(u.find_spec("mlx").submodule_search_locations[0])')
 
 .PHONY: build demo test test-slow clean format tidy
 .DEFAULT_GOAL = build
 
 build:
 	bash scripts/setup.sh
-	cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DMLX_ROOT=$(MLX_ROOT)
+	cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DMLX_ROOT="$(MLX_ROOT)"
 	cmake --build $(BUILD) --parallel $(JOBS)
 
 demo: build

@@ -1,9 +1,9 @@
 // Speed of the CPU kernels behind product quantisation, beside the matrix product of the same machine.
 // nearest_centroid counts 2·dim a point and centroid.
+#include <benchmark/benchmark.h>
+
 #include <cstdint>
 #include <vector>
-
-#include <benchmark/benchmark.h>
 
 #include "veloxquant/core/parallel.h"
 #include "veloxquant/core/random.h"

@@ -1,11 +1,11 @@
 #include "veloxquant/allocators/vecinfer.h"
 
+#include <gtest/gtest.h>
+#include <unistd.h>
+
 #include <cmath>
 #include <filesystem>
 #include <numeric>
-
-#include <gtest/gtest.h>
-#include <unistd.h>
 
 #include "tests/model/demo_model.h"
 #include "veloxquant/calibrate/make_plan.h"
@@ -43,7 +43,8 @@ TEST(VecInfer, SmoothFactorsAreRootsOfTheLargestKeys) {
     std::vector<float> largest(64, 0.0f);
     const auto keys = observation.span(Side::kKeys);
     for (std::size_t i = 0; i < keys.size(); ++i) largest[i % 64] = std::max(largest[i % 64], std::abs(keys[i]));
-    for (std::size_t i = 0; i < 64; ++i) EXPECT_FLOAT_EQ(factors.values[static_cast<std::size_t>(layer) * 64 + i], std::sqrt(largest[i]));
+    for (std::size_t i = 0; i < 64; ++i)
+      EXPECT_FLOAT_EQ(factors.values[static_cast<std::size_t>(layer) * 64 + i], std::sqrt(largest[i]));
   });
 }
 
@@ -88,12 +89,15 @@ TEST(VecInfer, DualTransformIsThatOfTheMatrixAndKeepsInnerProducts) {
   const Tensor k = apply_dual_transform_keys(keys, factors), q = apply_dual_transform_queries(queries, factors);
   ASSERT_EQ(k.shape, keys.shape);
   for (std::size_t row = 0; row < 10; ++row) {
-    const double before = dot(&queries.values[row * 64], &keys.values[row * 64], 64), after = dot(&q.values[row * 64], &k.values[row * 64], 64);
-    const double norms = std::sqrt(dot(&q.values[row * 64], &q.values[row * 64], 64) * dot(&k.values[row * 64], &k.values[row * 64], 64));
+    const double before = dot(&queries.values[row * 64], &keys.values[row * 64], 64),
+                 after = dot(&q.values[row * 64], &k.values[row * 64], 64);
+    const double norms =
+        std::sqrt(dot(&q.values[row * 64], &q.values[row * 64], 64) * dot(&k.values[row * 64], &k.values[row * 64], 64));
     EXPECT_NEAR(before, after, 1e-6 * norms);
     for (std::size_t j = 0; j < 64; ++j) {
       double expected = 0;
-      for (std::size_t i = 0; i < 64; ++i) expected += static_cast<double>(keys.values[row * 64 + i]) / factors.values[i] * h.values[i * 64 + j];
+      for (std::size_t i = 0; i < 64; ++i)
+        expected += static_cast<double>(keys.values[row * 64 + i]) / factors.values[i] * h.values[i * 64 + j];
       EXPECT_NEAR(k.values[row * 64 + j], expected, 1e-5 * (1 + std::abs(expected)));
     }
   }
@@ -129,7 +133,8 @@ TEST(VecInfer, WrittenPlanAgreesWithTheFunctions) {
       for (std::size_t s = 0; s < 16; ++s) by_tables += tables.values[(row * 16 + s) * 256 + codes.bytes[row * 16 + s]];
       const double in_rotated_space = dot(&turned.values[row * 64], &restored.values[row * 64], 64);
       const double with_restored_key = dot(&queries.values[row * 64], &by_quantizer[row * 64], 64);
-      const double size = std::sqrt(dot(&turned.values[row * 64], &turned.values[row * 64], 64) * dot(&restored.values[row * 64], &restored.values[row * 64], 64));
+      const double size = std::sqrt(dot(&turned.values[row * 64], &turned.values[row * 64], 64) *
+                                    dot(&restored.values[row * 64], &restored.values[row * 64], 64));
       EXPECT_NEAR(by_tables, in_rotated_space, 1e-5 * size);
       EXPECT_NEAR(by_tables, with_restored_key, 1e-5 * size);
     }

@@ -18,14 +18,16 @@ mx::array random_array(const mx::Shape& shape, std::uint64_t seed) {
   return x;
 }
 
-float mean_square(const mx::array& x) { return mx::mean(mx::square(x)).item<float>(); }
+float mean_square(const mx::array& x) {
+  return mx::mean(mx::square(x)).item<float>();
+}
 
 QuantizerParameters fitted(const QuantizerMethod& method, Side side, int dim, double width, const mx::array& x) {
   return method.fit({x.data<float>(), x.size()}, dim, {.side = side, .width = width, .seed = 3});
 }
 
-// Every method of the table, on the CPU by its own code and by the graph that GPUs run.  A value within rounding of a boundary may get
-// another code: such vectors must be rare.
+// Every method of the table, on the CPU by its own code and by the graph that GPUs run.  A value within rounding of a boundary may
+// get another code: such vectors must be rare.
 TEST(RestoreGraph, EqualsTheQuantizerForEveryMethod) {
   for (const auto& method : quantizer_methods()) {
     for (const int dim : {32, 64, 128}) {
@@ -57,12 +59,15 @@ struct Attended {
 Attended attend_both(const Restore& keys, const Restore& values, const std::vector<int>& chunks, int tokens) {
   const Rope rope({}, 64);
   const AttentionSpec spec{.scale = 0.125f, .rope = &rope};
-  const auto q = random_array({1, 4, tokens, 64}, 1), k = random_array({1, 2, tokens, 64}, 2), v = random_array({1, 2, tokens, 64}, 3);
+  const auto q = random_array({1, 4, tokens, 64}, 1), k = random_array({1, 2, tokens, 64}, 2),
+             v = random_array({1, 2, tokens, 64}, 3);
   RestoringCache whole(keys, values), chunked(keys, values);
   const auto expected = whole.attend(q, k, v, spec);
   std::vector<mx::array> parts;
   int begin = 0;
-  const auto cut = [&](const mx::array& x, int end) { return mx::slice(x, {0, 0, begin, 0}, {x.shape(0), x.shape(1), end, x.shape(3)}); };
+  const auto cut = [&](const mx::array& x, int end) {
+    return mx::slice(x, {0, 0, begin, 0}, {x.shape(0), x.shape(1), end, x.shape(3)});
+  };
   for (const int size : chunks) {
     const int end = begin + size;
     parts.push_back(chunked.attend(cut(q, end), cut(k, end), cut(v, end), spec));
@@ -79,20 +84,23 @@ Restore restore_of(const char* method, Side side, double width) {
 }
 
 TEST(RestoringCache, ChunksOfWholeGroupsEqualOneGo) {
-  const auto [whole, chunked] = attend_both(restore_of("kivi", Side::kKeys, 2), restore_of("kivi", Side::kValues, 2), {64, 32, 96}, 192);
+  const auto [whole, chunked] =
+      attend_both(restore_of("kivi", Side::kKeys, 2), restore_of("kivi", Side::kValues, 2), {64, 32, 96}, 192);
   // The last group is complete in both; earlier queries saw the same groups.
   EXPECT_LE(mx::max(mx::abs(mx::subtract(whole, chunked))).item<float>(), 1e-5f);
 }
 
 TEST(RestoringCache, TokensOfAnOpenGroupAreRestoredAnew) {
   // Whatever the chunks, once all groups are complete the last query sees what it sees in one go.
-  const auto [whole, chunked] = attend_both(restore_of("kivi", Side::kKeys, 2), restore_of("kivi", Side::kValues, 2), {7, 1, 30, 25, 1, 31, 1}, 96);
+  const auto [whole, chunked] =
+      attend_both(restore_of("kivi", Side::kKeys, 2), restore_of("kivi", Side::kValues, 2), {7, 1, 30, 25, 1, 31, 1}, 96);
   const auto last = [](const mx::array& x) { return mx::slice(x, {0, 0, 95, 0}, {1, 4, 96, 64}); };
   EXPECT_LE(mx::max(mx::abs(mx::subtract(last(whole), last(chunked)))).item<float>(), 1e-5f);
 }
 
 TEST(RestoringCache, TokenByTokenEqualsOneGoWithoutGroups) {
-  const auto [whole, chunked] = attend_both(restore_of("turboquant", Side::kKeys, 3), restore_of("affine", Side::kValues, 3), std::vector<int>(40, 1), 40);
+  const auto [whole, chunked] =
+      attend_both(restore_of("turboquant", Side::kKeys, 3), restore_of("affine", Side::kValues, 3), std::vector<int>(40, 1), 40);
   EXPECT_LE(mx::max(mx::abs(mx::subtract(whole, chunked))).item<float>(), 1e-5f);
 }
 

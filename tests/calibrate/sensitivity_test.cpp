@@ -1,9 +1,9 @@
 #include "veloxquant/calibrate/sensitivity.h"
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cmath>
-
-#include <gtest/gtest.h>
 
 #include "tests/model/demo_model.h"
 #include "veloxquant/allocators/ratequant.h"
@@ -19,7 +19,8 @@ using testing::demo_model;
 using testing::demo_tokenizer;
 
 LayerMap<SensitivityResult> probe(double noise_scale, std::uint64_t seed, int samples = 4) {
-  return probe_sensitivities(demo_model(), testing::text_samples(samples, 64), {.noise_scale = noise_scale, .seed = seed, .quantizers = {"turboquant"}, .rates = {1, 2}});
+  return probe_sensitivities(demo_model(), testing::text_samples(samples, 64),
+                             {.noise_scale = noise_scale, .seed = seed, .quantizers = {"turboquant"}, .rates = {1, 2}});
 }
 
 TEST(Sensitivity, OneResultALayerInNumericOrder) {
@@ -38,7 +39,8 @@ TEST(Sensitivity, OneResultALayerInNumericOrder) {
 // √(2·KL) is linear in small noise, so that the scale cancels.
 TEST(Sensitivity, IsLinearInSmallNoise) {
   const auto small = probe(0.02, 1), large = probe(0.04, 1);
-  for (const auto& [name, result] : small) EXPECT_NEAR(result.mean_sensitivity, large.at(name).mean_sensitivity, 0.1 * result.mean_sensitivity) << name;
+  for (const auto& [name, result] : small)
+    EXPECT_NEAR(result.mean_sensitivity, large.at(name).mean_sensitivity, 0.1 * result.mean_sensitivity) << name;
 }
 
 TEST(Sensitivity, SameSeedSameResultOnAnyThreads) {
@@ -73,13 +75,15 @@ TEST(Sensitivity, BadInput) {
   using allocators::ratequant::calibrate_layer_sensitivities;
   EXPECT_THROW(calibrate_layer_sensitivities(demo_model(), demo_tokenizer(), 1, 32, 0.1, "tpu", text), std::invalid_argument);
   EXPECT_THROW(calibrate_layer_sensitivities(demo_model(), demo_tokenizer(), 0, 32, 0.1, "cpu", text), std::invalid_argument);
-  EXPECT_THROW(calibrate_layer_sensitivities(demo_model(), demo_tokenizer(), 32, 512, 0.1, "cpu", text), std::invalid_argument);  // too short
+  EXPECT_THROW(calibrate_layer_sensitivities(demo_model(), demo_tokenizer(), 32, 512, 0.1, "cpu", text),
+               std::invalid_argument);  // too short
   EXPECT_THROW(calibrate_layer_sensitivities(demo_model(), demo_tokenizer(), 1, 4096, 0.1, "cpu", text), std::invalid_argument);
 }
 
 TEST(RateQuant, FromModelToBits) {
   const allocators::CalibrationOptions text{.texts = {testing::kText}, .seed = 0, .progress = {}};
-  const auto sensitivities = allocators::ratequant::calibrate_layer_sensitivities(demo_model(), demo_tokenizer(), 2, 64, 0.1, "cpu", text);
+  const auto sensitivities =
+      allocators::ratequant::calibrate_layer_sensitivities(demo_model(), demo_tokenizer(), 2, 64, 0.1, "cpu", text);
   const auto curves = allocators::ratequant::fit_distortion_curve(sensitivities);
   const auto bits = allocators::ratequant::allocate_bits_ratequant(curves, 2.0);
   ASSERT_EQ(bits.size(), 12u);
@@ -113,7 +117,9 @@ TEST(MakePlan, LayersThatMindNoiseGetNoFewerBits) {
   const auto samples = testing::text_samples(4, 64);
   const auto sensitivities = probe_sensitivities(demo_model(), samples, {.seed = 1, .quantizers = {}, .rates = {}});
   const Plan plan = plan_of("turboquant", 2.25, Units::kLayer);
-  const auto bits = [&](const std::string& name) { return plan.units[static_cast<std::size_t>(2 * layer_index(name))].quantizer.numbers.at("bits"); };
+  const auto bits = [&](const std::string& name) {
+    return plan.units[static_cast<std::size_t>(2 * layer_index(name))].quantizer.numbers.at("bits");
+  };
   const auto compare = [&](const auto& a, const auto& b) { return a.second.mean_sensitivity < b.second.mean_sensitivity; };
   const auto [least, most] = std::minmax_element(sensitivities.begin(), sensitivities.end(), compare);
   EXPECT_GT(bits(most->first), bits(least->first));
@@ -133,12 +139,13 @@ TEST(MakePlan, SameSeedSamePlan) {
 }
 
 TEST(MakePlan, BadInput) {
-  EXPECT_THROW(plan_of("turboquant", 1.0, Units::kUniform), std::invalid_argument);   // below a bit and a norm
+  EXPECT_THROW(plan_of("turboquant", 1.0, Units::kUniform), std::invalid_argument);  // below a bit and a norm
   EXPECT_THROW(plan_of("turboquant", 99.0, Units::kUniform), std::invalid_argument);
-  EXPECT_THROW(plan_of("vecinfer", 1.5, Units::kUniform), std::invalid_argument);     // 12 sub-spaces do not divide 64
+  EXPECT_THROW(plan_of("vecinfer", 1.5, Units::kUniform), std::invalid_argument);  // 12 sub-spaces do not divide 64
   EXPECT_THROW(plan_of("gguf", 2.0, Units::kUniform), std::invalid_argument);
   // 2 heads × 64 tokens are fewer than 256 centroids.
-  EXPECT_THROW(make_plan(demo_model(), testing::text_samples(1, 64), {.method = "vecinfer", .bits = 2.0, .units = Units::kUniform, .seed = 1}),
+  EXPECT_THROW(make_plan(demo_model(), testing::text_samples(1, 64),
+                         {.method = "vecinfer", .bits = 2.0, .units = Units::kUniform, .seed = 1}),
                std::invalid_argument);
 }
 

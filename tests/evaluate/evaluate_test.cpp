@@ -1,8 +1,8 @@
 #include "veloxquant/evaluate/evaluate.h"
 
-#include <cmath>
-
 #include <gtest/gtest.h>
+
+#include <cmath>
 
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
@@ -37,7 +37,8 @@ TEST(Evaluate, PerplexityIsThatOfTheText) {
   const auto samples = testing::text_samples(2, 128);
   double sum = 0;
   for (int i = 0; i < 2; ++i) {
-    const auto logits = demo_model().logits(demo_model().forward(token_array(samples, i, i + 1), demo_model().make_caches(FullCache::factory())));
+    const auto logits =
+        demo_model().logits(demo_model().forward(token_array(samples, i, i + 1), demo_model().make_caches(FullCache::factory())));
     const auto log_p = mx::subtract(logits, mx::logsumexp(logits, -1, true));
     mx::eval(log_p);
     for (int t = 0; t < 127; ++t) sum -= log_p.data<float>()[t * logits.shape(2) + samples.row(i)[static_cast<std::size_t>(t) + 1]];
@@ -49,7 +50,8 @@ TEST(Evaluate, MoreBitsLoseLess) {
   const auto rows = rows_of({"mlx2", "mlx3", "mlx4", "mlx5", "mlx6", "mlx8"});
   for (std::size_t i = 2; i < rows.size(); ++i) EXPECT_LT(rows[i].kl_mean, rows[i - 1].kl_mean) << rows[i].storage;
   for (const char* family : {"kivi", "turboquant"}) {
-    const auto peers = rows_of({std::string(family) + "1", std::string(family) + "2", std::string(family) + "3", std::string(family) + "4"});
+    const auto peers =
+        rows_of({std::string(family) + "1", std::string(family) + "2", std::string(family) + "3", std::string(family) + "4"});
     for (std::size_t i = 2; i < peers.size(); ++i) EXPECT_LT(peers[i].kl_mean, peers[i - 1].kl_mean) << peers[i].storage;
   }
 }
@@ -71,7 +73,8 @@ TEST(Evaluate, FactsAreAskedFor) {
   std::vector<std::int32_t> text;
   while (text.size() < 600) text.insert(text.end(), filler.begin(), filler.end());
   const auto documents = make_recall_documents(testing::demo_tokenizer(), text, 6, 512, 1);
-  const std::vector<Storage> storages = {peer_storage("mlx8", demo_model().config()), peer_storage("turboquant1", demo_model().config())};
+  const std::vector<Storage> storages = {peer_storage("mlx8", demo_model().config()),
+                                         peer_storage("turboquant1", demo_model().config())};
   const auto rows = evaluate(demo_model(), testing::text_samples(1, 64), storages, documents);
   EXPECT_GT(rows[0].recall.value(), 0.6);
   EXPECT_NEAR(rows[1].recall.value(), rows[0].recall.value(), 0.15);

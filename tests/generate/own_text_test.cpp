@@ -1,9 +1,9 @@
 #include "veloxquant/generate/own_text.h"
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cmath>
-
-#include <gtest/gtest.h>
 
 #include "mlx/ops.h"
 #include "mlx/transforms.h"

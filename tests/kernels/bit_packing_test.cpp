@@ -1,8 +1,8 @@
 #include "veloxquant/kernels/bit_packing.h"
 
-#include <vector>
-
 #include <gtest/gtest.h>
+
+#include <vector>
 
 #include "veloxquant/core/random.h"
 

@@ -1,11 +1,10 @@
 #include "veloxquant/model/model.h"
 
 #include <dlfcn.h>
+#include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
-
-#include <gtest/gtest.h>
 
 #include "mlx/ops.h"
 #include "mlx/random.h"
@@ -22,8 +21,12 @@ namespace {
 
 using testing::demo_model;
 
-float largest_difference(const mx::array& a, const mx::array& b) { return mx::max(mx::abs(mx::subtract(a, b))).item<float>(); }
-float range(const mx::array& x) { return mx::subtract(mx::max(x), mx::min(x)).item<float>(); }
+float largest_difference(const mx::array& a, const mx::array& b) {
+  return mx::max(mx::abs(mx::subtract(a, b))).item<float>();
+}
+float range(const mx::array& x) {
+  return mx::subtract(mx::max(x), mx::min(x)).item<float>();
+}
 
 mx::array logits_of(const mx::array& tokens) {
   const auto logits = demo_model().logits(demo_model().forward(tokens, demo_model().make_caches(FullCache::factory())));
@@ -31,7 +34,9 @@ mx::array logits_of(const mx::array& tokens) {
   return logits;
 }
 
-TEST(Model, OpenBlasDoesTheWork) { EXPECT_TRUE(blas_description().starts_with("OpenBLAS")) << blas_description(); }
+TEST(Model, OpenBlasDoesTheWork) {
+  EXPECT_TRUE(blas_description().starts_with("OpenBLAS")) << blas_description();
+}
 
 // Whatever libraries bring, the first cblas_sgemm in the search order, which MLX's library binds to, is the program's own.
 TEST(Model, MatrixProductsOfMlxComeToUs) {
@@ -67,7 +72,8 @@ TEST(Model, TokenByTokenEqualsInOneGo) {
   const auto caches = demo_model().make_caches(FullCache::factory());
   for (int t = 0; t < 40; ++t) {
     const auto logits = demo_model().logits(demo_model().forward(mx::slice(tokens, {0, t}, {1, t + 1}), caches));
-    EXPECT_LE(largest_difference(logits, mx::slice(whole, {0, t, 0}, {1, t + 1, whole.shape(2)})), 1e-4f * range(whole)) << "token " << t;
+    EXPECT_LE(largest_difference(logits, mx::slice(whole, {0, t, 0}, {1, t + 1, whole.shape(2)})), 1e-4f * range(whole))
+        << "token " << t;
   }
   EXPECT_EQ(caches[0]->offset(), 40);
   EXPECT_GE(caches[0]->nbytes(), 2u * 2 * 40 * 64 * sizeof(float));
@@ -76,7 +82,8 @@ TEST(Model, TokenByTokenEqualsInOneGo) {
 TEST(Divergence, KernelEqualsMlxOperations) {
   const auto samples = testing::text_samples(1, 96);
   const auto clean = demo_model().forward(token_array(samples, 0, 1), demo_model().make_caches(FullCache::factory()));
-  const auto noisy = mx::add(clean, mx::multiply(mx::array(0.1f), mx::random::normal(clean.shape(), mx::float32, mx::random::key(1))));
+  const auto noisy =
+      mx::add(clean, mx::multiply(mx::array(0.1f), mx::random::normal(clean.shape(), mx::float32, mx::random::key(1))));
   mx::eval(clean, noisy);
   std::vector<std::int32_t> targets(samples.row(0).begin() + 1, samples.row(0).end());
   targets.push_back(-1);

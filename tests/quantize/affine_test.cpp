@@ -1,9 +1,9 @@
 #include "veloxquant/quantize/affine.h"
 
+#include <gtest/gtest.h>
+
 #include <cmath>
 #include <string>
-
-#include <gtest/gtest.h>
 
 #include "tests/quantize/samples.h"
 #include "veloxquant/kernels/bit_packing.h"

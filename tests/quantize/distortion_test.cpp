@@ -1,9 +1,9 @@
 #include "veloxquant/quantize/distortion.h"
 
+#include <gtest/gtest.h>
+
 #include <limits>
 #include <stdexcept>
-
-#include <gtest/gtest.h>
 
 #include "tests/quantize/samples.h"
 #include "veloxquant/quantize/lloyd_max.h"

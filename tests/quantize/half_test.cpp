@@ -1,8 +1,8 @@
 #include "veloxquant/quantize/half.h"
 
-#include <cmath>
-
 #include <gtest/gtest.h>
+
+#include <cmath>
 
 namespace veloxquant {
 namespace {

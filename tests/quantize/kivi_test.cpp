@@ -1,9 +1,9 @@
 #include "veloxquant/quantize/kivi.h"
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cmath>
-
-#include <gtest/gtest.h>
 
 #include "tests/quantize/samples.h"
 #include "veloxquant/quantize/half.h"

@@ -1,12 +1,12 @@
 #include "veloxquant/quantize/kmeans.h"
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <set>
 #include <stdexcept>
-
-#include <gtest/gtest.h>
 
 #include "tests/quantize/samples.h"
 #include "veloxquant/core/parallel.h"

@@ -1,10 +1,10 @@
 #include "veloxquant/quantize/lloyd_max.h"
 
+#include <gtest/gtest.h>
+
 #include <cmath>
 #include <numbers>
 #include <stdexcept>
-
-#include <gtest/gtest.h>
 
 namespace veloxquant {
 namespace {

@@ -1,11 +1,11 @@
 // What all methods of the table promise.
 #include "veloxquant/quantize/registry.h"
 
+#include <gtest/gtest.h>
+
 #include <cmath>
 #include <limits>
 #include <stdexcept>
-
-#include <gtest/gtest.h>
 
 #include "tests/quantize/samples.h"
 #include "veloxquant/core/parallel.h"

@@ -1,8 +1,8 @@
 #include "veloxquant/quantize/turboquant.h"
 
-#include <cmath>
-
 #include <gtest/gtest.h>
+
+#include <cmath>
 
 #include "tests/quantize/samples.h"
 

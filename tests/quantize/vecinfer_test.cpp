@@ -1,9 +1,9 @@
 #include "veloxquant/quantize/vecinfer.h"
 
+#include <gtest/gtest.h>
+
 #include <cmath>
 #include <stdexcept>
-
-#include <gtest/gtest.h>
 
 #include "tests/quantize/samples.h"
 #include "veloxquant/kernels/hadamard.h"

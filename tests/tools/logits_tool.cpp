@@ -1,11 +1,11 @@
 // logits_tool MODEL TOKENS.safetensors OUT.safetensors [CHUNK]
 // Logits of tokens [B, T] (tensor "tokens", float32 whole numbers) as tensor "logits" [B, T, vocab_size]; the tokens go through the
 // model in chunks of CHUNK (0: in one go), so that caches are extended.
+#include <fmt/format.h>
+
 #include <cstdlib>
 #include <exception>
 #include <vector>
-
-#include <fmt/format.h>
 
 #include "mlx/ops.h"
 #include "mlx/transforms.h"

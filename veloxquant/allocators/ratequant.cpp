@@ -6,11 +6,14 @@
 
 namespace veloxquant::allocators::ratequant {
 
-LayerMap<SensitivityResult> calibrate_layer_sensitivities(const Model& model, const Tokenizer& tokenizer, int num_samples, int sequence_length,
-                                                          double noise_scale, const std::string& device, const CalibrationOptions& options) {
-  if (device != "gpu" && device != "cpu") throw_invalid("calibrate_layer_sensitivities", "device: expected \"gpu\" or \"cpu\", got \"{}\"", device);
+LayerMap<SensitivityResult> calibrate_layer_sensitivities(const Model& model, const Tokenizer& tokenizer, int num_samples,
+                                                          int sequence_length, double noise_scale, const std::string& device,
+                                                          const CalibrationOptions& options) {
+  if (device != "gpu" && device != "cpu")
+    throw_invalid("calibrate_layer_sensitivities", "device: expected \"gpu\" or \"cpu\", got \"{}\"", device);
   const DeviceScope scope(resolve_device_or_cpu(device));
-  const auto samples = calibration_samples(model, tokenizer, options.texts, num_samples, sequence_length, options.seed, options.progress);
+  const auto samples =
+      calibration_samples(model, tokenizer, options.texts, num_samples, sequence_length, options.seed, options.progress);
   ProbeOptions probe;
   probe.noise_scale = noise_scale;
   probe.seed = options.seed;

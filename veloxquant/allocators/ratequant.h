@@ -33,14 +33,16 @@ using veloxquant::fit_distortion_curve;
 using veloxquant::LayerMap;
 using veloxquant::SensitivityResult;
 
-/// Perturbs the keys (after RoPE) and values of one layer at a time with Gaussian noise of noise_scale times their standard deviation and
-/// measures the output change √(2·KL) of each of num_samples samples of sequence_length tokens → by layer its mean and standard deviation
-/// over samples, divided by noise_scale, and the distortions of the quantizers on the same keys and values.
+/// Perturbs the keys (after RoPE) and values of one layer at a time with Gaussian noise of noise_scale times their standard
+/// deviation and measures the output change √(2·KL) of each of num_samples samples of sequence_length tokens → by layer its mean
+/// and standard deviation over samples, divided by noise_scale, and the distortions of the quantizers on the same keys and values.
 ///
 /// device: "gpu" or "cpu"; "gpu" without a GPU back end warns once and runs on the CPU.
-/// Throws std::invalid_argument for another device, counts below 1, a noise_scale that is not above 0, and texts that are too short.
-LayerMap<SensitivityResult> calibrate_layer_sensitivities(const Model& model, const Tokenizer& tokenizer, int num_samples = 32, int sequence_length = 512,
-                                                          double noise_scale = 0.1, const std::string& device = "gpu",
+/// Throws std::invalid_argument for another device, counts below 1, a noise_scale that is not above 0, and texts that are too
+/// short.
+LayerMap<SensitivityResult> calibrate_layer_sensitivities(const Model& model, const Tokenizer& tokenizer, int num_samples = 32,
+                                                          int sequence_length = 512, double noise_scale = 0.1,
+                                                          const std::string& device = "gpu",
                                                           const CalibrationOptions& options = {});
 
 }  // namespace ratequant

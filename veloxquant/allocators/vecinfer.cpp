@@ -1,8 +1,8 @@
 #include "veloxquant/allocators/vecinfer.h"
 
-#include <algorithm>
-
 #include <fmt/ranges.h>
+
+#include <algorithm>
 
 #include "veloxquant/calibrate/calibration_samples.h"
 #include "veloxquant/calibrate/observe.h"
@@ -39,20 +39,24 @@ std::vector<std::int64_t> with_last(std::vector<std::int64_t> shape, std::initia
 }
 
 void check_codebook_options(int head_dim, int num_layers, const Tensor& smooth_factors, int num_centroids, int num_subspaces) {
-  if (!is_power_of_two(static_cast<std::size_t>(head_dim))) throw_invalid("train_codebook", "expected a head_dim that is a power of two, got {}", head_dim);
+  if (!is_power_of_two(static_cast<std::size_t>(head_dim)))
+    throw_invalid("train_codebook", "expected a head_dim that is a power of two, got {}", head_dim);
   if (num_centroids < 2 || num_centroids > 4096 || !is_power_of_two(static_cast<std::size_t>(num_centroids)))
     throw_invalid("train_codebook", "num_centroids: expected a power of two from 2 to 4096, got {}", num_centroids);
   if (num_subspaces < 1 || head_dim % num_subspaces != 0)
     throw_invalid("train_codebook", "num_subspaces: expected a divisor of head_dim {}, got {}", head_dim, num_subspaces);
   if (smooth_factors.shape != std::vector<std::int64_t>{num_layers, head_dim})
-    throw_invalid("train_codebook", "smooth_factors: expected a shape [{}, {}], got [{}]", num_layers, head_dim, fmt::join(smooth_factors.shape, ", "));
+    throw_invalid("train_codebook", "smooth_factors: expected a shape [{}, {}], got [{}]", num_layers, head_dim,
+                  fmt::join(smooth_factors.shape, ", "));
 }
 
 }  // namespace
 
-Tensor calibrate_smooth_factors(const Model& model, const Tokenizer& tokenizer, int num_samples, int sequence_length, const CalibrationOptions& options) {
+Tensor calibrate_smooth_factors(const Model& model, const Tokenizer& tokenizer, int num_samples, int sequence_length,
+                                const CalibrationOptions& options) {
   const int head_dim = model.config().head_dim;
-  const auto samples = calibration_samples(model, tokenizer, options.texts, num_samples, sequence_length, options.seed, options.progress);
+  const auto samples =
+      calibration_samples(model, tokenizer, options.texts, num_samples, sequence_length, options.seed, options.progress);
   Tensor factors{{model.config().num_layers, head_dim}, {}};
   observe_layers(
       model, samples,
@@ -64,11 +68,12 @@ Tensor calibrate_smooth_factors(const Model& model, const Tokenizer& tokenizer, 
   return factors;
 }
 
-Tensor train_codebook(const Model& model, const Tokenizer& tokenizer, const Tensor& factors, int num_samples, int num_centroids, int num_subspaces,
-                      int sequence_length, int max_iter, const CalibrationOptions& options) {
+Tensor train_codebook(const Model& model, const Tokenizer& tokenizer, const Tensor& factors, int num_samples, int num_centroids,
+                      int num_subspaces, int sequence_length, int max_iter, const CalibrationOptions& options) {
   const int head_dim = model.config().head_dim, num_layers = model.config().num_layers;
   check_codebook_options(head_dim, num_layers, factors, num_centroids, num_subspaces);
-  const auto samples = calibration_samples(model, tokenizer, options.texts, num_samples, sequence_length, options.seed, options.progress);
+  const auto samples =
+      calibration_samples(model, tokenizer, options.texts, num_samples, sequence_length, options.seed, options.progress);
   Tensor codebook{{num_layers, num_subspaces, num_centroids, head_dim / num_subspaces}, {}};
   observe_layers(
       model, samples,
@@ -77,7 +82,9 @@ Tensor train_codebook(const Model& model, const Tokenizer& tokenizer, const Tens
         std::vector<float> transformed(keys.begin(), keys.end());
         const auto width = static_cast<std::size_t>(head_dim);
         transform_keys(transformed, std::span(factors.values).subspan(static_cast<std::size_t>(layer) * width, width));
-        const KMeansOptions kmeans{.num_centroids = num_centroids, .max_iter = max_iter, .seed = Random(options.seed, static_cast<std::uint64_t>(layer)).next()};
+        const KMeansOptions kmeans{.num_centroids = num_centroids,
+                                   .max_iter = max_iter,
+                                   .seed = Random(options.seed, static_cast<std::uint64_t>(layer)).next()};
         const Tensor trained = train_product_codebook(transformed, head_dim, num_subspaces, kmeans);
         codebook.values.insert(codebook.values.end(), trained.values.begin(), trained.values.end());
       },
@@ -109,7 +116,8 @@ Codes quantize_vq(const Tensor& vectors, const Tensor& codebook_tensor) {
   const ProductCodebook codebook(codebook_tensor);
   check_rows("quantize_vq", "vectors", vectors, codebook.dim());
   Codes codes{with_last(vectors.shape, {codebook.num_subspaces()}), {}, {}};
-  codes.words.resize(vectors.values.size() / static_cast<std::size_t>(codebook.dim()) * static_cast<std::size_t>(codebook.num_subspaces()));
+  codes.words.resize(vectors.values.size() / static_cast<std::size_t>(codebook.dim()) *
+                     static_cast<std::size_t>(codebook.num_subspaces()));
   codebook.encode(vectors.values, codes.words);
   if (codebook.num_centroids() <= 256) {
     codes.bytes.assign(codes.words.begin(), codes.words.end());
@@ -125,11 +133,14 @@ Tensor dequantize_vq(const Codes& codes, const Tensor& codebook_tensor) {
   std::int64_t size = 1;
   for (const auto axis : codes.shape) size *= axis;
   if (codes.shape.empty() || codes.shape.back() != codebook.num_subspaces() || static_cast<std::int64_t>(words.size()) != size)
-    throw_invalid("dequantize_vq", "codes: expected a shape [.., {}], got [{}]", codebook.num_subspaces(), fmt::join(codes.shape, ", "));
+    throw_invalid("dequantize_vq", "codes: expected a shape [.., {}], got [{}]", codebook.num_subspaces(),
+                  fmt::join(codes.shape, ", "));
   for (const auto word : words)
-    if (word >= codebook.num_centroids()) throw_invalid("dequantize_vq", "codes: expected values below {}, got {}", codebook.num_centroids(), word);
+    if (word >= codebook.num_centroids())
+      throw_invalid("dequantize_vq", "codes: expected values below {}, got {}", codebook.num_centroids(), word);
   Tensor vectors{with_last(codes.shape, {codebook.dim()}), {}};
-  vectors.values.resize(words.size() / static_cast<std::size_t>(codebook.num_subspaces()) * static_cast<std::size_t>(codebook.dim()));
+  vectors.values.resize(words.size() / static_cast<std::size_t>(codebook.num_subspaces()) *
+                        static_cast<std::size_t>(codebook.dim()));
   codebook.decode(words, vectors.values);
   return vectors;
 }
@@ -138,8 +149,8 @@ Tensor compute_query_lut(const Tensor& queries, const Tensor& codebook_tensor) {
   const ProductCodebook codebook(codebook_tensor);
   check_rows("compute_query_lut", "queries", queries, codebook.dim());
   Tensor tables{with_last(queries.shape, {codebook.num_subspaces(), codebook.num_centroids()}), {}};
-  tables.values.resize(queries.values.size() / static_cast<std::size_t>(codebook.dim()) * static_cast<std::size_t>(codebook.num_subspaces()) *
-                       static_cast<std::size_t>(codebook.num_centroids()));
+  tables.values.resize(queries.values.size() / static_cast<std::size_t>(codebook.dim()) *
+                       static_cast<std::size_t>(codebook.num_subspaces()) * static_cast<std::size_t>(codebook.num_centroids()));
   codebook.query_tables(queries.values, tables.values);
   return tables;
 }

@@ -1,5 +1,5 @@
-// VecInfer (arXiv 2510.06175): smooth factors, a dual transform, product quantisation and look-up tables, on keys after RoPE with all KV heads of
-// a layer together.
+// VecInfer (arXiv 2510.06175): smooth factors, a dual transform, product quantisation and look-up tables, on keys after RoPE with
+// all KV heads of a layer together.
 #pragma once
 
 #include <cstdint>
@@ -20,10 +20,12 @@ Tensor calibrate_smooth_factors(const Model& model, const Tokenizer& tokenizer, 
 /// K-means per sub-space on transformed keys → [num_layers, num_subspaces, num_centroids, head_dim / num_subspaces].
 /// smooth_factors [num_layers, head_dim].  Throws std::invalid_argument unless num_centroids is a power of two from 2 to 4096,
 /// num_subspaces divides head_dim, head_dim is a power of two, max_iter is at least 1 and there are no fewer keys than centroids.
-Tensor train_codebook(const Model& model, const Tokenizer& tokenizer, const Tensor& smooth_factors, int num_samples = 128, int num_centroids = 256,
-                      int num_subspaces = 8, int sequence_length = 256, int max_iter = 100, const CalibrationOptions& options = {});
+Tensor train_codebook(const Model& model, const Tokenizer& tokenizer, const Tensor& smooth_factors, int num_samples = 128,
+                      int num_centroids = 256, int num_subspaces = 8, int sequence_length = 256, int max_iter = 100,
+                      const CalibrationOptions& options = {});
 
-/// The orthonormal Walsh–Hadamard matrix [d, d], its own transpose and inverse.  Throws std::invalid_argument unless d is a power of two.
+/// The orthonormal Walsh–Hadamard matrix [d, d], its own transpose and inverse.  Throws std::invalid_argument unless d is a power
+/// of two.
 Tensor walsh_hadamard_matrix(int d);
 
 /// keys [.., head_dim] → (K ⊘ λ)·H, one layer's smooth_factors [head_dim].
@@ -32,7 +34,8 @@ Tensor apply_dual_transform_keys(const Tensor& keys, const Tensor& smooth_factor
 /// queries [.., head_dim] → (q ⊙ λ)·H, so that q'·k' = q·k.
 Tensor apply_dual_transform_queries(const Tensor& queries, const Tensor& smooth_factors);
 
-/// Codes of a product quantiser, in the smallest unsigned type that holds them: `bytes` if there are at most 256 centroids, else `words`.
+/// Codes of a product quantiser, in the smallest unsigned type that holds them: `bytes` if there are at most 256 centroids, else
+/// `words`.
 struct Codes {
   std::vector<std::int64_t> shape;  // [.., num_subspaces]
   std::vector<std::uint8_t> bytes;

@@ -14,14 +14,22 @@ namespace {
 
 constexpr int kKiviGroup = 32;
 
-mx::array as_array(const Tensor& tensor) { return mx::array(tensor.values.data(), mx::Shape(tensor.shape.begin(), tensor.shape.end())); }
+mx::array as_array(const Tensor& tensor) {
+  return mx::array(tensor.values.data(), mx::Shape(tensor.shape.begin(), tensor.shape.end()));
+}
 
-mx::array number(double value) { return mx::array(static_cast<float>(value)); }
+mx::array number(double value) {
+  return mx::array(static_cast<float>(value));
+}
 
 // What storing as IEEE half does to a value.
-mx::array through_half(const mx::array& x) { return mx::astype(mx::astype(mx::clip(x, number(-65504), number(65504)), mx::float16), mx::float32); }
+mx::array through_half(const mx::array& x) {
+  return mx::astype(mx::astype(mx::clip(x, number(-65504), number(65504)), mx::float16), mx::float32);
+}
 
-int bits_of(const QuantizerParameters& parameters) { return static_cast<int>(parameters.numbers.at("bits")); }
+int bits_of(const QuantizerParameters& parameters) {
+  return static_cast<int>(parameters.numbers.at("bits"));
+}
 
 // Calls `restore` on x as [..., groups, size] along the last axis; the last group may be shorter.
 mx::array over_groups(const mx::array& x, int size, const RestoreGraph& restore) {
@@ -63,7 +71,9 @@ mx::array restore_affine_groups(const mx::array& x, int bits) {
 
 RestoreGraph affine_graph(const QuantizerParameters& parameters, const Quantizer&) {
   const int bits = bits_of(parameters), group = static_cast<int>(parameters.numbers.at("group_size"));
-  return [=](const mx::array& x) { return over_groups(x, group, [=](const mx::array& groups) { return restore_affine_groups(groups, bits); }); };
+  return [=](const mx::array& x) {
+    return over_groups(x, group, [=](const mx::array& groups) { return restore_affine_groups(groups, bits); });
+  };
 }
 
 // The steps of quantize/kivi.cpp on groups [..., size].
@@ -101,7 +111,8 @@ mx::array restore_product(const mx::array& x, const mx::array& codebook) {
   const int rows = x.shape(0), subspaces = codebook.shape(0), centroids = codebook.shape(1), width = codebook.shape(2);
   const auto pieces = mx::transpose(mx::reshape(x, {rows, subspaces, width}), {1, 0, 2});
   const auto half_norms = mx::multiply(number(0.5), mx::sum(mx::square(codebook), -1));
-  const auto scores = mx::subtract(mx::reshape(half_norms, {subspaces, 1, centroids}), mx::matmul(pieces, mx::transpose(codebook, {0, 2, 1})));
+  const auto scores =
+      mx::subtract(mx::reshape(half_norms, {subspaces, 1, centroids}), mx::matmul(pieces, mx::transpose(codebook, {0, 2, 1})));
   const auto codes = mx::astype(mx::argmin(scores, -1), mx::int32);  // [subspaces, rows]
   const auto first = mx::reshape(mx::multiply(mx::arange(subspaces, mx::int32), mx::array(centroids)), {subspaces, 1});
   const auto nearest = mx::take(mx::reshape(codebook, {subspaces * centroids, width}), mx::add(codes, first), 0);
@@ -111,7 +122,9 @@ mx::array restore_product(const mx::array& x, const mx::array& codebook) {
 RestoreGraph vecinfer_graph(const QuantizerParameters& parameters, const Quantizer&) {
   const int dim = parameters.dim;
   const mx::array codebook = as_array(parameters.tensors.at("codebook"));
-  const auto restore = [=](const mx::array& x) { return mx::reshape(restore_product(mx::reshape(x, {-1, dim}), codebook), x.shape()); };
+  const auto restore = [=](const mx::array& x) {
+    return mx::reshape(restore_product(mx::reshape(x, {-1, dim}), codebook), x.shape());
+  };
   if (parameters.side == Side::kValues) return restore;
   const mx::array factors = as_array(parameters.tensors.at("smooth_factors"));
   const auto matrix = walsh_hadamard_matrix(static_cast<std::size_t>(dim));
@@ -127,7 +140,8 @@ struct Row {
   RestoreGraph (*make)(const QuantizerParameters& parameters, const Quantizer& quantizer);
 };
 
-constexpr Row kTable[] = {{"affine", affine_graph}, {"kivi", kivi_graph}, {"turboquant", turboquant_graph}, {"vecinfer", vecinfer_graph}};
+constexpr Row kTable[] = {
+    {"affine", affine_graph}, {"kivi", kivi_graph}, {"turboquant", turboquant_graph}, {"vecinfer", vecinfer_graph}};
 
 }  // namespace
 

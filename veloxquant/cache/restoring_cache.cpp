@@ -16,21 +16,27 @@ mx::array tokens(const mx::array& x, int begin, int end) {
   return mx::slice(x, {0, 0, begin, 0}, {x.shape(0), x.shape(1), end, x.shape(3)});
 }
 
-mx::array after(const std::optional<mx::array>& before, const mx::array& x) { return before ? mx::concatenate({*before, x}, 2) : x; }
+mx::array after(const std::optional<mx::array>& before, const mx::array& x) {
+  return before ? mx::concatenate({*before, x}, 2) : x;
+}
 
 // Tokens of one sequence and head that a thread restores at a time: whole groups of tokens for every quantizer.
 constexpr int kGroupsPerTask = 256;
 
 mx::array restore_on_cpu(const std::shared_ptr<const Quantizer>& quantizer, const mx::array& x) {
-  return cpu_operation("Restore", {mx::contiguous(x)}, x.shape(), mx::float32, [quantizer](const std::vector<mx::array>& in, mx::array& out) {
-    const auto dim = static_cast<std::size_t>(out.shape(3)), tokens = static_cast<std::size_t>(out.shape(2));
-    const std::size_t piece = static_cast<std::size_t>(quantizer->token_group() * std::max(1, kGroupsPerTask / quantizer->token_group()));
-    const std::size_t pieces = (tokens + piece - 1) / piece, runs = static_cast<std::size_t>(out.shape(0)) * static_cast<std::size_t>(out.shape(1));
-    parallel_for(runs * pieces, 1, [&](std::size_t i, std::size_t) {
-      const std::size_t begin = i % pieces * piece, at = (i / pieces * tokens + begin) * dim, size = std::min(piece, tokens - begin) * dim;
-      quantizer->restore({in[0].data<float>() + at, size}, {out.data<float>() + at, size});
-    });
-  });
+  return cpu_operation(
+      "Restore", {mx::contiguous(x)}, x.shape(), mx::float32, [quantizer](const std::vector<mx::array>& in, mx::array& out) {
+        const auto dim = static_cast<std::size_t>(out.shape(3)), tokens = static_cast<std::size_t>(out.shape(2));
+        const std::size_t piece =
+            static_cast<std::size_t>(quantizer->token_group() * std::max(1, kGroupsPerTask / quantizer->token_group()));
+        const std::size_t pieces = (tokens + piece - 1) / piece,
+                          runs = static_cast<std::size_t>(out.shape(0)) * static_cast<std::size_t>(out.shape(1));
+        parallel_for(runs * pieces, 1, [&](std::size_t i, std::size_t) {
+          const std::size_t begin = i % pieces * piece, at = (i / pieces * tokens + begin) * dim,
+                            size = std::min(piece, tokens - begin) * dim;
+          quantizer->restore({in[0].data<float>() + at, size}, {out.data<float>() + at, size});
+        });
+      });
 }
 
 }  // namespace

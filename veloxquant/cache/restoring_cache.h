@@ -29,8 +29,8 @@ class RestoringCache : public AttentionCache {
 
  private:
   Restore restore_keys_, restore_values_;
-  TokenStore complete_;                        // restored tokens of complete groups
-  std::optional<mx::array> tail_k_, tail_v_;   // the others as they came: keys after RoPE, values
+  TokenStore complete_;                       // restored tokens of complete groups
+  std::optional<mx::array> tail_k_, tail_v_;  // the others as they came: keys after RoPE, values
   int offset_ = 0;
 };
 

@@ -1,9 +1,9 @@
 #include "veloxquant/calibrate/make_plan.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <cmath>
-
-#include <fmt/ranges.h>
 
 #include "veloxquant/calibrate/observe.h"
 #include "veloxquant/calibrate/sensitivity.h"
@@ -37,8 +37,8 @@ Ladder ladder_of(const QuantizerMethod& method, int head_dim) {
 void check_range(const Ladder& ladder, const PlanOptions& options, int head_dim) {
   if (options.bits >= ladder.rates.front() - kRounding && options.bits <= ladder.rates.back() + kRounding) return;
   throw_invalid("calibrate", "bits: {} with {} and head_dim {} needs {:.4g} to {:.4g} bits, got {}", options.method,
-                options.units == Units::kLayer ? "a width per layer" : "one width", head_dim, ladder.rates.front(), ladder.rates.back(),
-                options.bits);
+                options.units == Units::kLayer ? "a width per layer" : "one width", head_dim, ladder.rates.front(),
+                ladder.rates.back(), options.bits);
 }
 
 double uniform_width(const QuantizerMethod& method, const Ladder& ladder, const PlanOptions& options) {
@@ -47,14 +47,14 @@ double uniform_width(const QuantizerMethod& method, const Ladder& ladder, const 
   std::size_t best = 0;
   while (best + 1 < ladder.rates.size() && ladder.rates[best + 1] <= options.bits + kRounding) ++best;
   if (ladder.rates[best] < options.bits - kRounding)
-    warn(fmt::format("one width for all layers gives {:.4g} bits (possible: {:.4g}); a width per layer comes closer to {:.4g}", ladder.rates[best],
-                     fmt::join(ladder.rates, ", "), options.bits));
+    warn(fmt::format("one width for all layers gives {:.4g} bits (possible: {:.4g}); a width per layer comes closer to {:.4g}",
+                     ladder.rates[best], fmt::join(ladder.rates, ", "), options.bits));
   return ladder.widths[best];
 }
 
 // One width per layer of least predicted KL, in the documented way.
-std::vector<double> scalar_widths(const QuantizerMethod& method, const Ladder& ladder, const LayerMap<SensitivityResult>& sensitivities,
-                                  const PlanOptions& options) {
+std::vector<double> scalar_widths(const QuantizerMethod& method, const Ladder& ladder,
+                                  const LayerMap<SensitivityResult>& sensitivities, const PlanOptions& options) {
   const auto curves = fit_distortion_curve(sensitivities, kRates, std::string(method.name));
   // Scales and norms cost every layer the same: what is left of the budget goes to codes.
   const double overhead = ladder.rates.front() - ladder.widths.front();
@@ -70,19 +70,22 @@ double sensitivity_squared(const SensitivityResult& result) {
 }
 
 // The mean of the relative distortions of a layer's keys and values.
-double layer_distortion(const QuantizerMethod& method, const LayerObservation& observation, const TokenBatch& samples, int head_dim, double width,
-                        std::uint64_t seed) {
+double layer_distortion(const QuantizerMethod& method, const LayerObservation& observation, const TokenBatch& samples, int head_dim,
+                        double width, std::uint64_t seed) {
   double sum = 0;
   for (const Side side : {Side::kKeys, Side::kValues})
-    sum += relative_distortion(method, side, observation.span(side), static_cast<std::size_t>(samples.length), head_dim, width, seed);
+    sum +=
+        relative_distortion(method, side, observation.span(side), static_cast<std::size_t>(samples.length), head_dim, width, seed);
   return sum / 2;
 }
 
 // The same for quantizers that learn, by what each width is measured to lose: their widths lie on no curve.
 std::vector<double> learned_widths(const Model& model, const TokenBatch& samples, const QuantizerMethod& method, Ladder ladder,
-                                   const LayerMap<SensitivityResult>& sensitivities, const PlanOptions& options, const ProgressCallback& progress) {
+                                   const LayerMap<SensitivityResult>& sensitivities, const PlanOptions& options,
+                                   const ProgressCallback& progress) {
   while (ladder.widths.size() > 1 && ladder.widths.back() > kRates.back()) ladder.widths.pop_back();
-  while (ladder.widths.size() > 1 && ladder.widths.front() < kRates.front() && ladder.widths[1] <= options.bits) ladder.widths.erase(ladder.widths.begin());
+  while (ladder.widths.size() > 1 && ladder.widths.front() < kRates.front() && ladder.widths[1] <= options.bits)
+    ladder.widths.erase(ladder.widths.begin());
   const int head_dim = model.config().head_dim;
   std::vector<std::vector<AllocationOption>> units;
   observe_layers(
@@ -97,7 +100,8 @@ std::vector<double> learned_widths(const Model& model, const TokenBatch& samples
         }
       },
       progress);
-  const auto choice = allocate(units, static_cast<std::int64_t>(std::floor(options.bits * head_dim * static_cast<double>(units.size()) + kRounding)));
+  const auto choice = allocate(
+      units, static_cast<std::int64_t>(std::floor(options.bits * head_dim * static_cast<double>(units.size()) + kRounding)));
   std::vector<double> widths;
   for (const int rung : choice) widths.push_back(ladder.widths[static_cast<std::size_t>(rung)]);
   return widths;
@@ -105,17 +109,22 @@ std::vector<double> learned_widths(const Model& model, const TokenBatch& samples
 
 // Fits every unit at its layer's width; the predicted KL where sensitivities are known.
 void fit_units(const Model& model, const TokenBatch& samples, const QuantizerMethod& method, const std::vector<double>& widths,
-               const LayerMap<SensitivityResult>& sensitivities, const PlanOptions& options, Plan& plan, const ProgressCallback& progress) {
+               const LayerMap<SensitivityResult>& sensitivities, const PlanOptions& options, Plan& plan,
+               const ProgressCallback& progress) {
   const int head_dim = model.config().head_dim;
   double predicted = 0;
   const auto fit_layer = [&](int layer, const LayerObservation* observation) {
     double distortion = 0;
     for (const Side side : {Side::kKeys, Side::kValues}) {
       const std::span<const float> vectors = observation ? observation->span(side) : std::span<const float>();
-      const FitOptions fit{.side = side, .width = widths[static_cast<std::size_t>(layer)], .seed = Random(options.seed, static_cast<std::uint64_t>(layer)).next()};
+      const FitOptions fit{.side = side,
+                           .width = widths[static_cast<std::size_t>(layer)],
+                           .seed = Random(options.seed, static_cast<std::uint64_t>(layer)).next()};
       plan.units.push_back({layer, side, method.fit(vectors, head_dim, fit)});
       if (observation && !sensitivities.empty())
-        distortion += restored_distortion(*make_quantizer(plan.units.back().quantizer), vectors, static_cast<std::size_t>(samples.length)) / 2;
+        distortion +=
+            restored_distortion(*make_quantizer(plan.units.back().quantizer), vectors, static_cast<std::size_t>(samples.length)) /
+            2;
     }
     if (!sensitivities.empty()) predicted += sensitivity_squared(sensitivities.at(layer_name(layer))) / 2 * distortion;
   };
@@ -123,13 +132,16 @@ void fit_units(const Model& model, const TokenBatch& samples, const QuantizerMet
     for (int layer = 0; layer < model.config().num_layers; ++layer) fit_layer(layer, nullptr);
     return;
   }
-  observe_layers(model, samples, [&](int layer, const LayerObservation& observation) { fit_layer(layer, &observation); }, progress);
+  observe_layers(
+      model, samples, [&](int layer, const LayerObservation& observation) { fit_layer(layer, &observation); }, progress);
   if (!sensitivities.empty()) plan.predicted_kl = predicted;
 }
 
 }  // namespace
 
-std::string_view to_string(Units units) { return units == Units::kLayer ? "layer" : "uniform"; }
+std::string_view to_string(Units units) {
+  return units == Units::kLayer ? "layer" : "uniform";
+}
 
 Plan make_plan(const Model& model, const TokenBatch& samples, const PlanOptions& options, const ProgressCallback& progress) {
   const QuantizerMethod& method = quantizer_method(options.method);

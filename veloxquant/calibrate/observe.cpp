@@ -33,7 +33,8 @@ void check_finite(const LayerObservation& observation, int layer) {
   for (const Side side : {Side::kKeys, Side::kValues})
     for (const float value : observation.span(side))
       if (!std::isfinite(value))
-        throw_failure("observe", "layer_{}: the model's {} hold {}: its weights are damaged or overflow float32", layer, to_string(side), value);
+        throw_failure("observe", "layer_{}: the model's {} hold {}: its weights are damaged or overflow float32", layer,
+                      to_string(side), value);
 }
 
 }  // namespace
@@ -47,10 +48,12 @@ mx::array token_array(const TokenBatch& samples, int begin, int end) {
   return mx::array(samples.row(begin).data(), {end - begin, samples.length}, mx::int32);
 }
 
-int samples_per_step(const TokenBatch& samples) { return std::clamp(4096 / samples.length, 1, samples.count); }
+int samples_per_step(const TokenBatch& samples) {
+  return std::clamp(4096 / samples.length, 1, samples.count);
+}
 
-void observe_layers(const Model& model, const TokenBatch& samples,
-                    const std::function<void(int, const LayerObservation&)>& visit, const ProgressCallback& progress) {
+void observe_layers(const Model& model, const TokenBatch& samples, const std::function<void(int, const LayerObservation&)>& visit,
+                    const ProgressCallback& progress) {
   const int step = samples_per_step(samples), num_layers = model.config().num_layers;
   std::vector<mx::array> hidden;
   for (int begin = 0; begin < samples.count; begin += step)

@@ -12,8 +12,8 @@
 
 namespace veloxquant {
 
-/// Keys (after RoPE) and values of one layer: float32 [num_samples, num_kv_heads, length, head_dim], row-contiguous and evaluated, so
-/// that spans of them may be taken.
+/// Keys (after RoPE) and values of one layer: float32 [num_samples, num_kv_heads, length, head_dim], row-contiguous and evaluated,
+/// so that spans of them may be taken.
 struct LayerObservation {
   mx::array keys, values;
 
@@ -29,7 +29,8 @@ void observe_layers(const Model& model, const TokenBatch& samples,
 /// Rows [begin, end) of `samples` as an array [end − begin, length] int32.
 mx::array token_array(const TokenBatch& samples, int begin, int end);
 
-/// Samples that go through a layer together: as many as make about 4096 tokens, which keeps products large and activations in cache.
+/// Samples that go through a layer together: as many as make about 4096 tokens, which keeps products large and activations in
+/// cache.
 int samples_per_step(const TokenBatch& samples);
 
 }  // namespace veloxquant

@@ -34,7 +34,8 @@ class PerturbingCache : public AttentionCache {
       const auto key = mx::reshape(mx::slice(keys_, {row, 0}, {row + 1, 2}), {2});
       return mx::add(x, mx::multiply(mx::array(deviation), mx::random::normal(x.shape(), mx::float32, key)));
     };
-    return causal_attention((*spec.rope)(q, 0), perturbed((*spec.rope)(k, 0), noise_.keys, 0), perturbed(v, noise_.values, 1), spec);
+    return causal_attention((*spec.rope)(q, 0), perturbed((*spec.rope)(k, 0), noise_.keys, 0), perturbed(v, noise_.values, 1),
+                            spec);
   }
   int offset() const override { return offset_; }
   std::size_t nbytes() const override { return 0; }
@@ -53,14 +54,14 @@ double standard_deviation(std::span<const float> x) {
 }
 
 // The distortions of every quantizer at every rate on what one layer stores.
-std::map<std::string, std::vector<DistortionPoint>> measure_distortions(const LayerObservation& observation, int head_dim, int length,
-                                                                        const ProbeOptions& options) {
+std::map<std::string, std::vector<DistortionPoint>> measure_distortions(const LayerObservation& observation, int head_dim,
+                                                                        int length, const ProbeOptions& options) {
   std::map<std::string, std::vector<DistortionPoint>> distortions;
   for (const auto& name : options.quantizers) {
     for (const double rate : options.rates) {
       const auto measure = [&](Side side) {
-        return relative_distortion(quantizer_method(name), side, observation.span(side), static_cast<std::size_t>(length), head_dim, rate,
-                                   options.seed);
+        return relative_distortion(quantizer_method(name), side, observation.span(side), static_cast<std::size_t>(length), head_dim,
+                                   rate, options.seed);
       };
       distortions[name].push_back({rate, measure(Side::kKeys), measure(Side::kValues)});
     }
@@ -79,7 +80,8 @@ class GroupProbe {
 
   void run_layer(int layer, Deviations noise, std::uint64_t seed, ProgressStage& stage) {
     for (auto& [row, streams] : steps_) {
-      PerturbingCache perturbing(noise, Random(seed, (static_cast<std::uint64_t>(layer) << 32) + static_cast<std::uint64_t>(row)).next());
+      PerturbingCache perturbing(noise,
+                                 Random(seed, (static_cast<std::uint64_t>(layer) << 32) + static_cast<std::uint64_t>(row)).next());
       auto perturbed = model_.layer(layer, streams[0], perturbing);
       for (auto& stream : streams) {
         FullCache full;
@@ -98,7 +100,8 @@ class GroupProbe {
     for (const auto& [row, streams] : steps_) {
       for (int sample = 0; sample < streams[0].shape(0); ++sample) {
         std::vector<mx::array> hidden;
-        for (const auto& stream : streams) hidden.push_back(mx::slice(stream, {sample, 0, 0}, {sample + 1, stream.shape(1), stream.shape(2)}));
+        for (const auto& stream : streams)
+          hidden.push_back(mx::slice(stream, {sample, 0, 0}, {sample + 1, stream.shape(1), stream.shape(2)}));
         const auto scores = score_hidden(model_, hidden, {});
         for (std::size_t layer = 0; layer + 1 < streams.size(); ++layer) {
           double sum = 0;
@@ -157,7 +160,8 @@ LayerMap<SensitivityResult> probe_sensitivities(const Model& model, const TokenB
   const double sample_bytes = 4.0 * samples.length * config.hidden_size * (config.num_layers + 1);
   const int group = std::clamp(static_cast<int>(kActivationBytes / sample_bytes), samples_per_step(samples), samples.count);
   const int step = samples_per_step(samples), steps = (samples.count + step - 1) / step;
-  ProgressStage stage(progress, "perturbing layers", static_cast<std::size_t>(steps) * config.num_layers * (config.num_layers + 3) / 2);
+  ProgressStage stage(progress, "perturbing layers",
+                      static_cast<std::size_t>(steps) * config.num_layers * (config.num_layers + 3) / 2);
   std::vector<std::vector<double>> changes(static_cast<std::size_t>(config.num_layers));
   for (int begin = 0; begin < samples.count; begin += group / step * step) {
     GroupProbe probe(model, samples, begin, std::min(begin + group / step * step, samples.count));

@@ -17,15 +17,16 @@ struct ProbeOptions {
   double noise_scale = 0.1;  // standard deviation of the noise, relative to that of all of a layer's keys (values)
   std::uint64_t seed = 0;
 
-  /// Quantizers whose relative distortion on the same keys and values is measured beside, at these rates (bits of codes an element).
+  /// Quantizers whose relative distortion on the same keys and values is measured beside, at these rates (bits of codes an
+  /// element).
   std::vector<std::string> quantizers = {"turboquant", "kivi", "affine"};
   std::vector<double> rates = {1.0, 1.5, 2.0, 3.0, 4.0};
 };
 
-/// Perturbs the keys (after RoPE) and values of one layer at a time with Gaussian noise and measures the output change of each sample,
-/// √(2·KL) with the KL divergence averaged over positions (docs/design.md).  Layers below the perturbed one are not run again, and all
-/// samples go through a layer before the next: (L + 1) · L / 2 + 2 L layer runs for L layers.
-/// Throws std::invalid_argument unless noise_scale > 0 and finite.
+/// Perturbs the keys (after RoPE) and values of one layer at a time with Gaussian noise and measures the output change of each
+/// sample, √(2·KL) with the KL divergence averaged over positions (docs/design.md).  Layers below the perturbed one are not run
+/// again, and all samples go through a layer before the next: (L + 1) · L / 2 + 2 L layer runs for L layers. Throws
+/// std::invalid_argument unless noise_scale > 0 and finite.
 LayerMap<SensitivityResult> probe_sensitivities(const Model& model, const TokenBatch& samples, const ProbeOptions& options,
                                                 const ProgressCallback& progress = {});
 

@@ -27,14 +27,17 @@ void run(const Options& options) {
   double total = 0, sum = 0;
   for (const auto& [name, width] : bits) {
     const auto& curve = curves.at(name);
-    rows.push_back({name, std::to_string(width), fmt::format("{:.4f}", results.at(name).mean_sensitivity), fmt::format("{:.4f}", curve.alpha),
-                    fmt::format("{:.3f}", curve.beta), fmt::format("{:.5f}", curve(width))});
+    rows.push_back({name, std::to_string(width), fmt::format("{:.4f}", results.at(name).mean_sensitivity),
+                    fmt::format("{:.4f}", curve.alpha), fmt::format("{:.3f}", curve.beta), fmt::format("{:.5f}", curve(width))});
     total += curve(width);
     sum += width;
   }
   rows.push_back({"all", fmt::format("{:.3f}", sum / static_cast<double>(bits.size())), "", "", "", fmt::format("{:.5f}", total)});
   fmt::print("{}", table(rows));
-  fmt::print("\nBits of codes; scales and norms come on top.\nNext: veloxquant calibrate MODEL --method {} --units layer -o plan.safetensors\n", options.quantizer);
+  fmt::print(
+      "\nBits of codes; scales and norms come on top.\nNext: veloxquant calibrate MODEL --method {} --units layer -o "
+      "plan.safetensors\n",
+      options.quantizer);
 }
 
 }  // namespace

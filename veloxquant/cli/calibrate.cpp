@@ -33,16 +33,19 @@ void run(const Options& options) {
   const LoadedModel loaded = load_model(options.model);
   const auto texts = options.text.read();
   const auto progress = terminal_progress();
-  const auto samples = calibration_samples(loaded.model, loaded.tokenizer, texts, options.num_samples, options.length, options.run.seed, progress);
-  Plan plan = make_plan(loaded.model, samples, {.method = options.method, .bits = options.bits, .units = units_of(options), .seed = options.run.seed}, progress);
+  const auto samples =
+      calibration_samples(loaded.model, loaded.tokenizer, texts, options.num_samples, options.length, options.run.seed, progress);
+  Plan plan =
+      make_plan(loaded.model, samples,
+                {.method = options.method, .bits = options.bits, .units = units_of(options), .seed = options.run.seed}, progress);
   for (std::size_t i = 0; i < texts.size(); ++i)
     plan.provenance.texts.push_back({std::filesystem::path(options.text.files[i]).filename().string(), sha256(texts[i])});
   write_plan(plan, options.output);
   clear_progress();
   if (options.json) return print_json(describe_plan(plan));
   print_plan(plan);
-  fmt::print("\nWrote {} ({}).\nNext: veloxquant evaluate {} --plan {} --peer mlx4\n", options.output, bytes_text(std::filesystem::file_size(options.output)),
-             shell_word(options.model), shell_word(options.output));
+  fmt::print("\nWrote {} ({}).\nNext: veloxquant evaluate {} --plan {} --peer mlx4\n", options.output,
+             bytes_text(std::filesystem::file_size(options.output)), shell_word(options.model), shell_word(options.output));
 }
 
 }  // namespace
@@ -56,14 +59,23 @@ void add_calibrate(CLI::App& program) {
   command.add_option("--bits", options->bits, "Effective bits per element on average: everything stored per token counts")
       ->check(positive_number())
       ->capture_default_str();
-  command.add_option("--context", options->context, "Context at which bits are counted (default: the model's maximum)")->check(CLI::PositiveNumber);
-  command.add_option("--method", options->method, "Quantizer")->check(CLI::IsMember({"vecinfer", "turboquant", "kivi", "affine"}))->capture_default_str();
+  command.add_option("--context", options->context, "Context at which bits are counted (default: the model's maximum)")
+      ->check(CLI::PositiveNumber);
+  command.add_option("--method", options->method, "Quantizer")
+      ->check(CLI::IsMember({"vecinfer", "turboquant", "kivi", "affine"}))
+      ->capture_default_str();
   command.add_option("--units", options->units, "What gets one width: each layer, or all (default: layer, with vecinfer uniform)")
       ->check(CLI::IsMember({"layer", "uniform"}));
-  command.add_option("--samples", options->num_samples, "Samples that the model reads")->check(CLI::PositiveNumber)->capture_default_str();
+  command.add_option("--samples", options->num_samples, "Samples that the model reads")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   command.add_option("--length", options->length, "Tokens of a sample")->check(CLI::PositiveNumber)->capture_default_str();
-  command.add_option("--window", options->window, "Recent tokens kept at 8 bits; only 0 so far")->check(CLI::Range(0, 0))->capture_default_str();
-  command.add_option("--sinks", options->sinks, "First tokens kept at 8 bits; only 0 so far")->check(CLI::Range(0, 0))->capture_default_str();
+  command.add_option("--window", options->window, "Recent tokens kept at 8 bits; only 0 so far")
+      ->check(CLI::Range(0, 0))
+      ->capture_default_str();
+  command.add_option("--sinks", options->sinks, "First tokens kept at 8 bits; only 0 so far")
+      ->check(CLI::Range(0, 0))
+      ->capture_default_str();
   options->text.add_to(command);
   options->run.add_to(command);
   add_json_flag(command, options->json);

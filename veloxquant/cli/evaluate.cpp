@@ -1,8 +1,8 @@
 #include "veloxquant/evaluate/evaluate.h"
 
-#include <filesystem>
-
 #include <fmt/ranges.h>
+
+#include <filesystem>
 
 #include "veloxquant/cache/restoring_cache.h"
 #include "veloxquant/cli/commands.h"
@@ -38,7 +38,8 @@ std::vector<std::int32_t> tokens_of(const TextOptions& text, const Tokenizer& to
 }
 
 TokenBatch windows_of(const Options& options, const LoadedModel& loaded, int length, const ProgressCallback& progress) {
-  if (options.text.files.empty()) return generate_own_text(loaded.model, options.windows > 0 ? options.windows : kOwnWindows, length, options.run.seed, progress);
+  if (options.text.files.empty())
+    return generate_own_text(loaded.model, options.windows > 0 ? options.windows : kOwnWindows, length, options.run.seed, progress);
   return leading_windows(tokens_of(options.text, loaded.tokenizer), options.windows, length);
 }
 
@@ -58,8 +59,9 @@ std::vector<Storage> storages_of(const Options& options, const Model& model) {
 }
 
 nlohmann::ordered_json to_json(const EvaluationRow& row) {
-  nlohmann::ordered_json json = {{"storage", row.storage}, {"effective_bits", row.effective_bits}, {"perplexity", row.perplexity},
-                                 {"kl_mean", row.kl_mean}, {"kl_p999", row.kl_p999},               {"top1", row.top1}};
+  nlohmann::ordered_json json = {{"storage", row.storage},       {"effective_bits", row.effective_bits},
+                                 {"perplexity", row.perplexity}, {"kl_mean", row.kl_mean},
+                                 {"kl_p999", row.kl_p999},       {"top1", row.top1}};
   json["recall"] = row.recall ? nlohmann::ordered_json(*row.recall) : nlohmann::ordered_json(nullptr);
   return json;
 }
@@ -67,21 +69,24 @@ nlohmann::ordered_json to_json(const EvaluationRow& row) {
 void print_rows(const std::vector<EvaluationRow>& rows) {
   std::vector<std::vector<std::string>> cells = {{"storage", "bits", "perplexity", "KL", "KL 99.9 %", "top-1", "recall"}};
   for (const auto& row : rows)
-    cells.push_back({row.storage, fmt::format("{:.4g}", row.effective_bits), fmt::format("{:.3f}", row.perplexity), fmt::format("{:.4f}", row.kl_mean),
-                     fmt::format("{:.3f}", row.kl_p999), fmt::format("{:.3f}", row.top1), row.recall ? fmt::format("{:.3f}", *row.recall) : "–"});
+    cells.push_back({row.storage, fmt::format("{:.4g}", row.effective_bits), fmt::format("{:.3f}", row.perplexity),
+                     fmt::format("{:.4f}", row.kl_mean), fmt::format("{:.3f}", row.kl_p999), fmt::format("{:.3f}", row.top1),
+                     row.recall ? fmt::format("{:.3f}", *row.recall) : "–"});
   fmt::print("{}", table(cells));
 }
 
 void run(const Options& options) {
   const DeviceScope scope = options.run.enter();
   const LoadedModel loaded = load_model(options.model);
-  const int longest = loaded.model.config().max_position_embeddings, length = options.length > 0 ? options.length : std::min(longest, kLongestWindow);
+  const int longest = loaded.model.config().max_position_embeddings,
+            length = options.length > 0 ? options.length : std::min(longest, kLongestWindow);
   if (length > longest) throw_invalid("evaluate", "length: expected at most {} (the model's maximum), got {}", longest, length);
   const auto storages = storages_of(options, loaded.model);
   const auto progress = terminal_progress();
   const TokenBatch windows = windows_of(options, loaded, length, progress);
   std::vector<RecallDocument> documents;
-  if (options.recall > 0) documents = make_recall_documents(loaded.tokenizer, windows.tokens, options.recall, length, options.run.seed);
+  if (options.recall > 0)
+    documents = make_recall_documents(loaded.tokenizer, windows.tokens, options.recall, length, options.run.seed);
   const auto rows = evaluate(loaded.model, windows, storages, documents, progress);
   clear_progress();
   if (options.json) {
@@ -99,7 +104,8 @@ void run(const Options& options) {
 
 void add_evaluate(CLI::App& program) {
   auto options = std::make_shared<Options>();
-  CLI::App& command = *program.add_subcommand("evaluate", "Measure what a model still knows with its cache stored by plans and peers");
+  CLI::App& command =
+      *program.add_subcommand("evaluate", "Measure what a model still knows with its cache stored by plans and peers");
   command.footer("Example: veloxquant evaluate MODEL --plan plan.safetensors --peer mlx4 --text book.txt --windows 8\nPeers: " +
                  fmt::format("{}", fmt::join(peer_names(), ", ")));
   command.add_option("model", options->model, "Model folder: config.json, *.safetensors, tokenizer.json")->required();
@@ -107,9 +113,13 @@ void add_evaluate(CLI::App& program) {
   command.add_option("--peer", options->peers, "Another way of storing a cache; may be given several times")
       ->allow_extra_args(false)
       ->check(CLI::IsMember(peer_names()));
-  command.add_option("--windows", options->windows, "Windows of text to score (default: all of the text, or 8 of own text)")->check(CLI::PositiveNumber);
-  command.add_option("--length", options->length, "Tokens of a window (default: the model's maximum, at most 2048)")->check(CLI::Range(2, 1 << 30));
-  command.add_option("--recall", options->recall, "Documents with facts sown in the text that is evaluated, asked for at their end")->check(CLI::PositiveNumber);
+  command.add_option("--windows", options->windows, "Windows of text to score (default: all of the text, or 8 of own text)")
+      ->check(CLI::PositiveNumber);
+  command.add_option("--length", options->length, "Tokens of a window (default: the model's maximum, at most 2048)")
+      ->check(CLI::Range(2, 1 << 30));
+  command
+      .add_option("--recall", options->recall, "Documents with facts sown in the text that is evaluated, asked for at their end")
+      ->check(CLI::PositiveNumber);
   options->text.add_to(command);
   options->run.add_to(command);
   add_json_flag(command, options->json);

@@ -9,24 +9,28 @@
 namespace veloxquant::cli {
 namespace {
 
-std::string unit_bits(const UnitPlan& unit) { return fmt::format("{:.4g}", make_quantizer(unit.quantizer)->rate()); }
+std::string unit_bits(const UnitPlan& unit) {
+  return fmt::format("{:.4g}", make_quantizer(unit.quantizer)->rate());
+}
 
 }  // namespace
 
 void print_plan(const Plan& plan) {
   const auto& model = plan.model;
   const auto& from = plan.provenance;
-  fmt::print("model       {}, {} layers, {} KV heads of {}\n", model.architecture, model.num_layers, model.num_kv_heads, model.head_dim);
+  fmt::print("model       {}, {} layers, {} KV heads of {}\n", model.architecture, model.num_layers, model.num_kv_heads,
+             model.head_dim);
   fmt::print("method      {}, one width {}\n", from.method, from.units == "layer" ? "per layer" : "for all layers");
   std::vector<std::string> names;
   for (const auto& text : from.texts) names.push_back(text.name);
-  fmt::print("calibrated  on {}: {} samples of {} tokens, seed {}, {}\n", names.empty() ? "the model's own text" : fmt::format("{}", fmt::join(names, ", ")),
-             from.num_samples, from.sequence_length, from.seed, from.device);
+  fmt::print("calibrated  on {}: {} samples of {} tokens, seed {}, {}\n",
+             names.empty() ? "the model's own text" : fmt::format("{}", fmt::join(names, ", ")), from.num_samples,
+             from.sequence_length, from.seed, from.device);
   fmt::print("bits        {:.4g} per element, everything stored per token counted; {} of codebooks beside\n", effective_bits(plan),
              bytes_text(constant_bytes(plan)));
   const double per_token = bytes_per_token(plan), full = 2.0 * 2 * model.num_layers * model.num_kv_heads * model.head_dim;
-  fmt::print("memory      {:.0f} bytes a token, {} at 32,768 tokens (16 bits: {:.0f} and {})\n", per_token, bytes_text(static_cast<std::size_t>(per_token * 32768)),
-             full, bytes_text(static_cast<std::size_t>(full * 32768)));
+  fmt::print("memory      {:.0f} bytes a token, {} at 32,768 tokens (16 bits: {:.0f} and {})\n", per_token,
+             bytes_text(static_cast<std::size_t>(per_token * 32768)), full, bytes_text(static_cast<std::size_t>(full * 32768)));
   if (plan.predicted_kl) fmt::print("predicted   KL {:.4f} nats a token\n", *plan.predicted_kl);
   std::vector<std::vector<std::string>> rows = {{"layer", "keys", "values"}};
   for (std::size_t i = 0; i + 1 < plan.units.size(); i += 2)

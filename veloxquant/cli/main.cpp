@@ -1,10 +1,10 @@
 // The program `veloxquant`.
 
+#include <fmt/format.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
-
-#include <fmt/format.h>
 
 #include "veloxquant/cli/commands.h"
 #include "veloxquant/cli/terminal.h"

@@ -15,7 +15,9 @@ void RunOptions::add_to(CLI::App& command) {
 }
 
 void TextOptions::add_to(CLI::App& command) {
-  command.add_option("--text", files, "UTF-8 text file for the model to read; may be given several times (default: text that the model writes itself)")
+  command
+      .add_option("--text", files,
+                  "UTF-8 text file for the model to read; may be given several times (default: text that the model writes itself)")
       ->allow_extra_args(false);
 }
 
@@ -35,17 +37,22 @@ CLI::Validator positive_number() {
       "POSITIVE");
 }
 
-void add_json_flag(CLI::App& command, bool& json) { command.add_flag("--json", json, "Print JSON instead of a table"); }
+void add_json_flag(CLI::App& command, bool& json) {
+  command.add_flag("--json", json, "Print JSON instead of a table");
+}
 
 LoadedModel load_model(const std::string& folder) {
   LoadedModel loaded{Model::load(folder), Tokenizer::load(folder)};
   const int tokens = loaded.tokenizer.vocabulary_size(), rows = loaded.model.config().vocab_size;
   if (tokens > rows)
-    throw_failure("model", "{}: tokenizer.json has ids up to {}, the embedding has {} rows: they are not of one model", folder, tokens - 1, rows);
+    throw_failure("model", "{}: tokenizer.json has ids up to {}, the embedding has {} rows: they are not of one model", folder,
+                  tokens - 1, rows);
   return loaded;
 }
 
-void print_json(const nlohmann::ordered_json& json) { fmt::print("{}\n", json.dump(2)); }
+void print_json(const nlohmann::ordered_json& json) {
+  fmt::print("{}\n", json.dump(2));
+}
 
 std::string shell_word(const std::string& word) {
   constexpr const char* kPlain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./=+,:@%";

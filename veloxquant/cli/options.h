@@ -1,12 +1,11 @@
 // Options that several commands share, under one name with one meaning.
 #pragma once
 
+#include <CLI/CLI.hpp>
 #include <cstdint>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
-
-#include <CLI/CLI.hpp>
-#include <nlohmann/json.hpp>
 
 #include "veloxquant/model/model.h"
 #include "veloxquant/plan/plan.h"

@@ -23,7 +23,8 @@ void run(const Options& options) {
   const DeviceScope scope = options.run.enter();
   const LoadedModel loaded = load_model(options.model);
   const auto results = allocators::ratequant::calibrate_layer_sensitivities(
-      loaded.model, loaded.tokenizer, options.num_samples, options.length, options.noise_scale, std::string(device_name(mx::default_device())),
+      loaded.model, loaded.tokenizer, options.num_samples, options.length, options.noise_scale,
+      std::string(device_name(mx::default_device())),
       {.texts = options.text.read(), .seed = options.run.seed, .progress = terminal_progress()});
   clear_progress();
   const auto json = to_json(results);
@@ -34,12 +35,14 @@ void run(const Options& options) {
     std::string distortion;
     for (const auto& point : result.distortions.at("turboquant"))
       if (point.rate == 2) distortion = fmt::format("{:.4f}", (point.keys + point.values) / 2);
-    rows.push_back({name, fmt::format("{:.4f}", result.mean_sensitivity), fmt::format("{:.4f}", result.std_sensitivity), distortion});
+    rows.push_back(
+        {name, fmt::format("{:.4f}", result.mean_sensitivity), fmt::format("{:.4f}", result.std_sensitivity), distortion});
   }
   fmt::print("{}", table(rows));
   fmt::print("\nSensitivity: change of the output, √(2·KL), per unit of relative noise in a layer's keys and values.\n");
   if (options.output.empty()) {
-    fmt::print("Next: veloxquant sensitivity {} -o sensitivities.json && veloxquant allocate sensitivities.json --bits 2\n", shell_word(options.model));
+    fmt::print("Next: veloxquant sensitivity {} -o sensitivities.json && veloxquant allocate sensitivities.json --bits 2\n",
+               shell_word(options.model));
   } else {
     fmt::print("Next: veloxquant allocate {} --bits 2\n", shell_word(options.output));
   }
@@ -53,10 +56,15 @@ void add_sensitivity(CLI::App& program) {
   command.footer("Example: veloxquant sensitivity MODEL --json > sensitivities.json");
   command.add_option("model", options->model, "Model folder: config.json, *.safetensors, tokenizer.json")->required();
   command.add_option("-o,--output", options->output, "Also write the JSON to this file");
-  command.add_option("--method", options->method, "perturb: add noise to one layer at a time")->check(CLI::IsMember({"perturb"}))->capture_default_str();
-  command.add_option("--samples", options->num_samples, "Samples that the model reads")->check(CLI::PositiveNumber)->capture_default_str();
+  command.add_option("--method", options->method, "perturb: add noise to one layer at a time")
+      ->check(CLI::IsMember({"perturb"}))
+      ->capture_default_str();
+  command.add_option("--samples", options->num_samples, "Samples that the model reads")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   command.add_option("--length", options->length, "Tokens of a sample")->check(CLI::PositiveNumber)->capture_default_str();
-  command.add_option("--noise-scale", options->noise_scale, "Noise, relative to the standard deviation of the layer's keys (values)")
+  command
+      .add_option("--noise-scale", options->noise_scale, "Noise, relative to the standard deviation of the layer's keys (values)")
       ->check(positive_number())
       ->capture_default_str();
   options->text.add_to(command);

@@ -1,5 +1,6 @@
 #include "veloxquant/cli/terminal.h"
 
+#include <fmt/format.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -7,8 +8,6 @@
 #include <chrono>
 #include <csignal>
 #include <cstdio>
-
-#include <fmt/format.h>
 
 #include "veloxquant/core/warning.h"
 
@@ -45,7 +44,8 @@ class ProgressLine {
     const double share = total > 0 ? static_cast<double>(done) / static_cast<double>(total) : 1.0;
     const int filled = static_cast<int>(share * kWidth);
     const std::string left = done > 0 && done < total ? time_text(seconds * (1 - share) / share) + " left" : "";
-    fmt::print(stderr, "\r\033[K{} [{}{}] {:3.0f} % {}", stage, std::string(filled, '#'), std::string(kWidth - filled, ' '), 100 * share, left);
+    fmt::print(stderr, "\r\033[K{} [{}{}] {:3.0f} % {}", stage, std::string(filled, '#'), std::string(kWidth - filled, ' '),
+               100 * share, left);
     std::fflush(stderr);
   }
 
@@ -65,7 +65,9 @@ std::size_t columns(const std::string& text) {
 
 }  // namespace
 
-ProgressCallback terminal_progress() { return ProgressLine(); }
+ProgressCallback terminal_progress() {
+  return ProgressLine();
+}
 
 void clear_progress() {
   if (!line_drawn) return;
@@ -74,7 +76,9 @@ void clear_progress() {
   line_drawn = false;
 }
 
-void install_interrupt_handler() { std::signal(SIGINT, on_interrupt); }
+void install_interrupt_handler() {
+  std::signal(SIGINT, on_interrupt);
+}
 
 void install_warning_handler() {
   set_warning_handler([](std::string_view message) {

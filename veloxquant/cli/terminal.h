@@ -8,8 +8,8 @@
 
 namespace veloxquant::cli {
 
-/// A call-back that draws one line of progress with the time left on stderr, where that is a terminal, and throws Interrupted after the
-/// user pressed Ctrl-C.
+/// A call-back that draws one line of progress with the time left on stderr, where that is a terminal, and throws Interrupted after
+/// the user pressed Ctrl-C.
 ProgressCallback terminal_progress();
 
 /// Wipes the line that terminal_progress drew, if any.

@@ -109,7 +109,9 @@ std::unique_ptr<Pool>& pool() {
 
 }  // namespace
 
-int num_threads() { return pool()->threads(); }
+int num_threads() {
+  return pool()->threads();
+}
 
 void set_num_threads(int threads) {
   if (threads < 1 || threads > 1024) throw_invalid("set_num_threads", "expected 1 to 1024 threads, got {}", threads);

@@ -57,8 +57,8 @@ std::vector<std::int32_t> next_tokens(std::span<const std::int32_t> tokens) {
   return next;
 }
 
-void score_window(const Model& model, const TokenBatch& windows, int index, std::span<const Storage> storages, std::vector<Tally>& tallies,
-                  ProgressStage& stage) {
+void score_window(const Model& model, const TokenBatch& windows, int index, std::span<const Storage> storages,
+                  std::vector<Tally>& tallies, ProgressStage& stage) {
   const auto tokens = token_array(windows, index, index + 1);
   std::vector<mx::array> hidden;
   for (const auto& storage : storages) {
@@ -83,8 +83,9 @@ void ask(const Model& model, const RecallDocument& document, const Storage& stor
   for (std::size_t i = 0; i < tops.size(); ++i) {
     const auto [begin, end] = document.answers[i];
     const auto* top = tops[i].data<std::uint32_t>();
-    tally.add_answer(std::equal(top, top + (end - begin), document.tokens.begin() + begin,
-                                [](std::uint32_t predicted, std::int32_t token) { return static_cast<std::int32_t>(predicted) == token; }));
+    tally.add_answer(
+        std::equal(top, top + (end - begin), document.tokens.begin() + begin,
+                   [](std::uint32_t predicted, std::int32_t token) { return static_cast<std::int32_t>(predicted) == token; }));
   }
 }
 

@@ -42,7 +42,9 @@ Storage quantizer_peer(std::string_view method, const std::string& name, int bit
           }};
 }
 
-Storage kivi_peer(const std::string& name, int bits, const ModelConfig& config) { return quantizer_peer("kivi", name, bits, config); }
+Storage kivi_peer(const std::string& name, int bits, const ModelConfig& config) {
+  return quantizer_peer("kivi", name, bits, config);
+}
 
 Storage turboquant_peer(const std::string& name, int bits, const ModelConfig& config) {
   return quantizer_peer("turboquant", name, bits, config);
@@ -59,7 +61,9 @@ const std::vector<PeerFamily>& peer_families() {
 
 }  // namespace
 
-Storage full_storage() { return {"full", 32.0, FullCache::factory()}; }
+Storage full_storage() {
+  return {"full", 32.0, FullCache::factory()};
+}
 
 std::vector<std::string> peer_names() {
   std::vector<std::string> names;

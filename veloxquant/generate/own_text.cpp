@@ -40,10 +40,12 @@ void decode_batch(const Model& model, int batch, const mx::array& key, TokenBatc
 
 }  // namespace
 
-TokenBatch generate_own_text(const Model& model, int num_samples, int length, std::uint64_t seed, const ProgressCallback& progress) {
+TokenBatch generate_own_text(const Model& model, int num_samples, int length, std::uint64_t seed,
+                             const ProgressCallback& progress) {
   if (num_samples < 1) throw_invalid("own text", "expected at least 1 sample, got {}", num_samples);
   const int longest = model.config().max_position_embeddings;
-  if (length < 1 || length > longest) throw_invalid("own text", "expected a length of 1 to {} (the model's maximum), got {}", longest, length);
+  if (length < 1 || length > longest)
+    throw_invalid("own text", "expected a length of 1 to {} (the model's maximum), got {}", longest, length);
   TokenBatch samples(num_samples, length);
   ProgressStage stage(progress, "writing own text", static_cast<std::size_t>(num_samples) * length);
   for (int first = 0; first < num_samples; first += kBatch) {

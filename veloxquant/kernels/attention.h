@@ -18,10 +18,12 @@ struct AttentionShape {
 ///
 /// Blocks of queries by blocks of keys with a running maximum and sum (FlashAttention, arXiv 2205.14135), so that no
 /// [query_tokens, key_tokens] array exists.
-void causal_attention(const AttentionShape& shape, float scale, StridedView q, StridedView k, StridedView v, MutableStridedView out);
+void causal_attention(const AttentionShape& shape, float scale, StridedView q, StridedView k, StridedView v,
+                      MutableStridedView out);
 
 namespace reference {
-void causal_attention(const AttentionShape& shape, float scale, StridedView q, StridedView k, StridedView v, MutableStridedView out);
+void causal_attention(const AttentionShape& shape, float scale, StridedView q, StridedView k, StridedView v,
+                      MutableStridedView out);
 }
 
 }  // namespace veloxquant

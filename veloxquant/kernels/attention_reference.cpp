@@ -27,7 +27,8 @@ void attend_one(const AttentionShape& shape, float scale, std::size_t b, std::si
 
 }  // namespace
 
-void causal_attention(const AttentionShape& shape, float scale, StridedView q, StridedView k, StridedView v, MutableStridedView out) {
+void causal_attention(const AttentionShape& shape, float scale, StridedView q, StridedView k, StridedView v,
+                      MutableStridedView out) {
   for (std::size_t b = 0; b < shape.batch; ++b)
     for (std::size_t h = 0; h < shape.query_heads; ++h)
       for (std::size_t t = 0; t < shape.query_tokens; ++t) attend_one(shape, scale, b, h, t, q, k, v, out);

@@ -8,10 +8,12 @@
 namespace veloxquant {
 
 /// Bytes that `count` codes of `bits` bits take.
-constexpr std::size_t packed_bytes(std::size_t count, int bits) { return (count * static_cast<std::size_t>(bits) + 7) / 8; }
+constexpr std::size_t packed_bytes(std::size_t count, int bits) {
+  return (count * static_cast<std::size_t>(bits) + 7) / 8;
+}
 
-/// Writes codes < 2^bits, 1 ≤ bits ≤ 16, one after another: code i takes bits i·bits … (i + 1)·bits − 1 of the row, bit 0 being the lowest of
-/// the first byte.  The last byte is filled up with zeros.  `packed` holds packed_bytes(codes.size(), bits) bytes.
+/// Writes codes < 2^bits, 1 ≤ bits ≤ 16, one after another: code i takes bits i·bits … (i + 1)·bits − 1 of the row, bit 0 being the
+/// lowest of the first byte.  The last byte is filled up with zeros.  `packed` holds packed_bytes(codes.size(), bits) bytes.
 void pack_bits(std::span<const std::uint16_t> codes, int bits, std::uint8_t* packed);
 
 /// Reads them back.

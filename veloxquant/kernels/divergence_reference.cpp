@@ -15,7 +15,8 @@ double log_sum_exp(const float* x, std::size_t n) {
 
 }  // namespace
 
-void divergence(const float* reference, const float* logits, const std::int32_t* targets, std::size_t vocabulary, std::span<Divergence> out) {
+void divergence(const float* reference, const float* logits, const std::int32_t* targets, std::size_t vocabulary,
+                std::span<Divergence> out) {
   for (std::size_t r = 0; r < out.size(); ++r, reference += vocabulary, logits += vocabulary) {
     const double reference_norm = log_sum_exp(reference, vocabulary), norm = log_sum_exp(logits, vocabulary);
     double kl = 0;

@@ -5,10 +5,10 @@
 
 namespace veloxquant {
 
-/// C [m, n] = alpha · op(A) · op(B) + beta · C, row-major with leading dimensions lda, ldb, ldc; op transposes where asked: A is [m, k],
-/// or [k, m] if transposed.  Runs on the calling thread alone, so that parallel loops can call it.
-void gemm(bool transpose_a, bool transpose_b, int m, int n, int k, float alpha, const float* a, int lda, const float* b, int ldb, float beta,
-          float* c, int ldc);
+/// C [m, n] = alpha · op(A) · op(B) + beta · C, row-major with leading dimensions lda, ldb, ldc; op transposes where asked: A is
+/// [m, k], or [k, m] if transposed.  Runs on the calling thread alone, so that parallel loops can call it.
+void gemm(bool transpose_a, bool transpose_b, int m, int n, int k, float alpha, const float* a, int lda, const float* b, int ldb,
+          float beta, float* c, int ldc);
 
 /// Which BLAS does the work, such as "OpenBLAS 0.3.21 (Haswell)".
 std::string blas_description();

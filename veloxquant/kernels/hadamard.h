@@ -7,7 +7,9 @@
 namespace veloxquant {
 
 /// Whether there is a Walsh–Hadamard matrix of Sylvester's form of this size.
-constexpr bool is_power_of_two(std::size_t n) { return n > 0 && (n & (n - 1)) == 0; }
+constexpr bool is_power_of_two(std::size_t n) {
+  return n > 0 && (n & (n - 1)) == 0;
+}
 
 /// Multiplies rows of x [rows, dim] in place by the orthonormal matrix H[i, j] = (−1)^popcount(i & j) / √dim, which is its own
 /// transpose and inverse: dim · log₂ dim additions a row.  dim is a power of two.

@@ -41,7 +41,8 @@ namespace veloxquant {
 
 HWY_EXPORT(rope_vector);
 
-void rope(const RopeShape& shape, StridedView x, std::span<const float> frequencies, std::ptrdiff_t offset, MutableStridedView out) {
+void rope(const RopeShape& shape, StridedView x, std::span<const float> frequencies, std::ptrdiff_t offset,
+          MutableStridedView out) {
   constexpr std::size_t kBlockTokens = 32;
   const std::size_t half = shape.head_dim / 2;
   parallel_for(shape.tokens, kBlockTokens, [&](std::size_t begin, std::size_t end) {

@@ -4,7 +4,8 @@
 
 namespace veloxquant::reference {
 
-void rope(const RopeShape& shape, StridedView x, std::span<const float> frequencies, std::ptrdiff_t offset, MutableStridedView out) {
+void rope(const RopeShape& shape, StridedView x, std::span<const float> frequencies, std::ptrdiff_t offset,
+          MutableStridedView out) {
   const std::size_t half = shape.head_dim / 2;
   for (std::size_t b = 0; b < shape.batch; ++b) {
     for (std::size_t h = 0; h < shape.heads; ++h) {

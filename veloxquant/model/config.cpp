@@ -50,8 +50,8 @@ RopeConfig read_rope(const JsonObject& json) {
     rope.low_freq_factor = scaling.number_or("low_freq_factor", rope.low_freq_factor, 1e-6, 1e6);
     rope.high_freq_factor = scaling.number_or("high_freq_factor", rope.high_freq_factor, 1e-6, 1e6);
     if (rope.high_freq_factor <= rope.low_freq_factor) scaling.refuse("high_freq_factor", "more than low_freq_factor");
-    rope.original_max_position_embeddings =
-        static_cast<int>(scaling.integer_or("original_max_position_embeddings", rope.original_max_position_embeddings, 1, kMaxSize));
+    rope.original_max_position_embeddings = static_cast<int>(
+        scaling.integer_or("original_max_position_embeddings", rope.original_max_position_embeddings, 1, kMaxSize));
   }
   return rope;
 }
@@ -96,7 +96,8 @@ void read_heads(const JsonObject& json, ModelConfig& config) {
 }  // namespace
 
 ModelConfig read_config(const std::filesystem::path& folder) {
-  if (!std::filesystem::is_directory(folder)) throw_failure("model", "{}: not a folder; expected one with config.json and safetensors", folder.string());
+  if (!std::filesystem::is_directory(folder))
+    throw_failure("model", "{}: not a folder; expected one with config.json and safetensors", folder.string());
   const auto path = folder / "config.json";
   const std::string text = read_file(path, kMaxConfigBytes);
   const auto document = parse_json(text, path.string());

@@ -15,7 +15,7 @@ struct RopeConfig {
   double theta = 10000.0;
   Scaling scaling = Scaling::kNone;
   double factor = 1.0;
-  double low_freq_factor = 1.0;   // llama3 only, as the next two
+  double low_freq_factor = 1.0;  // llama3 only, as the next two
   double high_freq_factor = 4.0;
   int original_max_position_embeddings = 8192;
 };

@@ -53,10 +53,16 @@ mx::array cpu_operation(const char* name, std::vector<mx::array> inputs, mx::Sha
   return mx::array(std::move(shape), dtype, std::move(primitive), std::move(inputs));
 }
 
-bool own_kernels() { return mx::default_device() == mx::Device::cpu && mlx_operations_scopes == 0; }
+bool own_kernels() {
+  return mx::default_device() == mx::Device::cpu && mlx_operations_scopes == 0;
+}
 
-MlxOperationsScope::MlxOperationsScope() { ++mlx_operations_scopes; }
-MlxOperationsScope::~MlxOperationsScope() { --mlx_operations_scopes; }
+MlxOperationsScope::MlxOperationsScope() {
+  ++mlx_operations_scopes;
+}
+MlxOperationsScope::~MlxOperationsScope() {
+  --mlx_operations_scopes;
+}
 
 StridedView strided(const mx::array& x) {
   assert(x.ndim() == 4 && (x.strides(3) == 1 || x.shape(3) == 1));

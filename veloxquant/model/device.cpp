@@ -8,7 +8,9 @@
 namespace veloxquant {
 namespace {
 
-bool gpu_available() { return mx::is_available(mx::Device(mx::Device::gpu)); }
+bool gpu_available() {
+  return mx::is_available(mx::Device(mx::Device::gpu));
+}
 
 }  // namespace
 
@@ -16,7 +18,8 @@ mx::Device resolve_device(std::string_view name) {
   if (name == "cpu") return mx::Device::cpu;
   if (name == "auto") return gpu_available() ? mx::Device::gpu : mx::Device::cpu;
   if (name != "gpu") throw_invalid("device", "expected \"cpu\", \"gpu\" or \"auto\", got \"{}\"", name);
-  if (!gpu_available()) throw_failure("device", "\"gpu\" asked for, but this build of MLX has no GPU back end (install mlx[cuda13])");
+  if (!gpu_available())
+    throw_failure("device", "\"gpu\" asked for, but this build of MLX has no GPU back end (install mlx[cuda13])");
   return mx::Device::gpu;
 }
 
@@ -27,6 +30,8 @@ mx::Device resolve_device_or_cpu(std::string_view name) {
   return mx::Device::cpu;
 }
 
-std::string_view device_name(mx::Device device) { return device == mx::Device::gpu ? "gpu" : "cpu"; }
+std::string_view device_name(mx::Device device) {
+  return device == mx::Device::gpu ? "gpu" : "cpu";
+}
 
 }  // namespace veloxquant

@@ -21,13 +21,14 @@ mx::array score_graph(const mx::array& reference, const mx::array& logits, const
   const auto index = mx::expand_dims(mx::maximum(targets, mx::array(0)), -1);
   const auto picked = mx::negative(mx::take_along_axis(log_probability, index, -1));
   const auto cross_entropy = mx::where(mx::expand_dims(mx::less(targets, mx::array(0)), -1), mx::array(0.0f), picked);
-  return mx::concatenate({mx::maximum(kl, mx::array(0.0f)), cross_entropy, mx::astype(mx::argmax(logits, -1, true), mx::float32)}, -1);
+  return mx::concatenate({mx::maximum(kl, mx::array(0.0f)), cross_entropy, mx::astype(mx::argmax(logits, -1, true), mx::float32)},
+                         -1);
 }
 
 mx::array score_logits(const mx::array& reference, const mx::array& logits, const mx::array& targets) {
   if (!own_kernels()) return score_graph(reference, logits, targets);
-  return cpu_operation("Divergence", {mx::contiguous(reference), mx::contiguous(logits), targets}, {logits.shape(0), 3}, mx::float32,
-                       [](const std::vector<mx::array>& in, mx::array& out) {
+  return cpu_operation("Divergence", {mx::contiguous(reference), mx::contiguous(logits), targets}, {logits.shape(0), 3},
+                       mx::float32, [](const std::vector<mx::array>& in, mx::array& out) {
                          std::vector<Divergence> scores(static_cast<std::size_t>(out.shape(0)));
                          divergence(in[0].data<float>(), in[1].data<float>(), in[2].data<std::int32_t>(),
                                     static_cast<std::size_t>(in[1].shape(1)), scores);

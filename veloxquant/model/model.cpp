@@ -116,9 +116,9 @@ mx::array Model::attention(const Layer& layer, const mx::array& x, AttentionCach
     return mx::transpose(y, {0, 2, 1, 3});
   };
   const AttentionSpec spec{.scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim)), .rope = &rope_};
-  const auto attended = cache.attend(heads(layer.query, config_.num_heads, layer.query_norm),
-                                     heads(layer.key, config_.num_kv_heads, layer.key_norm),
-                                     heads(layer.value, config_.num_kv_heads, std::nullopt), spec);
+  const auto attended =
+      cache.attend(heads(layer.query, config_.num_heads, layer.query_norm), heads(layer.key, config_.num_kv_heads, layer.key_norm),
+                   heads(layer.value, config_.num_kv_heads, std::nullopt), spec);
   return layer.output(mx::reshape(mx::transpose(attended, {0, 2, 1, 3}), {batch, tokens, config_.num_heads * config_.head_dim}));
 }
 

@@ -15,11 +15,10 @@ mx::array Linear::operator()(const mx::array& x) const {
 
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps) {
   if (!own_kernels()) return mx::fast::rms_norm(x, weight, eps);
-  return cpu_operation("RmsNorm", {mx::contiguous(x), weight}, x.shape(), mx::float32,
-                       [eps](const std::vector<mx::array>& in, mx::array& out) {
-                         rms_norm(in[0].data<float>(), in[1].data<float>(), out.data<float>(), in[0].size() / in[1].size(),
-                                  in[1].size(), eps);
-                       });
+  return cpu_operation(
+      "RmsNorm", {mx::contiguous(x), weight}, x.shape(), mx::float32, [eps](const std::vector<mx::array>& in, mx::array& out) {
+        rms_norm(in[0].data<float>(), in[1].data<float>(), out.data<float>(), in[0].size() / in[1].size(), in[1].size(), eps);
+      });
 }
 
 mx::array silu_gate(const mx::array& joined) {

@@ -35,6 +35,8 @@ std::pair<mx::array, mx::array> TokenStore::append(const mx::array& k, const mx:
   return {first_tokens(*keys_, end), first_tokens(*values_, end)};
 }
 
-std::size_t TokenStore::nbytes() const { return keys_ ? keys_->nbytes() + values_->nbytes() : 0; }
+std::size_t TokenStore::nbytes() const {
+  return keys_ ? keys_->nbytes() + values_->nbytes() : 0;
+}
 
 }  // namespace veloxquant

@@ -13,8 +13,8 @@ namespace veloxquant {
 /// Keys and values [B, H, tokens, D].  Memory grows in steps, so that appending one token does not copy the others.
 class TokenStore {
  public:
-  /// Appends k and v [B, H, T, D]; returns all tokens so far.  What an earlier call returned must be gone by then, or the whole store
-  /// is copied.
+  /// Appends k and v [B, H, T, D]; returns all tokens so far.  What an earlier call returned must be gone by then, or the whole
+  /// store is copied.
   std::pair<mx::array, mx::array> append(const mx::array& k, const mx::array& v);
 
   /// Tokens held.

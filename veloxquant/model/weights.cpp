@@ -40,7 +40,9 @@ std::vector<fs::path> weight_files(const fs::path& folder) {
   return files;
 }
 
-std::string shape_text(const auto& shape) { return fmt::format("[{}]", fmt::join(shape, ", ")); }
+std::string shape_text(const auto& shape) {
+  return fmt::format("[{}]", fmt::join(shape, ", "));
+}
 
 }  // namespace
 
@@ -49,7 +51,8 @@ Weights::Weights(const fs::path& folder) : folder_(folder) {
   files_.reserve(paths.size());  // tensors_ points into the files
   for (const auto& path : paths) add_file(path);
   std::string headers;
-  for (const auto& [name, source] : tensors_) headers += fmt::format("{} {} {}\n", name, source.entry->dtype, shape_text(source.entry->shape));
+  for (const auto& [name, source] : tensors_)
+    headers += fmt::format("{} {} {}\n", name, source.entry->dtype, shape_text(source.entry->shape));
   headers_hash_ = sha256(headers);
 }
 

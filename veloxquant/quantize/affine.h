@@ -6,9 +6,9 @@
 namespace veloxquant {
 
 /// Per token, groups of group_size channels (the last may be shorter) are stored as code · scale + bias.  The scale is chosen as by
-/// mx.quantize: the end of the larger magnitude is exact, and zero falls on a level.  Scale and bias are stored as IEEE half; codes are
-/// rounded with the stored values.
-/// Encoded token: for each group scale and bias (2 + 2 bytes), then the codes of all channels, packed.
+/// mx.quantize: the end of the larger magnitude is exact, and zero falls on a level.  Scale and bias are stored as IEEE half; codes
+/// are rounded with the stored values. Encoded token: for each group scale and bias (2 + 2 bytes), then the codes of all channels,
+/// packed.
 class AffineQuantizer : public Quantizer {
  public:
   AffineQuantizer(int dim, int bits, int group_size) : dim_(dim), bits_(bits), group_size_(group_size) {}

@@ -5,10 +5,10 @@
 
 namespace veloxquant {
 
-/// Evenly spaced levels between the minimum and the maximum of a group of 32: for keys 32 tokens of one channel (the last group of a run
-/// may be shorter), for values 32 channels of one token.  Minimum and step are stored as IEEE half.
-/// Encoded group of tokens: keys, for each channel minimum and step, then codes [tokens, dim]; values, for each token and each group
-/// of channels minimum and step, then the codes of the token; codes of a token packed to whole bytes.
+/// Evenly spaced levels between the minimum and the maximum of a group of 32: for keys 32 tokens of one channel (the last group of
+/// a run may be shorter), for values 32 channels of one token.  Minimum and step are stored as IEEE half. Encoded group of tokens:
+/// keys, for each channel minimum and step, then codes [tokens, dim]; values, for each token and each group of channels minimum and
+/// step, then the codes of the token; codes of a token packed to whole bytes.
 class KiviQuantizer : public Quantizer {
  public:
   KiviQuantizer(Side side, int dim, int bits) : side_(side), dim_(dim), bits_(bits) {}

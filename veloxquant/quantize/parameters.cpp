@@ -1,9 +1,9 @@
 #include "veloxquant/quantize/parameters.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <cmath>
-
-#include <fmt/ranges.h>
 
 #include "veloxquant/core/error.h"
 

@@ -9,8 +9,8 @@ namespace veloxquant {
 
 /// Encodes and decodes the vectors of one unit: the keys or values of one layer, all its KV heads or one of them.
 ///
-/// Vectors are rows of `dim()` float32, row-major [tokens, dim], tokens of one head and sequence in order of position.  A quantizer is
-/// immutable once fitted, so one object may be used from many threads.
+/// Vectors are rows of `dim()` float32, row-major [tokens, dim], tokens of one head and sequence in order of position.  A quantizer
+/// is immutable once fitted, so one object may be used from many threads.
 class Quantizer {
  public:
   virtual ~Quantizer() = default;
@@ -27,7 +27,8 @@ class Quantizer {
 
   /// Rate: bits stored per element, encoded_bytes() · 8 / (tokens · dim) over whole token groups.
   double rate() const {
-    const auto tokens = static_cast<std::size_t>(token_group()) * 64;  // 64: so that padding of a vector to whole bytes is seen as it is
+    const auto tokens =
+        static_cast<std::size_t>(token_group()) * 64;  // 64: so that padding of a vector to whole bytes is seen as it is
     return 8.0 * static_cast<double>(encoded_bytes(tokens)) / (static_cast<double>(tokens) * dim());
   }
 

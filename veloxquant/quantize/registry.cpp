@@ -10,7 +10,9 @@
 
 namespace veloxquant {
 
-std::string_view to_string(Side side) { return side == Side::kKeys ? "keys" : "values"; }
+std::string_view to_string(Side side) {
+  return side == Side::kKeys ? "keys" : "values";
+}
 
 std::span<const QuantizerMethod> quantizer_methods() {
   static const QuantizerMethod table[] = {affine_method(), kivi_method(), turboquant_method(), vecinfer_method()};

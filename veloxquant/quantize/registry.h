@@ -25,7 +25,7 @@ struct QuantizerParameters {
   Side side = Side::kKeys;                      // KIVI groups keys and values differently; others ignore it
   int dim = 0;                                  // elements of a vector
   std::map<std::string, std::int64_t> numbers;  // such as "bits", "group_size", "seed"
-  std::map<std::string, Tensor> tensors;        // such as "smooth_factors" [dim], "codebook" [num_subspaces, num_centroids, subspace_dim]
+  std::map<std::string, Tensor> tensors;  // such as "smooth_factors" [dim], "codebook" [num_subspaces, num_centroids, subspace_dim]
 
   bool operator==(const QuantizerParameters&) const = default;
 };
@@ -40,7 +40,8 @@ struct FitOptions {
 struct QuantizerMethod {
   std::string_view name;
 
-  /// Widths (bits of codes per element, ascending) that the method offers for vectors of `dim`; empty: it cannot store such vectors.
+  /// Widths (bits of codes per element, ascending) that the method offers for vectors of `dim`; empty: it cannot store such
+  /// vectors.
   std::vector<double> (*widths)(int dim);
 
   /// Bits stored per element at a width, scales and norms included: what Quantizer::rate() of the fitted quantizer says.
@@ -50,8 +51,8 @@ struct QuantizerMethod {
   /// that are not finite.
   QuantizerParameters (*fit)(std::span<const float> vectors, int dim, const FitOptions& options);
 
-  /// Builds the quantizer, checking every number and tensor: throws std::invalid_argument that names the one that is missing, of the
-  /// wrong shape, not finite, out of range or not known to the method.
+  /// Builds the quantizer, checking every number and tensor: throws std::invalid_argument that names the one that is missing, of
+  /// the wrong shape, not finite, out of range or not known to the method.
   std::unique_ptr<const Quantizer> (*make)(const QuantizerParameters& parameters);
 
   /// Whether fitting looks at the vectors at all (scalar quantizers do not).

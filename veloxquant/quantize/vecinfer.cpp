@@ -1,10 +1,10 @@
 #include "veloxquant/quantize/vecinfer.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <bit>
 #include <cmath>
-
-#include <fmt/ranges.h>
 
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/parallel.h"
