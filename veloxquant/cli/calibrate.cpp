@@ -16,7 +16,8 @@ namespace {
 struct Options {
   std::string model, output, method = "vecinfer", units;
   double bits = 2.0;
-  int num_samples = 32, length = 512, window = 0, sinks = 0, context = 0;
+  int window = 0, sinks = 0, context = 0;
+  SampleOptions samples;
   TextOptions text;
   RunOptions run;
   bool json = false;
@@ -33,8 +34,8 @@ void run(const Options& options) {
   const LoadedModel loaded = load_model(options.model);
   const auto texts = options.text.read();
   const auto progress = terminal_progress();
-  const auto samples =
-      calibration_samples(loaded.model, loaded.tokenizer, texts, options.num_samples, options.length, options.run.seed, progress);
+  const auto samples = calibration_samples(loaded.model, loaded.tokenizer, texts, options.samples.num_samples,
+                                           options.samples.length, options.run.seed, progress);
   Plan plan =
       make_plan(loaded.model, samples,
                 {.method = options.method, .bits = options.bits, .units = units_of(options), .seed = options.run.seed}, progress);
@@ -66,10 +67,7 @@ void add_calibrate(CLI::App& program) {
       ->capture_default_str();
   command.add_option("--units", options->units, "What gets one width: each layer, or all (default: layer, with vecinfer uniform)")
       ->check(CLI::IsMember({"layer", "uniform"}));
-  command.add_option("--samples", options->num_samples, "Samples that the model reads")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  command.add_option("--length", options->length, "Tokens of a sample")->check(CLI::PositiveNumber)->capture_default_str();
+  options->samples.add_to(command);
   command.add_option("--window", options->window, "Recent tokens kept at 8 bits; only 0 so far")
       ->check(CLI::Range(0, 0))
       ->capture_default_str();

@@ -9,6 +9,7 @@
 #include "veloxquant/cli/options.h"
 #include "veloxquant/cli/terminal.h"
 #include "veloxquant/core/error.h"
+#include "veloxquant/core/random.h"
 #include "veloxquant/generate/own_text.h"
 #include "veloxquant/plan/plan_file.h"
 
@@ -18,6 +19,9 @@ namespace {
 // Windows of the model's own text where there is no other: as much as tells peers apart in a minute.
 constexpr int kOwnWindows = 8;
 constexpr int kLongestWindow = 2048;
+
+// With the same --seed, what is evaluated on is still another text than what was calibrated on.
+constexpr std::uint64_t kEvaluationStream = 1;
 
 struct Options {
   std::string model;
@@ -38,8 +42,10 @@ std::vector<std::int32_t> tokens_of(const TextOptions& text, const Tokenizer& to
 }
 
 TokenBatch windows_of(const Options& options, const LoadedModel& loaded, int length, const ProgressCallback& progress) {
-  if (options.text.files.empty())
-    return generate_own_text(loaded.model, options.windows > 0 ? options.windows : kOwnWindows, length, options.run.seed, progress);
+  if (options.text.files.empty()) {
+    const std::uint64_t seed = Random(options.run.seed, kEvaluationStream).next();
+    return generate_own_text(loaded.model, options.windows > 0 ? options.windows : kOwnWindows, length, seed, progress);
+  }
   return leading_windows(tokens_of(options.text, loaded.tokenizer), options.windows, length);
 }
 

@@ -21,6 +21,11 @@ void TextOptions::add_to(CLI::App& command) {
       ->allow_extra_args(false);
 }
 
+void SampleOptions::add_to(CLI::App& command) {
+  command.add_option("--samples", num_samples, "Samples that the model reads")->check(CLI::PositiveNumber)->capture_default_str();
+  command.add_option("--length", length, "Tokens of a sample")->check(CLI::PositiveNumber)->capture_default_str();
+}
+
 std::vector<std::string> TextOptions::read() const {
   std::vector<std::string> texts;
   for (const auto& file : files) texts.push_back(read_file(file));

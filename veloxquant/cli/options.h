@@ -35,6 +35,13 @@ struct TextOptions {
   std::vector<std::string> read() const;
 };
 
+/// How much of it calibration reads.
+struct SampleOptions {
+  int num_samples = 32, length = 512;
+
+  void add_to(CLI::App& command);
+};
+
 /// Accepts finite numbers above 0 (CLI11's own check lets NaN pass).
 CLI::Validator positive_number();
 

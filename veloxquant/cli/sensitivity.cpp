@@ -11,8 +11,8 @@ namespace {
 
 struct Options {
   std::string model, method = "perturb", output;
-  int num_samples = 32, length = 512;
   double noise_scale = 0.1;
+  SampleOptions samples;
   TextOptions text;
   RunOptions run;
   bool json = false;
@@ -23,7 +23,7 @@ void run(const Options& options) {
   const DeviceScope scope = options.run.enter();
   const LoadedModel loaded = load_model(options.model);
   const auto results = allocators::ratequant::calibrate_layer_sensitivities(
-      loaded.model, loaded.tokenizer, options.num_samples, options.length, options.noise_scale,
+      loaded.model, loaded.tokenizer, options.samples.num_samples, options.samples.length, options.noise_scale,
       std::string(device_name(mx::default_device())),
       {.texts = options.text.read(), .seed = options.run.seed, .progress = terminal_progress()});
   clear_progress();
@@ -59,10 +59,7 @@ void add_sensitivity(CLI::App& program) {
   command.add_option("--method", options->method, "perturb: add noise to one layer at a time")
       ->check(CLI::IsMember({"perturb"}))
       ->capture_default_str();
-  command.add_option("--samples", options->num_samples, "Samples that the model reads")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  command.add_option("--length", options->length, "Tokens of a sample")->check(CLI::PositiveNumber)->capture_default_str();
+  options->samples.add_to(command);
   command
       .add_option("--noise-scale", options->noise_scale, "Noise, relative to the standard deviation of the layer's keys (values)")
       ->check(positive_number())
