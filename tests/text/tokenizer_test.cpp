@@ -7,7 +7,7 @@
 #include <string>
 #include <thread>
 
-#include "temporary_folder.h"
+#include "tests/temporary_folder.h"
 
 namespace veloxquant {
 namespace {
