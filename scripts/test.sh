@@ -20,7 +20,7 @@ if [ -z "${VELOXQUANT_SHARED:-}" ] && [ -d ../shared ]; then VELOXQUANT_SHARED=$
 export VELOXQUANT_SHARED=${VELOXQUANT_SHARED:-} VELOXQUANT_TOOLS=$PWD/$build/tools VELOXQUANT_PROGRAM=$PWD/$build/bin/veloxquant
 .venv/bin/python -m pytest -q -p no:cacheprovider -m "${2:-not slow}" tests/python 2>&1 | tee "$log"
 [ "${PIPESTATUS[0]}" = 0 ] || failed_suites=$((failed_suites + 1))
-count() { sed -nE "s/.*[^0-9]?([0-9]+) $1.*/\1/p" <(tail -n 1 "$log"); }
+count() { sed -nE "s/(^|.*[^0-9])([0-9]+) ($1).*/\2/p" <(tail -n 1 "$log"); }
 py_passed=$(count passed) py_failed=$(count 'failed|error') py_skipped=$(count skipped)
 
 all_failed=$((${failed:-0} + ${py_failed:-0}))
