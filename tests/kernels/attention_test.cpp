@@ -26,42 +26,71 @@ std::size_t size_of(std::size_t batch, std::size_t heads, std::size_t tokens, st
 
 struct Problem {
   AttentionShape shape;
-  float scale;
+  AttentionRule rule;
   Layout layout;
-  std::vector<float> q, k, v;
+  std::vector<float> q, k, v, grad_out;
 
   Problem(const AttentionShape& shape, Layout layout, double spread = 1.0)
       : shape(shape),
-        scale(1.0f / std::sqrt(static_cast<float>(shape.head_dim))),
+        rule{.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim))},
         layout(layout),
         q(normal_values(query_size(), 1, spread)),
         k(normal_values(key_size(), 2, spread)),
-        v(normal_values(key_size(), 3)) {}
+        v(normal_values(key_size(), 3)),
+        grad_out(normal_values(query_size(), 4)) {}
 
   std::size_t query_size() const { return size_of(shape.batch, shape.query_heads, shape.query_tokens, shape.head_dim, layout); }
   std::size_t key_size() const { return size_of(shape.batch, shape.kv_heads, shape.key_tokens, shape.head_dim, layout); }
 
-  // Gaps of the output keep the −7 that they start with, or the comparison fails.
+  template <class T>
+  Strided<T> query_view(T* data) const {
+    return view_of(data, shape.query_heads, shape.query_tokens, shape.head_dim, layout);
+  }
+  template <class T>
+  Strided<T> key_view(T* data) const {
+    return view_of(data, shape.kv_heads, shape.key_tokens, shape.head_dim, layout);
+  }
+
+  // The output, then the logarithms of the sums.  Gaps of the output keep the −7 that they start with, or the comparison fails.
   template <class Attention>
   std::vector<float> attend(Attention attention) const {
-    std::vector<float> out(query_size(), -7.0f);
-    attention(shape, scale, view_of(q.data(), shape.query_heads, shape.query_tokens, shape.head_dim, layout),
-              view_of(k.data(), shape.kv_heads, shape.key_tokens, shape.head_dim, layout),
-              view_of(v.data(), shape.kv_heads, shape.key_tokens, shape.head_dim, layout),
-              view_of(out.data(), shape.query_heads, shape.query_tokens, shape.head_dim, layout));
+    std::vector<float> out(query_size(), -7.0f), log_sums(shape.batch * shape.query_heads * shape.query_tokens, -7.0f);
+    attention(shape, rule, query_view(q.data()), key_view(k.data()), key_view(v.data()), query_view(out.data()), log_sums.data());
+    out.insert(out.end(), log_sums.begin(), log_sums.end());
     return out;
   }
 
   std::vector<float> actual() const { return attend(causal_attention); }
   std::vector<float> expected() const { return attend(reference::causal_attention); }
+
+  // The gradients by q, k and v, one after another; gaps as above.
+  template <class Attention>
+  std::vector<float> gradients(Attention attention) const {
+    const auto out = expected();
+    std::vector<float> by_q(query_size(), -7.0f), by_k(key_size(), -7.0f), by_v(key_size(), -7.0f);
+    attention(shape, rule, query_view(q.data()), key_view(k.data()), key_view(v.data()), query_view(out.data()),
+              out.data() + query_size(), query_view(grad_out.data()), query_view(by_q.data()), key_view(by_k.data()),
+              key_view(by_v.data()));
+    by_q.insert(by_q.end(), by_k.begin(), by_k.end());
+    by_q.insert(by_q.end(), by_v.begin(), by_v.end());
+    return by_q;
+  }
+
+  void expect_equals_reference(double spread = 1.0) const {
+    SCOPED_TRACE(::testing::Message() << "B " << shape.batch << " Hq " << shape.query_heads << " Hkv " << shape.kv_heads << " T "
+                                      << shape.query_tokens << " S " << shape.key_tokens << " D " << shape.head_dim << " cap "
+                                      << rule.soft_cap << " window " << rule.window);
+    // Scores grow with the square of the spread, and their rounding moves weights by as much.
+    testing::expect_near(actual(), expected(), 3e-6 * std::max(1.0, spread * spread), 1e-6);
+    // A gradient by a key sums over all queries of its group.
+    const double scale = std::sqrt(static_cast<double>(shape.query_tokens * shape.query_heads / shape.kv_heads));
+    testing::expect_near(gradients(causal_attention_backward), gradients(reference::causal_attention_backward),
+                         5e-6 * scale * std::max(1.0, spread * spread * spread), 1e-5);
+  }
 };
 
 void expect_equals_reference(const AttentionShape& shape, Layout layout = Layout::kHeadMajor, double spread = 1.0) {
-  SCOPED_TRACE(::testing::Message() << "B " << shape.batch << " Hq " << shape.query_heads << " Hkv " << shape.kv_heads << " T "
-                                    << shape.query_tokens << " S " << shape.key_tokens << " D " << shape.head_dim);
-  const Problem problem(shape, layout, spread);
-  // Scores grow with the square of the spread, and their rounding moves weights by as much.
-  testing::expect_near(problem.actual(), problem.expected(), 3e-6 * std::max(1.0, spread * spread));
+  Problem(shape, layout, spread).expect_equals_reference(spread);
 }
 
 TEST(Attention, EveryHeadDim) {
@@ -120,6 +149,76 @@ TEST(Attention, RisingScores) {
   }
 }
 
+TEST(Attention, SoftCaps) {
+  testing::for_each_target([] {
+    for (const std::size_t queries : {1, 3, 150}) {
+      Problem problem({2, 4, 2, queries, 300, 20}, Layout::kTokenMajor, 3.0);
+      problem.rule.soft_cap = 5.0f;
+      problem.expect_equals_reference(3.0);
+    }
+  });
+}
+
+TEST(Attention, Windows) {
+  testing::for_each_target([] {
+    for (const std::size_t window : {1, 2, 31, 256, 257, 500}) {
+      for (const std::size_t queries : {1, 4, 200, 600}) {
+        Problem problem({1, 2, 1, queries, 600, 12}, Layout::kHeadMajor);
+        problem.rule.window = window;
+        problem.expect_equals_reference();
+      }
+    }
+  });
+}
+
+// The second sequence is padding throughout: its queries see nothing, and give and get nothing.
+TEST(Attention, Padding) {
+  const std::int32_t padding[] = {0, 400, 257, 1};
+  testing::for_each_target([&] {
+    for (const std::size_t queries : {1, 4, 150, 400}) {
+      for (const std::size_t window : {0, 100}) {
+        Problem problem({4, 2, 2, queries, 400, 12}, Layout::kTokenMajor);
+        problem.rule.padding = padding;
+        problem.rule.window = window;
+        problem.expect_equals_reference();
+        const auto out = problem.actual();
+        const std::size_t sequence = queries * (2 * 12 + 3);
+        for (std::size_t t = 0; t < queries; ++t)
+          EXPECT_EQ(out[sequence + t * (2 * 12 + 3)], 0.0f);
+      }
+    }
+  });
+}
+
+// Against differences of the output itself.
+TEST(Attention, GradientIsTheSlope) {
+  Problem problem({1, 2, 1, 5, 9, 3}, Layout::kHeadMajor);
+  problem.rule.soft_cap = 2.0f;
+  const auto loss = [&] {
+    const auto out = problem.expected();
+    double sum = 0;
+    for (std::size_t i = 0; i < problem.query_size(); ++i)
+      if (out[i] != -7.0f) sum += static_cast<double>(out[i]) * problem.grad_out[i];
+    return sum;
+  };
+  const auto gradients = problem.gradients(reference::causal_attention_backward);
+  const auto check = [&](std::vector<float>& x, std::size_t first) {
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      if (gradients[first + i] == -7.0f) continue;
+      const float before = x[i], step = 1e-2f;
+      x[i] = before + step;
+      const double above = loss();
+      x[i] = before - step;
+      const double below = loss();
+      x[i] = before;
+      EXPECT_NEAR(gradients[first + i], (above - below) / (2 * step), 2e-3) << "at " << first + i;
+    }
+  };
+  check(problem.q, 0);
+  check(problem.k, problem.query_size());
+  check(problem.v, problem.query_size() + problem.key_size());
+}
+
 TEST(Attention, NoQuerySeesLaterTokens) {
   for (const std::size_t queries : {3, 90}) {
     Problem problem({1, 2, 1, queries, 310, 8}, Layout::kHeadMajor);
@@ -140,6 +239,7 @@ TEST(Attention, SameBitsOnAnyThreads) {
   for (const std::size_t queries : {1, 4, 300}) {
     const Problem problem({1, 6, 2, queries, 2100, 24}, Layout::kTokenMajor);
     testing::expect_same_on_any_threads([&] { return problem.actual(); });
+    testing::expect_same_on_any_threads([&] { return problem.gradients(causal_attention_backward); });
   }
 }
 

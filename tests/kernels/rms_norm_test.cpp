@@ -33,6 +33,41 @@ TEST(RmsNorm, EqualsReferenceAtOddSizes) {
   });
 }
 
+TEST(RmsNorm, BackwardEqualsReferenceAtOddSizes) {
+  testing::for_each_target([] {
+    for (const std::size_t dim : {1, 2, 3, 7, 63, 64, 65, 129, 1000}) {
+      SCOPED_TRACE(dim);
+      const auto x = normal_values(5 * dim, dim), weight = normal_values(dim, dim + 1), grad_out = normal_values(5 * dim, dim + 2);
+      std::vector<float> actual(x.size()), expected(x.size());
+      rms_norm_backward(x.data(), weight.data(), grad_out.data(), actual.data(), 5, dim, 1e-5f);
+      reference::rms_norm_backward(x.data(), weight.data(), grad_out.data(), expected.data(), 5, dim, 1e-5f);
+      testing::expect_near(actual, expected, 2e-6 / (dim == 1 ? 1e-1 : 1), 2e-6);
+    }
+  });
+}
+
+TEST(RmsNorm, GradientIsTheSlope) {
+  auto x = normal_values(9, 1);
+  const auto weight = normal_values(9, 2), grad_out = normal_values(9, 3);
+  std::vector<float> gradient(9);
+  rms_norm_backward(x.data(), weight.data(), grad_out.data(), gradient.data(), 1, 9, 1e-3f);
+  const auto loss = [&] {
+    const auto out = expected(x, weight, 1e-3f);
+    double sum = 0;
+    for (std::size_t i = 0; i < 9; ++i) sum += static_cast<double>(out[i]) * grad_out[i];
+    return sum;
+  };
+  for (std::size_t i = 0; i < 9; ++i) {
+    const float before = x[i], step = 1e-2f;
+    x[i] = before + step;
+    const double above = loss();
+    x[i] = before - step;
+    const double below = loss();
+    x[i] = before;
+    EXPECT_NEAR(gradient[i], (above - below) / (2 * step), 1e-3) << "at " << i;
+  }
+}
+
 TEST(RmsNorm, InPlace) {
   auto x = normal_values(3 * 65, 1);
   const auto weight = normal_values(65, 2), apart = normed(x, weight, 1e-6f);

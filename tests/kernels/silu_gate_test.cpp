@@ -34,6 +34,41 @@ TEST(SiluGate, EqualsReferenceAtOddSizes) {
   });
 }
 
+TEST(SiluGate, BackwardEqualsReferenceAtOddSizes) {
+  testing::for_each_target([] {
+    for (const std::size_t dim : {1, 2, 3, 7, 63, 64, 65, 129, 1000}) {
+      SCOPED_TRACE(dim);
+      const auto joined = normal_values(3 * 2 * dim, dim, 4.0), grad_out = normal_values(3 * dim, dim + 1);
+      std::vector<float> actual(joined.size()), expected(joined.size());
+      silu_gate_joined_backward(joined.data(), grad_out.data(), actual.data(), 3, dim);
+      reference::silu_gate_joined_backward(joined.data(), grad_out.data(), expected.data(), 3, dim);
+      testing::expect_near(actual, expected, 2e-6, 2e-6);
+    }
+  });
+}
+
+TEST(SiluGate, GradientIsTheSlope) {
+  auto joined = normal_values(2 * 5, 1);
+  const auto grad_out = normal_values(5, 2);
+  std::vector<float> gradient(10);
+  silu_gate_joined_backward(joined.data(), grad_out.data(), gradient.data(), 1, 5);
+  const auto loss = [&] {
+    const auto out = expected(joined, 5);
+    double sum = 0;
+    for (std::size_t i = 0; i < 5; ++i) sum += static_cast<double>(out[i]) * grad_out[i];
+    return sum;
+  };
+  for (std::size_t i = 0; i < 10; ++i) {
+    const float before = joined[i], step = 1e-2f;
+    joined[i] = before + step;
+    const double above = loss();
+    joined[i] = before - step;
+    const double below = loss();
+    joined[i] = before;
+    EXPECT_NEAR(gradient[i], (above - below) / (2 * step), 1e-3) << "at " << i;
+  }
+}
+
 // e^−gate leaves the range of float below −88, and that of Highway's Exp below −104.
 TEST(SiluGate, ExtremeGates) {
   const std::vector<float> gates = {-1e30f, -1e4f,   -500, -289,   -200, -177, -150, -105, -103, -89, -88,  -87,  -30,

@@ -25,7 +25,8 @@ constexpr int kGroupsPerTask = 256;
 
 mx::array restore_on_cpu(const std::shared_ptr<const Quantizer>& quantizer, const mx::array& x) {
   return cpu_operation(
-      "Restore", {mx::contiguous(x)}, x.shape(), mx::float32, [quantizer](const std::vector<mx::array>& in, mx::array& out) {
+      "Restore", {mx::contiguous(x)}, {x.shape()}, [quantizer](const std::vector<mx::array>& in, std::vector<mx::array>& outputs) {
+        mx::array& out = outputs[0];
         const auto dim = static_cast<std::size_t>(out.shape(3)), tokens = static_cast<std::size_t>(out.shape(2));
         const std::size_t piece =
             static_cast<std::size_t>(quantizer->token_group() * std::max(1, kGroupsPerTask / quantizer->token_group()));
@@ -36,7 +37,7 @@ mx::array restore_on_cpu(const std::shared_ptr<const Quantizer>& quantizer, cons
                             size = std::min(piece, tokens - begin) * dim;
           quantizer->restore({in[0].data<float>() + at, size}, {out.data<float>() + at, size});
         });
-      });
+      })[0];
 }
 
 }  // namespace

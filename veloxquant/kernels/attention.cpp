@@ -22,6 +22,16 @@ namespace HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
+// Scores s become cap · tanh(s / cap).
+void cap_scores(float* scores, std::size_t count, float cap) {
+  const hn::ScalableTag<float> d;
+  const std::size_t lanes = hn::Lanes(d), whole = count / lanes * lanes;
+  const auto vcap = hn::Set(d, cap), inverse = hn::Set(d, 1.0f / cap);
+  for (std::size_t i = 0; i < whole; i += lanes)
+    hn::StoreU(hn::Mul(vcap, hn::Tanh(d, hn::Mul(hn::LoadU(d, scores + i), inverse))), d, scores + i);
+  for (std::size_t i = whole; i < count; ++i) scores[i] = cap * std::tanh(scores[i] / cap);
+}
+
 // One step of the running softmax of a query: scores [count] become weights relative to the new maximum; returns by how much what
 // was summed so far shrinks.
 float softmax_step(float* scores, std::size_t count, float& maximum, float& sum) {
@@ -90,6 +100,7 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace veloxquant {
 
+HWY_EXPORT(cap_scores);
 HWY_EXPORT(softmax_step);
 HWY_EXPORT(scale_vector);
 HWY_EXPORT(score_keys);
@@ -107,34 +118,58 @@ struct RunningSoftmax {
   std::vector<float> maximum, sum;
 
   explicit RunningSoftmax(std::size_t rows) : maximum(rows, std::numeric_limits<float>::lowest()), sum(rows, 0.0f) {}
+
+  // A row that saw no key has weights of zero.
+  float inverse_sum(std::size_t row) const { return sum[row] > 0 ? 1.0f / sum[row] : 0.0f; }
 };
 
+// One block of scores of one query: those that it sees become weights, the others zero.  Returns by how much what was summed so
+// far shrinks.
+float weigh_scores(const AttentionRule& rule, float* scores, std::size_t count, KeyRange seen, std::size_t begin, float& maximum,
+                   float& sum) {
+  const std::size_t first = std::min(std::max(seen.begin, begin) - begin, count),
+                    last = std::max(first, std::min(std::max(seen.end, begin) - begin, count));
+  float shrink = 1.0f;
+  if (last > first) {
+    if (rule.soft_cap > 0) HWY_DYNAMIC_DISPATCH(cap_scores)(scores + first, last - first, rule.soft_cap);
+    shrink = HWY_DYNAMIC_DISPATCH(softmax_step)(scores + first, last - first, maximum, sum);
+  }
+  std::fill(scores, scores + first, 0.0f);
+  std::fill(scores + last, scores + count, 0.0f);
+  return shrink;
+}
+
+float log_sum(float maximum, float sum) {
+  return sum > 0 ? maximum + std::log(sum) : 0.0f;
+}
+
 // A block of queries of one head against all keys that they see.
-void attend_block(const AttentionShape& shape, float scale, std::size_t b, std::size_t h, std::size_t first, std::size_t rows,
-                  StridedView q, StridedView k, StridedView v, MutableStridedView out) {
-  const std::size_t kv = h / (shape.query_heads / shape.kv_heads), before = shape.key_tokens - shape.query_tokens;
-  const std::size_t visible = before + first + rows;
+void attend_block(const AttentionShape& shape, const AttentionRule& rule, std::size_t b, std::size_t h, std::size_t first,
+                  std::size_t rows, StridedView q, StridedView k, StridedView v, MutableStridedView out, float* log_sums) {
+  const std::size_t kv = h / (shape.query_heads / shape.kv_heads);
+  const std::size_t first_key = visible_keys(shape, rule, b, first).begin, last_key = visible_keys(shape, rule, b, first + rows - 1).end;
   const auto n = static_cast<int>(rows), dim = static_cast<int>(shape.head_dim);
   thread_local std::vector<float> scores(kQueryBlock * kKeyBlock);
   RunningSoftmax softmax(rows);
-  for (std::size_t begin = 0; begin < visible; begin += kKeyBlock) {
-    const std::size_t keys = std::min(kKeyBlock, visible - begin);
+  for (std::size_t begin = first_key; begin < last_key; begin += kKeyBlock) {
+    const std::size_t keys = std::min(kKeyBlock, last_key - begin);
     const auto columns = static_cast<int>(keys);
-    gemm(false, true, n, columns, dim, scale, q.at(b, h, first), static_cast<int>(q.token_stride), k.at(b, kv, begin),
+    gemm(false, true, n, columns, dim, rule.scale, q.at(b, h, first), static_cast<int>(q.token_stride), k.at(b, kv, begin),
          static_cast<int>(k.token_stride), 0.0f, scores.data(), columns);
     for (std::size_t r = 0; r < rows; ++r) {
-      const std::size_t seen = before + first + r + 1;
-      const std::size_t count = seen > begin ? std::min(keys, seen - begin) : 0;
-      float* row = scores.data() + r * keys;
-      const float shrink = count > 0 ? HWY_DYNAMIC_DISPATCH(softmax_step)(row, count, softmax.maximum[r], softmax.sum[r]) : 1.0f;
-      std::fill(row + count, row + keys, 0.0f);
-      if (begin > 0 && shrink != 1.0f) HWY_DYNAMIC_DISPATCH(scale_vector)(out.at(b, h, first + r), shape.head_dim, shrink);
+      const float shrink = weigh_scores(rule, scores.data() + r * keys, keys, visible_keys(shape, rule, b, first + r), begin,
+                                        softmax.maximum[r], softmax.sum[r]);
+      if (begin > first_key && shrink != 1.0f) HWY_DYNAMIC_DISPATCH(scale_vector)(out.at(b, h, first + r), shape.head_dim, shrink);
     }
     gemm(false, false, n, dim, columns, 1.0f, scores.data(), columns, v.at(b, kv, begin), static_cast<int>(v.token_stride),
-         begin > 0 ? 1.0f : 0.0f, out.at(b, h, first), static_cast<int>(out.token_stride));
+         begin > first_key ? 1.0f : 0.0f, out.at(b, h, first), static_cast<int>(out.token_stride));
   }
-  for (std::size_t r = 0; r < rows; ++r)
-    HWY_DYNAMIC_DISPATCH(scale_vector)(out.at(b, h, first + r), shape.head_dim, 1.0f / softmax.sum[r]);
+  for (std::size_t r = 0; r < rows; ++r) {
+    float* result = out.at(b, h, first + r);
+    if (first_key == last_key) std::fill_n(result, shape.head_dim, 0.0f);
+    HWY_DYNAMIC_DISPATCH(scale_vector)(result, shape.head_dim, softmax.inverse_sum(r));
+    if (log_sums) log_sums[(b * shape.query_heads + h) * shape.query_tokens + first + r] = log_sum(softmax.maximum[r], softmax.sum[r]);
+  }
 }
 
 // The few queries of decoding.  Work is shared out along the keys too, or a long context of one KV head would keep one thread busy.
@@ -142,13 +177,15 @@ void attend_block(const AttentionShape& shape, float scale, std::size_t b, std::
 // once.
 class FewQueries {
  public:
-  FewQueries(const AttentionShape& shape, float scale, StridedView q, StridedView k, StridedView v, MutableStridedView out)
+  FewQueries(const AttentionShape& shape, const AttentionRule& rule, StridedView q, StridedView k, StridedView v,
+             MutableStridedView out, float* log_sums)
       : shape_(shape),
-        scale_(scale),
+        rule_(rule),
         q_(q),
         k_(k),
         v_(v),
         out_(out),
+        log_sums_(log_sums),
         group_(shape.query_heads / shape.kv_heads),
         rows_(group_ * shape.query_tokens),
         parts_((shape.key_tokens + kKeysOfPart - 1) / kKeysOfPart),
@@ -177,20 +214,19 @@ class FewQueries {
     const std::size_t first = part * kKeysOfPart, last = std::min(first + kKeysOfPart, shape_.key_tokens);
     for (std::size_t begin = first; begin < last; begin += kKeyBlock)
       for (std::size_t row = 0; row < rows_; ++row) {
-        const std::size_t seen = std::min(last, shape_.key_tokens - shape_.query_tokens + token(row) + 1);
-        if (seen > begin)
-          attend_block_of(b, kv, row, begin, std::min(kKeyBlock, seen - begin), index(b, kv, part, row), begin == first);
+        const KeyRange seen = visible_keys(shape_, rule_, b, token(row));
+        const std::size_t from = std::max(begin, seen.begin), to = std::min({begin + kKeyBlock, last, seen.end});
+        if (from < to) attend_block_of(b, kv, row, from, to - from, index(b, kv, part, row));
       }
   }
 
-  void attend_block_of(std::size_t b, std::size_t kv, std::size_t row, std::size_t begin, std::size_t count, std::size_t i,
-                       bool first) {
+  void attend_block_of(std::size_t b, std::size_t kv, std::size_t row, std::size_t begin, std::size_t count, std::size_t i) {
     float scores[kKeyBlock];
     float* values = values_.data() + i * shape_.head_dim;
     HWY_DYNAMIC_DISPATCH(score_keys)
-    (q_.at(b, head(kv, row), token(row)), k_.at(b, kv, begin), k_.token_stride, count, shape_.head_dim, scale_, scores);
-    const float shrink = HWY_DYNAMIC_DISPATCH(softmax_step)(scores, count, softmax_.maximum[i], softmax_.sum[i]);
-    if (!first) HWY_DYNAMIC_DISPATCH(scale_vector)(values, shape_.head_dim, shrink);
+    (q_.at(b, head(kv, row), token(row)), k_.at(b, kv, begin), k_.token_stride, count, shape_.head_dim, rule_.scale, scores);
+    const float shrink = weigh_scores(rule_, scores, count, {0, count}, 0, softmax_.maximum[i], softmax_.sum[i]);
+    if (shrink != 1.0f) HWY_DYNAMIC_DISPATCH(scale_vector)(values, shape_.head_dim, shrink);
     HWY_DYNAMIC_DISPATCH(add_values)(scores, v_.at(b, kv, begin), v_.token_stride, count, shape_.head_dim, values);
   }
 
@@ -203,7 +239,8 @@ class FewQueries {
       weights[part] = std::exp(softmax_.maximum[index(b, kv, part, row)] - top);
       sum += weights[part] * softmax_.sum[index(b, kv, part, row)];
     }
-    for (float& weight : weights) weight /= sum;
+    for (float& weight : weights) weight = sum > 0 ? weight / sum : 0.0f;
+    if (log_sums_) log_sums_[(b * shape_.query_heads + head(kv, row)) * shape_.query_tokens + token(row)] = log_sum(top, sum);
     float* result = out_.at(b, head(kv, row), token(row));
     std::fill_n(result, shape_.head_dim, 0.0f);
     HWY_DYNAMIC_DISPATCH(add_values)
@@ -212,9 +249,10 @@ class FewQueries {
   }
 
   const AttentionShape& shape_;
-  float scale_;
+  const AttentionRule& rule_;
   StridedView q_, k_, v_;
   MutableStridedView out_;
+  float* log_sums_;
   std::size_t group_, rows_, parts_;
   RunningSoftmax softmax_;     // [batch, kv_heads, parts, rows]
   std::vector<float> values_;  // [batch, kv_heads, parts, rows, head_dim], not yet divided by the sums
@@ -222,16 +260,16 @@ class FewQueries {
 
 }  // namespace
 
-void causal_attention(const AttentionShape& shape, float scale, StridedView q, StridedView k, StridedView v,
-                      MutableStridedView out) {
-  if (shape.query_tokens <= kFewQueries) return FewQueries(shape, scale, q, k, v, out).run();
+void causal_attention(const AttentionShape& shape, const AttentionRule& rule, StridedView q, StridedView k, StridedView v,
+                      MutableStridedView out, float* log_sums) {
+  if (shape.query_tokens <= kFewQueries) return FewQueries(shape, rule, q, k, v, out, log_sums).run();
   const std::size_t blocks = (shape.query_tokens + kQueryBlock - 1) / kQueryBlock, heads = shape.batch * shape.query_heads;
   parallel_for(heads * blocks, 1, [&](std::size_t begin, std::size_t end) {
     for (std::size_t i = begin; i < end; ++i) {
       // The longest blocks, at the end of the sequence, come first, so that threads finish together.
       const std::size_t block = blocks - 1 - i / heads, head = i % heads, first = block * kQueryBlock;
-      attend_block(shape, scale, head / shape.query_heads, head % shape.query_heads, first,
-                   std::min(kQueryBlock, shape.query_tokens - first), q, k, v, out);
+      attend_block(shape, rule, head / shape.query_heads, head % shape.query_heads, first,
+                   std::min(kQueryBlock, shape.query_tokens - first), q, k, v, out, log_sums);
     }
   });
 }

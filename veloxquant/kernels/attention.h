@@ -1,29 +1,61 @@
 // Causal grouped-query attention in float32.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 
 #include "veloxquant/kernels/strided.h"
 
 namespace veloxquant {
 
-/// Queries stand at the end of the keys: query t of query_tokens sees keys 0 … key_tokens − query_tokens + t.
+/// Queries stand at the end of the keys: query t of query_tokens stands at the position of key key_tokens − query_tokens + t.
 /// query_heads is a multiple of kv_heads; query heads g·i … g·i + g − 1 share KV head i (g = query_heads / kv_heads).
 struct AttentionShape {
   std::size_t batch, query_heads, kv_heads, query_tokens, key_tokens, head_dim;
 };
 
-/// out = softmax(scale · q·kᵀ) · v.  q and out [batch, query_heads, query_tokens, head_dim], k and v
-/// [batch, kv_heads, key_tokens, head_dim]; out overlaps nothing.
+/// What a score is, and which keys a query sees.
+struct AttentionRule {
+  float scale = 1.0f;                     // score = scale · q·k
+  float soft_cap = 0.0f;                  // c > 0: a score s becomes c·tanh(s / c) (Gemma 2, arXiv 2408.00118)
+  std::size_t window = 0;                 // n > 0: a query sees only the last n keys up to its own position
+  const std::int32_t* padding = nullptr;  // [batch] or null: so many keys at a sequence's begin that nobody sees
+};
+
+struct KeyRange {
+  std::size_t begin, end;
+};
+
+/// The keys that query `t` of sequence `b` sees; none (begin = end) where all of them are padding.
+inline KeyRange visible_keys(const AttentionShape& shape, const AttentionRule& rule, std::size_t b, std::size_t t) {
+  const std::size_t end = shape.key_tokens - shape.query_tokens + t + 1;
+  std::size_t begin = rule.window > 0 && end > rule.window ? end - rule.window : 0;
+  if (rule.padding) begin = std::max(begin, std::min(static_cast<std::size_t>(rule.padding[b]), end));
+  return {begin, end};
+}
+
+/// out = softmax(scores) · v over the keys that each query sees, zero where it sees none.  q and out
+/// [batch, query_heads, query_tokens, head_dim], k and v [batch, kv_heads, key_tokens, head_dim]; out overlaps nothing.
+/// log_sums [batch, query_heads, query_tokens] or null: log Σ e^score of each query, 0 where it sees none.
 ///
 /// Blocks of queries by blocks of keys with a running maximum and sum (FlashAttention, arXiv 2205.14135), so that no
 /// [query_tokens, key_tokens] array exists.
-void causal_attention(const AttentionShape& shape, float scale, StridedView q, StridedView k, StridedView v,
-                      MutableStridedView out);
+void causal_attention(const AttentionShape& shape, const AttentionRule& rule, StridedView q, StridedView k, StridedView v,
+                      MutableStridedView out, float* log_sums);
+
+/// What a loss gains by q, k and v when it gains grad_out by out: gradients of the shapes of q, k and v, which overlap nothing.
+/// out and log_sums as causal_attention gave them.
+void causal_attention_backward(const AttentionShape& shape, const AttentionRule& rule, StridedView q, StridedView k, StridedView v,
+                               StridedView out, const float* log_sums, StridedView grad_out, MutableStridedView grad_q,
+                               MutableStridedView grad_k, MutableStridedView grad_v);
 
 namespace reference {
-void causal_attention(const AttentionShape& shape, float scale, StridedView q, StridedView k, StridedView v,
-                      MutableStridedView out);
-}
+void causal_attention(const AttentionShape& shape, const AttentionRule& rule, StridedView q, StridedView k, StridedView v,
+                      MutableStridedView out, float* log_sums);
+void causal_attention_backward(const AttentionShape& shape, const AttentionRule& rule, StridedView q, StridedView k, StridedView v,
+                               StridedView out, const float* log_sums, StridedView grad_out, MutableStridedView grad_q,
+                               MutableStridedView grad_k, MutableStridedView grad_v);
+}  // namespace reference
 
 }  // namespace veloxquant

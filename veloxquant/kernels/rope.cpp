@@ -1,5 +1,6 @@
 #include "veloxquant/kernels/rope.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -41,18 +42,38 @@ namespace veloxquant {
 
 HWY_EXPORT(rope_vector);
 
+namespace {
+
+constexpr std::size_t kBlockTokens = 32;
+
+// Cosines and sines of position · frequency for each frequency.
+struct Turn {
+  std::vector<double> cosines, sines;
+
+  Turn(std::span<const float> frequencies, double position) {
+    for (const double frequency : frequencies) {
+      cosines.push_back(std::cos(position * frequency));
+      sines.push_back(std::sin(position * frequency));
+    }
+  }
+};
+
+}  // namespace
+
 void rope(const RopeShape& shape, StridedView x, std::span<const float> frequencies, std::ptrdiff_t offset,
           MutableStridedView out) {
-  constexpr std::size_t kBlockTokens = 32;
   const std::size_t half = shape.head_dim / 2;
+  // Trigonometry is slow: a position is turned from the begin of its block by one of these, by the addition theorems.
+  std::vector<Turn> steps;
+  for (std::size_t i = 0; i < std::min(kBlockTokens, shape.tokens); ++i) steps.emplace_back(frequencies, static_cast<double>(i));
   parallel_for(shape.tokens, kBlockTokens, [&](std::size_t begin, std::size_t end) {
+    const Turn start(frequencies, static_cast<double>(offset + static_cast<std::ptrdiff_t>(begin)));
     std::vector<float> cosines(half), sines(half);
     for (std::size_t t = begin; t < end; ++t) {
-      // One table of a position serves all sequences and heads.
+      const Turn& step = steps[t - begin];
       for (std::size_t i = 0; i < half; ++i) {
-        const double angle = static_cast<double>(offset + static_cast<std::ptrdiff_t>(t)) * frequencies[i];
-        cosines[i] = static_cast<float>(std::cos(angle));
-        sines[i] = static_cast<float>(std::sin(angle));
+        cosines[i] = static_cast<float>(start.cosines[i] * step.cosines[i] - start.sines[i] * step.sines[i]);
+        sines[i] = static_cast<float>(start.sines[i] * step.cosines[i] + start.cosines[i] * step.sines[i]);
       }
       for (std::size_t b = 0; b < shape.batch; ++b)
         for (std::size_t h = 0; h < shape.heads; ++h)

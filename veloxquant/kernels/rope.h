@@ -13,7 +13,8 @@ struct RopeShape {
 };
 
 /// Turns the pair (i, i + D/2) of the vector at position p = offset + token by p · frequencies[i]; frequencies [D/2], radians per
-/// position.  out has the shape of x and may be x.
+/// position.  out has the shape of x and may be x.  A gradient by out becomes one by x with
+/// negative frequencies.
 void rope(const RopeShape& shape, StridedView x, std::span<const float> frequencies, std::ptrdiff_t offset, MutableStridedView out);
 
 namespace reference {

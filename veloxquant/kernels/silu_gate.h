@@ -9,8 +9,12 @@ namespace veloxquant {
 /// out [rows, dim].
 void silu_gate_joined(const float* joined, float* out, std::size_t rows, std::size_t dim);
 
+/// What a loss gains by joined when it gains grad_out [rows, dim] by out: grad_joined [rows, 2·dim], overlaps nothing.
+void silu_gate_joined_backward(const float* joined, const float* grad_out, float* grad_joined, std::size_t rows, std::size_t dim);
+
 namespace reference {
 void silu_gate_joined(const float* joined, float* out, std::size_t rows, std::size_t dim);
-}
+void silu_gate_joined_backward(const float* joined, const float* grad_out, float* grad_joined, std::size_t rows, std::size_t dim);
+}  // namespace reference
 
 }  // namespace veloxquant

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "mlx/array.h"
@@ -13,8 +14,11 @@ namespace veloxquant {
 
 /// What a layer asks of attention beyond its queries, keys and values.
 struct AttentionSpec {
-  float scale = 1.0f;          // of q·k, before the softmax
-  const Rope* rope = nullptr;  // never null in a call; turns queries and keys by their positions
+  float scale = 1.0f;                // of q·k, before the softmax
+  const Rope* rope = nullptr;        // never null in a call; turns queries and keys by their positions
+  float soft_cap = 0.0f;             // c > 0: a score s becomes c·tanh(s / c)
+  int sliding_window = 0;            // n > 0: a query sees only the last n tokens up to itself
+  std::optional<mx::array> padding = std::nullopt;  // int32 [B]: so many tokens at a sequence's begin that nobody sees
 };
 
 /// Keys and values of one layer in use; owns attention over what it stores.  The model never knows what is behind it.

@@ -27,18 +27,18 @@ mx::array score_graph(const mx::array& reference, const mx::array& logits, const
 
 mx::array score_logits(const mx::array& reference, const mx::array& logits, const mx::array& targets) {
   if (!own_kernels()) return score_graph(reference, logits, targets);
-  return cpu_operation("Divergence", {mx::contiguous(reference), mx::contiguous(logits), targets}, {logits.shape(0), 3},
-                       mx::float32, [](const std::vector<mx::array>& in, mx::array& out) {
-                         std::vector<Divergence> scores(static_cast<std::size_t>(out.shape(0)));
+  return cpu_operation("Divergence", {mx::contiguous(reference), mx::contiguous(logits), targets}, {{logits.shape(0), 3}},
+                       [](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+                         std::vector<Divergence> scores(static_cast<std::size_t>(out[0].shape(0)));
                          divergence(in[0].data<float>(), in[1].data<float>(), in[2].data<std::int32_t>(),
                                     static_cast<std::size_t>(in[1].shape(1)), scores);
-                         float* row = out.data<float>();
+                         float* row = out[0].data<float>();
                          for (const auto& score : scores) {
                            *row++ = score.kl;
                            *row++ = score.cross_entropy;
                            *row++ = static_cast<float>(score.top);
                          }
-                       });
+                       })[0];
 }
 
 }  // namespace

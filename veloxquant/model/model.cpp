@@ -13,7 +13,7 @@ namespace veloxquant {
 
 struct Model::Layer {
   mx::array attention_norm;
-  Linear query, key, value, output;
+  Linear query_key_value, output;
   std::optional<mx::array> query_norm, key_norm;
   mx::array mlp_norm;
   Linear gate_up, down;
@@ -28,18 +28,21 @@ class LayerReader {
 
   mx::array take(const std::string& name, const mx::Shape& shape) { return weights_.take(name, shape); }
 
-  Linear linear(const std::string& name, int out, int in, bool bias) {
-    auto weight = take(name + ".weight", {out, in});
-    return {std::move(weight), bias ? std::optional(take(name + ".bias", {out})) : std::nullopt};
-  }
+  Linear linear(const std::string& name, int out, int in, bool bias) { return joined({{name, out}}, in, bias); }
 
-  // Two maps of the same input as one, so that a single larger product serves both.
-  Linear joined(const std::string& first, const std::string& second, int out, int in, bool bias) {
-    const Linear a = linear(first, out, in, bias), b = linear(second, out, in, bias);
-    Linear both{mx::concatenate({a.weight, b.weight}, 0), std::nullopt};
-    if (bias) both.bias = mx::concatenate({*a.bias, *b.bias}, 0);
-    mx::eval(both.weight);
-    return both;
+  struct Map {
+    std::string name;
+    int out;
+  };
+
+  // Maps of the same input.
+  Linear joined(const std::vector<Map>& maps, int in, bool bias) {
+    Linear linear;
+    for (const auto& [name, out] : maps) {
+      auto weight = take(name + ".weight", {out, in});
+      linear.add(std::move(weight), bias ? std::optional(take(name + ".bias", {out})) : std::nullopt);
+    }
+    return linear;
   }
 
  private:
@@ -81,14 +84,14 @@ Model Model::load(const std::filesystem::path& folder) {
     };
     model.layers_.push_back({
         .attention_norm = reader.take(layer + "input_layernorm.weight", {c.hidden_size}),
-        .query = reader.linear(attention + "q_proj", query_size, c.hidden_size, c.query_key_value_bias),
-        .key = reader.linear(attention + "k_proj", kv_size, c.hidden_size, c.query_key_value_bias),
-        .value = reader.linear(attention + "v_proj", kv_size, c.hidden_size, c.query_key_value_bias),
+        .query_key_value =
+            reader.joined({{attention + "q_proj", query_size}, {attention + "k_proj", kv_size}, {attention + "v_proj", kv_size}},
+                          c.hidden_size, c.query_key_value_bias),
         .output = reader.linear(attention + "o_proj", c.hidden_size, query_size, c.attention_output_bias),
         .query_norm = head_norm("q_norm.weight"),
         .key_norm = head_norm("k_norm.weight"),
         .mlp_norm = reader.take(layer + "post_attention_layernorm.weight", {c.hidden_size}),
-        .gate_up = reader.joined(mlp + "gate_proj", mlp + "up_proj", c.intermediate_size, c.hidden_size, c.mlp_bias),
+        .gate_up = reader.joined({{mlp + "gate_proj", c.intermediate_size}, {mlp + "up_proj", c.intermediate_size}}, c.hidden_size, c.mlp_bias),
         .down = reader.linear(mlp + "down_proj", c.hidden_size, c.intermediate_size, c.mlp_bias),
     });
     weights.skip(attention + "rotary_emb.inv_freq");  // old checkpoints carry what the config implies
@@ -110,23 +113,24 @@ mx::array Model::embed(const mx::array& tokens) const {
 
 mx::array Model::attention(const Layer& layer, const mx::array& x, AttentionCache& cache) const {
   const int batch = x.shape(0), tokens = x.shape(1);
-  const auto heads = [&](const Linear& map, int count, const std::optional<mx::array>& norm) {
-    auto y = mx::reshape(map(x), {batch, tokens, count, config_.head_dim});
+  const auto parts = layer.query_key_value.parts(x);
+  const auto heads = [&](const mx::array& part, int count, const std::optional<mx::array>& norm) {
+    auto y = mx::reshape(part, {batch, tokens, count, config_.head_dim});
     if (norm) y = rms_norm(y, *norm, static_cast<float>(config_.rms_norm_eps));
     return mx::transpose(y, {0, 2, 1, 3});
   };
   const AttentionSpec spec{.scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim)), .rope = &rope_};
   const auto attended =
-      cache.attend(heads(layer.query, config_.num_heads, layer.query_norm), heads(layer.key, config_.num_kv_heads, layer.key_norm),
-                   heads(layer.value, config_.num_kv_heads, std::nullopt), spec);
-  return layer.output(mx::reshape(mx::transpose(attended, {0, 2, 1, 3}), {batch, tokens, config_.num_heads * config_.head_dim}));
+      cache.attend(heads(parts[0], config_.num_heads, layer.query_norm), heads(parts[1], config_.num_kv_heads, layer.key_norm),
+                   heads(parts[2], config_.num_kv_heads, std::nullopt), spec);
+  return mx::reshape(mx::transpose(attended, {0, 2, 1, 3}), {batch, tokens, config_.num_heads * config_.head_dim});
 }
 
 mx::array Model::layer(int index, const mx::array& hidden, AttentionCache& cache) const {
   const Layer& layer = layers_.at(static_cast<std::size_t>(index));
   const auto eps = static_cast<float>(config_.rms_norm_eps);
-  const auto attended = mx::add(hidden, attention(layer, rms_norm(hidden, layer.attention_norm, eps), cache));
-  return mx::add(attended, layer.down(silu_gate(layer.gate_up(rms_norm(attended, layer.mlp_norm, eps)))));
+  const auto attended = layer.output(attention(layer, rms_norm(hidden, layer.attention_norm, eps), cache), hidden);
+  return layer.down(silu_gate(layer.gate_up, rms_norm(attended, layer.mlp_norm, eps)), attended);
 }
 
 mx::array Model::logits(const mx::array& hidden) const {

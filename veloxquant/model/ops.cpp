@@ -1,38 +1,154 @@
 #include "veloxquant/model/ops.h"
 
+#include <numeric>
+#include <stdexcept>
+
 #include "mlx/fast.h"
 #include "mlx/ops.h"
+#include "veloxquant/kernels/linear.h"
 #include "veloxquant/kernels/rms_norm.h"
 #include "veloxquant/kernels/silu_gate.h"
 #include "veloxquant/model/cpu_operation.h"
 
 namespace veloxquant {
+namespace {
 
-mx::array Linear::operator()(const mx::array& x) const {
-  const auto product = mx::matmul(x, mx::transpose(weight));
-  return bias ? mx::add(product, *bias) : product;
+std::size_t rows_of(const mx::array& x) {
+  return x.size() / static_cast<std::size_t>(x.shape(-1));
+}
+
+mx::Shape with_last(mx::Shape shape, int size) {
+  shape.back() = size;
+  return shape;
+}
+
+// Gradients go through activations alone; weights are fixed here.
+[[noreturn]] void refuse_weight_gradient(const char* operation) {
+  throw std::logic_error(std::string(operation) + " has no gradient by its weights");
+}
+
+// The maps of inputs: x, then weights, then for each of `biased` a bias.
+std::vector<LinearMap> maps_of(const std::vector<mx::array>& inputs, const std::vector<bool>& biased) {
+  std::vector<LinearMap> maps;
+  std::size_t bias = 1 + biased.size();
+  for (std::size_t i = 0; i < biased.size(); ++i) {
+    const auto& weight = inputs[1 + i];
+    maps.push_back({weight.data<float>(), biased[i] ? inputs[bias++].data<float>() : nullptr, static_cast<std::size_t>(weight.shape(0))});
+  }
+  return maps;
+}
+
+mx::array linear_backward(const std::vector<mx::array>& inputs, std::size_t num_maps, const mx::array& gradient) {
+  std::vector<mx::array> read = {mx::contiguous(gradient)};
+  read.insert(read.end(), inputs.begin() + 1, inputs.begin() + 1 + static_cast<std::ptrdiff_t>(num_maps));
+  return cpu_operation("LinearBackward", std::move(read), {inputs[0].shape()},
+                       [unbiased = std::vector<bool>(num_maps, false)](const auto& in, auto& out) {
+                         linear_backward(in[0].template data<float>(), rows_of(out[0]), static_cast<std::size_t>(out[0].shape(-1)),
+                                         maps_of(in, unbiased), out[0].template data<float>());
+                       })[0];
+}
+
+}  // namespace
+
+void Linear::add(mx::array weight, std::optional<mx::array> bias) {
+  weights_.push_back(std::move(weight));
+  biases_.push_back(std::move(bias));
+}
+
+mx::array Linear::operator()(const mx::array& x, const std::optional<mx::array>& residual) const {
+  if (!own_kernels()) {
+    const auto outputs = parts(x);
+    const auto joined = outputs.size() == 1 ? outputs[0] : mx::concatenate(outputs, -1);
+    return residual ? mx::add(*residual, joined) : joined;
+  }
+  std::vector<mx::array> inputs = {mx::contiguous(x)};
+  std::vector<bool> biased;
+  int width = 0;
+  for (const auto& weight : weights_) {
+    inputs.push_back(weight);
+    width += weight.shape(0);
+  }
+  for (const auto& bias : biases_) {
+    biased.push_back(bias.has_value());
+    if (bias) inputs.push_back(*bias);
+  }
+  if (residual) inputs.push_back(mx::contiguous(*residual));
+  return cpu_operation(
+      "Linear", std::move(inputs), {with_last(x.shape(), width)},
+      [biased, has_residual = residual.has_value()](const auto& in, auto& out) {
+        linear(in[0].template data<float>(), rows_of(in[0]), static_cast<std::size_t>(in[0].shape(-1)), maps_of(in, biased),
+               has_residual ? in.back().template data<float>() : nullptr, out[0].template data<float>());
+      },
+      [num_maps = weights_.size(), has_residual = residual.has_value()](const auto& in, const auto&, const auto& gradients,
+                                                                        const auto& wanted) {
+        std::vector<mx::array> results;
+        for (const int input : wanted) {
+          if (input == 0) {
+            results.push_back(linear_backward(in, num_maps, gradients[0]));
+          } else if (has_residual && input == static_cast<int>(in.size()) - 1) {
+            results.push_back(gradients[0]);
+          } else {
+            refuse_weight_gradient("Linear");
+          }
+        }
+        return results;
+      })[0];
+}
+
+std::vector<mx::array> Linear::parts(const mx::array& x) const {
+  if (own_kernels() && weights_.size() > 1) {
+    mx::Shape ends;
+    for (std::size_t i = 0; i + 1 < weights_.size(); ++i) ends.push_back((i > 0 ? ends.back() : 0) + weights_[i].shape(0));
+    return mx::split((*this)(x), ends, -1);
+  }
+  if (own_kernels()) return {(*this)(x)};
+  std::vector<mx::array> outputs;
+  for (std::size_t i = 0; i < weights_.size(); ++i) {
+    const auto product = mx::matmul(x, mx::transpose(weights_[i]));
+    outputs.push_back(biases_[i] ? mx::add(product, *biases_[i]) : product);
+  }
+  return outputs;
 }
 
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps) {
   if (!own_kernels()) return mx::fast::rms_norm(x, weight, eps);
+  const auto backward = [eps](const mx::array& input, const mx::array& scale, const mx::array& gradient) {
+    return cpu_operation("RmsNormBackward", {input, scale, mx::contiguous(gradient)}, {input.shape()}, [eps](const auto& in, auto& out) {
+      rms_norm_backward(in[0].template data<float>(), in[1].template data<float>(), in[2].template data<float>(),
+                        out[0].template data<float>(), rows_of(in[0]), in[1].size(), eps);
+    })[0];
+  };
   return cpu_operation(
-      "RmsNorm", {mx::contiguous(x), weight}, x.shape(), mx::float32, [eps](const std::vector<mx::array>& in, mx::array& out) {
-        rms_norm(in[0].data<float>(), in[1].data<float>(), out.data<float>(), in[0].size() / in[1].size(), in[1].size(), eps);
-      });
+      "RmsNorm", {mx::contiguous(x), weight}, {x.shape()},
+      [eps](const auto& in, auto& out) {
+        rms_norm(in[0].template data<float>(), in[1].template data<float>(), out[0].template data<float>(), rows_of(in[0]), in[1].size(),
+                 eps);
+      },
+      [backward](const auto& in, const auto&, const auto& gradients, const auto& wanted) {
+        if (wanted != std::vector<int>{0}) refuse_weight_gradient("RmsNorm");
+        return std::vector<mx::array>{backward(in[0], in[1], gradients[0])};
+      })[0];
 }
 
-mx::array silu_gate(const mx::array& joined) {
-  const int width = joined.shape(-1) / 2;
+mx::array silu_gate(const Linear& gate_up, const mx::array& x) {
   if (!own_kernels()) {
-    const auto parts = mx::split(joined, 2, -1);
+    const auto parts = gate_up.parts(x);
     return mx::multiply(mx::multiply(parts[0], mx::sigmoid(parts[0])), parts[1]);
   }
-  auto shape = joined.shape();
-  shape.back() = width;
-  return cpu_operation("SiluGate", {mx::contiguous(joined)}, shape, mx::float32,
-                       [width](const std::vector<mx::array>& in, mx::array& out) {
-                         silu_gate_joined(in[0].data<float>(), out.data<float>(), out.size() / width, width);
-                       });
+  const auto joined = gate_up(x);
+  const int width = joined.shape(-1) / 2;
+  return cpu_operation(
+      "SiluGate", {joined}, {with_last(joined.shape(), width)},
+      [](const auto& in, auto& out) {
+        silu_gate_joined(in[0].template data<float>(), out[0].template data<float>(), rows_of(out[0]),
+                         static_cast<std::size_t>(out[0].shape(-1)));
+      },
+      [](const auto& in, const auto&, const auto& gradients, const auto&) {
+        return cpu_operation("SiluGateBackward", {in[0], mx::contiguous(gradients[0])}, {in[0].shape()}, [](const auto& read, auto& out) {
+          silu_gate_joined_backward(read[0].template data<float>(), read[1].template data<float>(), out[0].template data<float>(),
+                                    rows_of(read[1]), static_cast<std::size_t>(read[1].shape(-1)));
+        });
+      })[0];
 }
 
 }  // namespace veloxquant

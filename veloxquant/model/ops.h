@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <vector>
 
 #include "mlx/array.h"
 
@@ -9,19 +10,27 @@ namespace veloxquant {
 
 namespace mx = mlx::core;
 
-/// A linear map y = x·Wᵀ + b; weight [out, in] as checkpoints hold it, bias [out] or none.
-struct Linear {
-  mx::array weight;
-  std::optional<mx::array> bias;
+/// Linear maps y = x·Wᵀ + b that share their input x.
+class Linear {
+ public:
+  /// weight [out, in] as checkpoints hold it, bias [out] or none.
+  void add(mx::array weight, std::optional<mx::array> bias);
 
-  /// x [..., in] → [..., out].
-  mx::array operator()(const mx::array& x) const;
+  /// x [..., in] → the outputs of all maps beside each other, [..., Σ out].  `residual` of that shape is added.
+  mx::array operator()(const mx::array& x, const std::optional<mx::array>& residual = std::nullopt) const;
+
+  /// x [..., in] → the output of each map, [..., out].
+  std::vector<mx::array> parts(const mx::array& x) const;
+
+ private:
+  std::vector<mx::array> weights_;
+  std::vector<std::optional<mx::array>> biases_;
 };
 
 /// x / rms(x) · weight over the last axis (arXiv 1910.07467).
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps);
 
-/// silu(gate) · up of gate and up joined along the last axis: [..., 2·d] → [..., d].
-mx::array silu_gate(const mx::array& joined);
+/// silu(gate) · up of the two maps of gate_up: x [..., in] → [..., out].
+mx::array silu_gate(const Linear& gate_up, const mx::array& x);
 
 }  // namespace veloxquant

@@ -35,16 +35,28 @@ Rope::Rope(const RopeConfig& config, int head_dim) : head_dim_(head_dim) {
   }
 }
 
+namespace {
+
+mx::array turn(const mx::array& x, int offset, const std::vector<float>& frequencies) {
+  return from_token_major(cpu_operation(
+      "Rope", {x}, {token_major_shape(x)},
+      [offset, frequencies](const auto& in, auto& out) {
+        const auto size = [&](int axis) { return static_cast<std::size_t>(in[0].shape(axis)); };
+        rope({size(0), size(1), size(2), size(3)}, StridedInput(in[0]).view(), frequencies, offset, token_major_view(out[0]));
+      },
+      [offset, frequencies](const auto&, const auto&, const auto& gradients, const auto&) {
+        auto back = frequencies;
+        for (auto& frequency : back) frequency = -frequency;
+        return std::vector<mx::array>{turn(from_token_major(gradients[0]), offset, back)};
+      })[0]);
+}
+
+}  // namespace
+
 mx::array Rope::operator()(const mx::array& x, int offset) const {
-  if (!own_kernels()) {
-    const mx::array wavelengths(wavelengths_.data(), {head_dim_ / 2});
-    return mx::fast::rope(x, head_dim_, /* traditional= */ false, std::nullopt, 1.0f, offset, wavelengths);
-  }
-  return cpu_operation("Rope", {x}, x.shape(), mx::float32,
-                       [offset, frequencies = frequencies_](const std::vector<mx::array>& in, mx::array& out) {
-                         const auto size = [&](int axis) { return static_cast<std::size_t>(out.shape(axis)); };
-                         rope({size(0), size(1), size(2), size(3)}, strided(in[0]), frequencies, offset, mutable_strided(out));
-                       });
+  if (own_kernels()) return turn(x, offset, frequencies_);
+  const mx::array wavelengths(wavelengths_.data(), {head_dim_ / 2});
+  return mx::fast::rope(x, head_dim_, /* traditional= */ false, std::nullopt, 1.0f, offset, wavelengths);
 }
 
 }  // namespace veloxquant

@@ -1,0 +1,214 @@
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "veloxquant/core/parallel.h"
+#include "veloxquant/kernels/attention.h"
+#include "veloxquant/kernels/gemm.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "veloxquant/kernels/attention_backward.cpp"
+// clang-format off
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+#include "hwy/contrib/math/math-inl.h"
+// clang-format on
+
+HWY_BEFORE_NAMESPACE();
+namespace veloxquant {
+namespace HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+float dot_product(const float* a, const float* b, std::size_t dim) {
+  const hn::ScalableTag<float> d;
+  const std::size_t lanes = hn::Lanes(d), whole = dim / lanes * lanes;
+  auto sum = hn::Zero(d);
+  for (std::size_t i = 0; i < whole; i += lanes) sum = hn::MulAdd(hn::LoadU(d, a + i), hn::LoadU(d, b + i), sum);
+  float dot = hn::GetLane(hn::SumOfLanes(d, sum));
+  for (std::size_t i = whole; i < dim; ++i) dot += a[i] * b[i];
+  return dot;
+}
+
+// Of one query: scores [count] become weights p, gains [count] (g·v) become ∂/∂(q·k) = p·(g·v − g·o)·scale, with a soft cap times
+// 1 − tanh².
+template <bool kCapped>
+void weights_and_gains(float* scores, float* gains, std::size_t count, float log_sum, float expected, const AttentionRule& rule) {
+  const hn::ScalableTag<float> d;
+  const std::size_t lanes = hn::Lanes(d), whole = count / lanes * lanes;
+  const auto vlog_sum = hn::Set(d, log_sum), vexpected = hn::Set(d, expected), scale = hn::Set(d, rule.scale);
+  const auto cap = hn::Set(d, rule.soft_cap), inverse = hn::Set(d, kCapped ? 1.0f / rule.soft_cap : 0.0f);
+  const auto step = [&](auto score, auto gain, auto& weight, auto& slope) HWY_ATTR {
+    slope = scale;
+    if (kCapped) {
+      const auto tanh = hn::Tanh(d, hn::Mul(score, inverse));
+      score = hn::Mul(cap, tanh);
+      slope = hn::NegMulAdd(hn::Mul(scale, tanh), tanh, scale);
+    }
+    weight = hn::Exp(d, hn::Sub(score, vlog_sum));
+    slope = hn::Mul(hn::Mul(weight, hn::Sub(gain, vexpected)), slope);
+  };
+  auto weight = scale, gain = scale;
+  for (std::size_t i = 0; i < whole; i += lanes) {
+    step(hn::LoadU(d, scores + i), hn::LoadU(d, gains + i), weight, gain);
+    hn::StoreU(weight, d, scores + i);
+    hn::StoreU(gain, d, gains + i);
+  }
+  if (whole == count) return;
+  HWY_ALIGN float last_scores[hn::MaxLanes(d)] = {}, last_gains[hn::MaxLanes(d)] = {};
+  std::copy(scores + whole, scores + count, last_scores);
+  std::copy(gains + whole, gains + count, last_gains);
+  step(hn::Load(d, last_scores), hn::Load(d, last_gains), weight, gain);
+  hn::Store(weight, d, last_scores);
+  hn::Store(gain, d, last_gains);
+  std::copy_n(last_scores, count - whole, scores + whole);
+  std::copy_n(last_gains, count - whole, gains + whole);
+}
+
+void weights_and_gains_of_rule(float* scores, float* gains, std::size_t count, float log_sum, float expected,
+                               const AttentionRule& rule) {
+  if (rule.soft_cap > 0) return weights_and_gains<true>(scores, gains, count, log_sum, expected, rule);
+  weights_and_gains<false>(scores, gains, count, log_sum, expected, rule);
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace veloxquant
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace veloxquant {
+
+HWY_EXPORT(dot_product);
+HWY_EXPORT(weights_and_gains_of_rule);
+
+namespace {
+
+// As in the forward pass; weights and gains together take 256 KiB.
+constexpr std::size_t kQueryBlock = 128, kKeyBlock = 256;
+
+// Stretches of keys that are worked on in parallel.  Each but the first has an array of its own for the gradient of the queries,
+// hence not more.
+constexpr std::size_t kMaxStretches = 8;
+
+int stride(const auto& view) {
+  return static_cast<int>(view.token_stride);
+}
+
+class Backward {
+ public:
+  Backward(const AttentionShape& shape, const AttentionRule& rule, StridedView q, StridedView k, StridedView v, StridedView out,
+           const float* log_sums, StridedView grad_out, MutableStridedView grad_q, MutableStridedView grad_k, MutableStridedView grad_v)
+      : shape_(shape), rule_(rule), q_(q), k_(k), v_(v), out_(out), log_sums_(log_sums), grad_out_(grad_out), grad_q_(grad_q),
+        grad_k_(grad_k), grad_v_(grad_v), group_(shape.query_heads / shape.kv_heads) {
+    const std::size_t blocks = (shape.key_tokens + kKeyBlock - 1) / kKeyBlock;
+    stretch_ = (blocks + kMaxStretches - 1) / kMaxStretches * kKeyBlock;
+    stretches_ = (shape.key_tokens + stretch_ - 1) / stretch_;
+    rows_ = shape.batch * shape.query_heads * shape.query_tokens;
+    expected_.resize(rows_);
+    partial_.resize((stretches_ - 1) * rows_ * shape.head_dim);
+  }
+
+  void run() {
+    for_each_block_of_queries([this](std::size_t b, std::size_t h, std::size_t begin, std::size_t end) {
+      for (std::size_t t = begin; t < end; ++t) {
+        expected_[row(b, h, t)] = HWY_DYNAMIC_DISPATCH(dot_product)(grad_out_.at(b, h, t), out_.at(b, h, t), shape_.head_dim);
+        std::fill_n(grad_q_.at(b, h, t), shape_.head_dim, 0.0f);
+      }
+    });
+    const std::size_t heads = shape_.batch * shape_.kv_heads;
+    // The first stretches, which most queries see, come first, so that threads finish together.
+    parallel_for(heads * stretches_, 1, [&](std::size_t i, std::size_t) {
+      const std::size_t head = i % heads;
+      run_stretch(head / shape_.kv_heads, head % shape_.kv_heads, i / heads);
+    });
+    for_each_block_of_queries([this](std::size_t b, std::size_t h, std::size_t begin, std::size_t end) {
+      for (std::size_t stretch = 1; stretch < stretches_; ++stretch)
+        for (std::size_t t = begin; t < end; ++t) {
+          float* sum = grad_q_.at(b, h, t);
+          const float* more = partial(stretch, b, h, t);
+          if (visible_keys(shape_, rule_, b, t).end > stretch * stretch_)
+            std::transform(sum, sum + shape_.head_dim, more, sum, [](float x, float y) { return x + y; });
+        }
+    });
+  }
+
+ private:
+  std::size_t row(std::size_t b, std::size_t h, std::size_t t) const { return (b * shape_.query_heads + h) * shape_.query_tokens + t; }
+
+  float* partial(std::size_t stretch, std::size_t b, std::size_t h, std::size_t t) {
+    return partial_.data() + ((stretch - 1) * rows_ + row(b, h, t)) * shape_.head_dim;
+  }
+
+  template <class Body>
+  void for_each_block_of_queries(Body body) {
+    const std::size_t blocks = (shape_.query_tokens + kQueryBlock - 1) / kQueryBlock;
+    parallel_for(shape_.batch * shape_.query_heads * blocks, 1, [&](std::size_t i, std::size_t) {
+      const std::size_t head = i / blocks, begin = i % blocks * kQueryBlock;
+      body(head / shape_.query_heads, head % shape_.query_heads, begin, std::min(begin + kQueryBlock, shape_.query_tokens));
+    });
+  }
+
+  void run_stretch(std::size_t b, std::size_t kv, std::size_t stretch) {
+    const std::size_t first = stretch * stretch_, last = std::min(first + stretch_, shape_.key_tokens);
+    for (std::size_t begin = first; begin < last; begin += kKeyBlock) {
+      const std::size_t end = std::min(begin + kKeyBlock, last);
+      for (std::size_t s = begin; s < end; ++s) {
+        std::fill_n(grad_k_.at(b, kv, s), shape_.head_dim, 0.0f);
+        std::fill_n(grad_v_.at(b, kv, s), shape_.head_dim, 0.0f);
+      }
+      const std::size_t before = shape_.key_tokens - shape_.query_tokens, from = begin > before ? begin - before : 0;
+      for (std::size_t h = kv * group_; h < (kv + 1) * group_; ++h)
+        for (std::size_t t = from / kQueryBlock * kQueryBlock; t < shape_.query_tokens; t += kQueryBlock)
+          run_block(b, kv, h, stretch, {begin, end}, t, std::min(kQueryBlock, shape_.query_tokens - t));
+    }
+  }
+
+  void run_block(std::size_t b, std::size_t kv, std::size_t h, std::size_t stretch, KeyRange keys, std::size_t first, std::size_t rows) {
+    if (visible_keys(shape_, rule_, b, first).begin >= keys.end) return;
+    const auto n = static_cast<int>(rows), columns = static_cast<int>(keys.end - keys.begin), dim = static_cast<int>(shape_.head_dim);
+    thread_local std::vector<float> weights(kQueryBlock * kKeyBlock), gains(kQueryBlock * kKeyBlock);
+    const float *q = q_.at(b, h, first), *k = k_.at(b, kv, keys.begin), *v = v_.at(b, kv, keys.begin), *g = grad_out_.at(b, h, first);
+    gemm(false, true, n, columns, dim, rule_.scale, q, stride(q_), k, stride(k_), 0.0f, weights.data(), columns);
+    gemm(false, true, n, columns, dim, 1.0f, g, stride(grad_out_), v, stride(v_), 0.0f, gains.data(), columns);
+    for (std::size_t r = 0; r < rows; ++r) weigh(b, h, first + r, keys, weights.data() + r * columns, gains.data() + r * columns);
+    gemm(true, false, columns, dim, n, 1.0f, weights.data(), columns, g, stride(grad_out_), 1.0f, grad_v_.at(b, kv, keys.begin),
+         stride(grad_v_));
+    gemm(true, false, columns, dim, n, 1.0f, gains.data(), columns, q, stride(q_), 1.0f, grad_k_.at(b, kv, keys.begin), stride(grad_k_));
+    float* grad_q = stretch == 0 ? grad_q_.at(b, h, first) : partial(stretch, b, h, first);
+    gemm(false, false, n, dim, columns, 1.0f, gains.data(), columns, k, stride(k_), 1.0f, grad_q, stretch == 0 ? stride(grad_q_) : dim);
+  }
+
+  // A row of scores and of g·v: what the query sees becomes weights and gains, the rest zero.
+  void weigh(std::size_t b, std::size_t h, std::size_t t, KeyRange keys, float* weights, float* gains) {
+    const KeyRange seen = visible_keys(shape_, rule_, b, t);
+    const std::size_t count = keys.end - keys.begin, first = std::min(std::max(seen.begin, keys.begin) - keys.begin, count),
+                      last = std::max(first, std::min(std::max(seen.end, keys.begin) - keys.begin, count));
+    HWY_DYNAMIC_DISPATCH(weights_and_gains_of_rule)
+    (weights + first, gains + first, last - first, log_sums_[row(b, h, t)], expected_[row(b, h, t)], rule_);
+    for (float* x : {weights, gains}) {
+      std::fill(x, x + first, 0.0f);
+      std::fill(x + last, x + count, 0.0f);
+    }
+  }
+
+  const AttentionShape& shape_;
+  const AttentionRule& rule_;
+  StridedView q_, k_, v_, out_;
+  const float* log_sums_;
+  StridedView grad_out_;
+  MutableStridedView grad_q_, grad_k_, grad_v_;
+  std::size_t group_, stretch_, stretches_, rows_;
+  std::vector<float> expected_;  // g·o of each query
+  std::vector<float> partial_;   // [stretches − 1, batch, query_heads, query_tokens, head_dim]: gradients of queries
+};
+
+}  // namespace
+
+void causal_attention_backward(const AttentionShape& shape, const AttentionRule& rule, StridedView q, StridedView k, StridedView v,
+                               StridedView out, const float* log_sums, StridedView grad_out, MutableStridedView grad_q,
+                               MutableStridedView grad_k, MutableStridedView grad_v) {
+  Backward(shape, rule, q, k, v, out, log_sums, grad_out, grad_q, grad_k, grad_v).run();
+}
+
+}  // namespace veloxquant
+#endif
