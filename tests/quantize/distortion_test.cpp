@@ -14,7 +14,7 @@ namespace {
 constexpr int kDim = 64;
 
 double at(const char* method, const std::vector<float>& vectors, std::size_t tokens, double rate, Side side = Side::kKeys) {
-  return relative_distortion(quantizer_method(method), side, vectors, tokens, kDim, rate, 1);
+  return relative_distortions(quantizer_method(method), side, vectors, tokens, kDim, {rate}, 1)[0];
 }
 
 TEST(Distortion, IsTheErrorOfRestoring) {

@@ -74,8 +74,8 @@ double layer_distortion(const QuantizerMethod& method, const LayerObservation& o
                         double width, std::uint64_t seed) {
   double sum = 0;
   for (const Side side : {Side::kKeys, Side::kValues})
-    sum +=
-        relative_distortion(method, side, observation.span(side), static_cast<std::size_t>(samples.length), head_dim, width, seed);
+    sum += relative_distortions(method, side, observation.span(side), static_cast<std::size_t>(samples.length), head_dim, {width},
+                                seed)[0];
   return sum / 2;
 }
 

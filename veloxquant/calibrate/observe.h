@@ -2,10 +2,13 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <span>
+#include <vector>
 
 #include "mlx/array.h"
 #include "veloxquant/core/progress.h"
+#include "veloxquant/model/attention_cache.h"
 #include "veloxquant/model/model.h"
 #include "veloxquant/quantize/registry.h"
 #include "veloxquant/text/samples.h"
@@ -19,6 +22,25 @@ struct LayerObservation {
 
   std::span<const float> span(Side side) const;
 };
+
+/// Attends at full precision and keeps what it was given, keys and queries after RoPE: one call, at position 0.
+class ObservingCache : public AttentionCache {
+ public:
+  mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) override;
+  int offset() const override { return keys_ ? keys_->shape(2) : 0; }
+  std::size_t nbytes() const override { return keys_ ? keys_->nbytes() + values_->nbytes() : 0; }
+
+  const mx::array& queries() const { return *queries_; }
+  const mx::array& keys() const { return *keys_; }
+  const mx::array& values() const { return *values_; }
+
+ private:
+  std::optional<mx::array> queries_, keys_, values_;
+};
+
+/// One array of the pieces [samples, num_kv_heads, length, head_dim] of each.  Throws std::runtime_error that names the layer if
+/// there is a value that is not finite.
+LayerObservation join_observations(int layer, const std::vector<mx::array>& keys, const std::vector<mx::array>& values);
 
 /// Runs all samples through layer 0, calls `visit`, then through layer 1, and so on: one layer's keys and values are in memory at a
 /// time.  Throws std::runtime_error if a layer gives a value that is not finite.

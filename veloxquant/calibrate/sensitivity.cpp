@@ -4,46 +4,44 @@
 #include <cmath>
 
 #include "mlx/ops.h"
-#include "mlx/random.h"
 #include "mlx/transforms.h"
+#include "veloxquant/calibrate/activations.h"
 #include "veloxquant/calibrate/observe.h"
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/random.h"
 #include "veloxquant/model/attention.h"
 #include "veloxquant/model/divergence.h"
+#include "veloxquant/model/noise.h"
 #include "veloxquant/quantize/distortion.h"
 
 namespace veloxquant {
 namespace {
 
-// Bytes of hidden states that the probe of one group of samples may hold.
-constexpr double kActivationBytes = 1e9;
-
 struct Deviations {
   float keys, values;
 };
 
-// Attends to keys (after RoPE) and values with Gaussian noise on them.
+// Attends to what was observed, with Gaussian noise on keys (after RoPE) and values.  What the layer hands over is the same again
+// and never computed.
 class PerturbingCache : public AttentionCache {
  public:
-  PerturbingCache(Deviations noise, std::uint64_t seed) : noise_(noise), keys_(mx::random::split(mx::random::key(seed), 2)) {}
+  PerturbingCache(const ObservingCache& observed, Deviations noise, std::uint64_t seed)
+      : observed_(observed), noise_(noise), seed_(seed) {}
 
-  mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) override {
-    offset_ = k.shape(2);
-    const auto perturbed = [&](const mx::array& x, float deviation, int row) {
-      const auto key = mx::reshape(mx::slice(keys_, {row, 0}, {row + 1, 2}), {2});
-      return mx::add(x, mx::multiply(mx::array(deviation), mx::random::normal(x.shape(), mx::float32, key)));
+  mx::array attend(const mx::array&, const mx::array&, const mx::array&, const AttentionSpec& spec) override {
+    const auto perturbed = [&](const mx::array& x, float deviation, std::uint64_t stream) {
+      return add_gaussian_noise(x, deviation, Random(seed_, stream).next());
     };
-    return causal_attention((*spec.rope)(q, 0), perturbed((*spec.rope)(k, 0), noise_.keys, 0), perturbed(v, noise_.values, 1),
-                            spec);
+    return causal_attention(observed_.queries(), perturbed(observed_.keys(), noise_.keys, 0),
+                            perturbed(observed_.values(), noise_.values, 1), spec);
   }
-  int offset() const override { return offset_; }
-  std::size_t nbytes() const override { return 0; }
+  int offset() const override { return observed_.offset(); }
+  std::size_t nbytes() const override { return observed_.nbytes(); }
 
  private:
+  const ObservingCache& observed_;
   Deviations noise_;
-  mx::array keys_;
-  int offset_ = 0;
+  std::uint64_t seed_;
 };
 
 double standard_deviation(std::span<const float> x) {
@@ -58,71 +56,89 @@ std::map<std::string, std::vector<DistortionPoint>> measure_distortions(const La
                                                                         int length, const ProbeOptions& options) {
   std::map<std::string, std::vector<DistortionPoint>> distortions;
   for (const auto& name : options.quantizers) {
-    for (const double rate : options.rates) {
-      const auto measure = [&](Side side) {
-        return relative_distortion(quantizer_method(name), side, observation.span(side), static_cast<std::size_t>(length), head_dim,
-                                   rate, options.seed);
-      };
-      distortions[name].push_back({rate, measure(Side::kKeys), measure(Side::kValues)});
-    }
+    const auto measure = [&](Side side) {
+      return relative_distortions(quantizer_method(name), side, observation.span(side), static_cast<std::size_t>(length), head_dim,
+                                  options.rates, options.seed);
+    };
+    const auto keys = measure(Side::kKeys), values = measure(Side::kValues);
+    for (std::size_t i = 0; i < options.rates.size(); ++i) distortions[name].push_back({options.rates[i], keys[i], values[i]});
   }
   return distortions;
 }
 
-// One group of samples: stream 0 is the clean one, stream s + 1 has noise in layer s.
-class GroupProbe {
+// Hidden states of all samples, a few samples together: stream 0 is the clean one, stream s + 1 has noise in layer s.
+class Streams {
  public:
-  GroupProbe(const Model& model, const TokenBatch& samples, int begin, int end) : model_(model), begin_(begin), end_(end) {
-    const int step = samples_per_step(samples);
-    for (int row = begin; row < end; row += step)
-      steps_.push_back({row, {model.embed(token_array(samples, row, std::min(row + step, end)))}});
+  Streams(const Model& model, const TokenBatch& samples) : model_(model), step_(samples_per_step(samples)) {
+    for (int begin = 0; begin < samples.count; begin += step_, ++steps_)
+      hidden_.add(model.embed(token_array(samples, begin, std::min(begin + step_, samples.count))));
   }
 
-  void run_layer(int layer, Deviations noise, std::uint64_t seed, ProgressStage& stage) {
-    for (auto& [row, streams] : steps_) {
-      PerturbingCache perturbing(noise,
-                                 Random(seed, (static_cast<std::uint64_t>(layer) << 32) + static_cast<std::uint64_t>(row)).next());
-      auto perturbed = model_.layer(layer, streams[0], perturbing);
-      for (auto& stream : streams) {
-        FullCache full;
-        stream = model_.layer(layer, stream, full);
-        mx::eval(stream);
+  // Runs of a layer over the samples of one step that run_layer() makes for all layers.
+  std::size_t total_runs() const {
+    const auto layers = static_cast<std::size_t>(model_.config().num_layers);
+    return steps_ * layers * (layers + 3) / 2;
+  }
+
+  // `measure` sees the layer's keys and values before noise is put into it, and says how much.
+  void run_layer(int layer, std::uint64_t seed, const std::function<Deviations(const LayerObservation&)>& measure,
+                 ProgressStage& stage) {
+    std::vector<ObservingCache> observed(steps_);
+    std::vector<mx::array> keys, values;
+    Activations clean;
+    for (std::size_t i = 0; i < steps_; ++i) {
+      clean.add(model_.layer(layer, hidden_.get(i), observed[i]));
+      keys.push_back(observed[i].keys());
+      values.push_back(observed[i].values());
+      mx::eval(observed[i].queries(), keys.back(), values.back());
+      stage.advance();
+    }
+    const Deviations noise = measure(join_observations(layer, keys, values));
+    for (std::size_t stream = 1; stream <= static_cast<std::size_t>(layer); ++stream) {
+      for (std::size_t i = stream * steps_; i < (stream + 1) * steps_; ++i) {
+        FullCache cache;
+        hidden_.set(i, model_.layer(layer, hidden_.get(i), cache));
         stage.advance();
       }
-      streams.push_back(std::move(perturbed));
-      mx::eval(streams.back());
+    }
+    for (std::size_t i = 0; i < steps_; ++i) {
+      PerturbingCache cache(observed[i], noise, Random(seed, (static_cast<std::uint64_t>(layer) << 32) + i).next());
+      hidden_.add(model_.layer(layer, hidden_.get(i), cache));
+      hidden_.set(i, clean.get(i));
       stage.advance();
     }
   }
 
-  // Appends to changes[layer] the output change of every sample of the group.
-  void measure(std::vector<std::vector<double>>& changes) const {
-    for (const auto& [row, streams] : steps_) {
-      for (int sample = 0; sample < streams[0].shape(0); ++sample) {
-        std::vector<mx::array> hidden;
-        for (const auto& stream : streams)
-          hidden.push_back(mx::slice(stream, {sample, 0, 0}, {sample + 1, stream.shape(1), stream.shape(2)}));
-        const auto scores = score_hidden(model_, hidden, {});
-        for (std::size_t layer = 0; layer + 1 < streams.size(); ++layer) {
-          double sum = 0;
-          for (const auto& position : scores[layer + 1]) sum += position.kl;
-          changes[layer].push_back(std::sqrt(2 * sum / static_cast<double>(scores[layer + 1].size())));
-        }
-      }
+  // The output changes of all samples for noise in each layer.
+  std::vector<std::vector<double>> output_changes(const ProgressCallback& progress) const {
+    std::vector<std::vector<double>> changes(hidden_.size() / steps_ - 1);
+    ProgressStage stage(progress, "measuring output changes", steps_);
+    for (std::size_t i = 0; i < steps_; ++i) {
+      std::vector<mx::array> streams;
+      for (std::size_t at = i; at < hidden_.size(); at += steps_) streams.push_back(hidden_.get(at));
+      for (int sample = 0; sample < streams[0].shape(0); ++sample) add_changes(streams, sample, changes);
+      stage.advance();
+    }
+    return changes;
+  }
+
+ private:
+  void add_changes(const std::vector<mx::array>& streams, int sample, std::vector<std::vector<double>>& changes) const {
+    std::vector<mx::array> hidden;
+    for (const auto& stream : streams)
+      hidden.push_back(mx::slice(stream, {sample, 0, 0}, {sample + 1, stream.shape(1), stream.shape(2)}));
+    const auto scores = score_hidden(model_, hidden, {});
+    for (std::size_t layer = 0; layer < changes.size(); ++layer) {
+      double sum = 0;
+      for (const auto& position : scores[layer + 1]) sum += position.kl;
+      changes[layer].push_back(std::sqrt(2 * sum / static_cast<double>(scores[layer + 1].size())));
     }
   }
 
-  std::size_t num_steps() const { return steps_.size(); }
-
- private:
-  struct Step {
-    int first_row;
-    std::vector<mx::array> streams;
-  };
-
   const Model& model_;
-  int begin_, end_;
-  std::vector<Step> steps_;
+  int step_;
+  std::size_t steps_ = 0;
+  Activations hidden_;  // [stream, step]
 };
 
 void fill_statistics(SensitivityResult& result, const std::vector<double>& changes, double noise_scale) {
@@ -143,32 +159,21 @@ LayerMap<SensitivityResult> probe_sensitivities(const Model& model, const TokenB
   const ModelConfig& config = model.config();
 
   LayerMap<SensitivityResult> results;
-  std::vector<Deviations> noise;
-  observe_layers(
-      model, samples,
-      [&](int layer, const LayerObservation& observation) {
-        const auto deviation = [&](Side side) {
-          return static_cast<float>(options.noise_scale * standard_deviation(observation.span(side)));
-        };
-        noise.push_back({deviation(Side::kKeys), deviation(Side::kValues)});
-        auto& result = results[layer_name(layer)];
-        result.layer_name = layer_name(layer);
-        result.distortions = measure_distortions(observation, config.head_dim, samples.length, options);
-      },
-      progress);
-
-  const double sample_bytes = 4.0 * samples.length * config.hidden_size * (config.num_layers + 1);
-  const int group = std::clamp(static_cast<int>(kActivationBytes / sample_bytes), samples_per_step(samples), samples.count);
-  const int step = samples_per_step(samples), steps = (samples.count + step - 1) / step;
-  ProgressStage stage(progress, "perturbing layers",
-                      static_cast<std::size_t>(steps) * config.num_layers * (config.num_layers + 3) / 2);
-  std::vector<std::vector<double>> changes(static_cast<std::size_t>(config.num_layers));
-  for (int begin = 0; begin < samples.count; begin += group / step * step) {
-    GroupProbe probe(model, samples, begin, std::min(begin + group / step * step, samples.count));
-    for (int layer = 0; layer < config.num_layers; ++layer)
-      probe.run_layer(layer, noise[static_cast<std::size_t>(layer)], options.seed, stage);
-    probe.measure(changes);
+  Streams streams(model, samples);
+  ProgressStage stage(progress, "perturbing layers", streams.total_runs());
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    auto& result = results[layer_name(layer)];
+    result.layer_name = layer_name(layer);
+    const auto measure = [&](const LayerObservation& observation) {
+      result.distortions = measure_distortions(observation, config.head_dim, samples.length, options);
+      const auto deviation = [&](Side side) {
+        return static_cast<float>(options.noise_scale * standard_deviation(observation.span(side)));
+      };
+      return Deviations{deviation(Side::kKeys), deviation(Side::kValues)};
+    };
+    streams.run_layer(layer, options.seed, measure, stage);
   }
+  const auto changes = streams.output_changes(progress);
   for (int layer = 0; layer < config.num_layers; ++layer)
     fill_statistics(results[layer_name(layer)], changes[static_cast<std::size_t>(layer)], options.noise_scale);
   return results;

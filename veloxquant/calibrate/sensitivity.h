@@ -25,7 +25,7 @@ struct ProbeOptions {
 
 /// Perturbs the keys (after RoPE) and values of one layer at a time with Gaussian noise and measures the output change of each
 /// sample, √(2·KL) with the KL divergence averaged over positions (docs/design.md).  Layers below the perturbed one are not run
-/// again, and all samples go through a layer before the next: (L + 1) · L / 2 + 2 L layer runs for L layers. Throws
+/// again, and all samples go through a layer before the next: L · (L + 3) / 2 layer runs for L layers.  Throws
 /// std::invalid_argument unless noise_scale > 0 and finite.
 LayerMap<SensitivityResult> probe_sensitivities(const Model& model, const TokenBatch& samples, const ProbeOptions& options,
                                                 const ProgressCallback& progress = {});

@@ -8,6 +8,7 @@
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/random.h"
 #include "veloxquant/model/attention.h"
+#include "veloxquant/model/sampling.h"
 
 namespace veloxquant {
 namespace {
@@ -25,12 +26,11 @@ int first_token(const ModelConfig& config) {
 void decode_batch(const Model& model, int batch, const mx::array& key, TokenBatch& samples, int first_row, ProgressStage& stage) {
   const AttentionCaches caches = model.make_caches(FullCache::factory());
   mx::array token = mx::full({batch, 1}, first_token(model.config()), mx::int32);
-  const auto keys = mx::random::split(key, samples.length);
+  const auto uniforms = mx::random::uniform({samples.length, batch}, mx::float32, key);
   for (int t = 0; t < samples.length; ++t) {
     if (t > 0) {
       const auto logits = mx::reshape(model.logits(model.forward(token, caches)), {batch, model.config().vocab_size});
-      const auto step_key = mx::reshape(mx::slice(keys, {t, 0}, {t + 1, 2}), {2});
-      token = mx::astype(mx::reshape(mx::random::categorical(logits, -1, step_key), {batch, 1}), mx::int32);
+      token = mx::reshape(sample_tokens(logits, mx::reshape(mx::slice(uniforms, {t, 0}, {t + 1, batch}), {batch})), {batch, 1});
     }
     mx::eval(token);
     for (int row = 0; row < batch; ++row) samples.row(first_row + row)[t] = token.data<std::int32_t>()[row];

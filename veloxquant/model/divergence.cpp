@@ -10,9 +10,6 @@
 namespace veloxquant {
 namespace {
 
-// Logits of a chunk of positions take chunk · vocab_size · 4 bytes, twice.
-constexpr int kLogitElements = 1 << 22;
-
 // [T, 3]: KL, cross-entropy, argmax as a float (exact below 2^24, beyond any vocabulary).
 mx::array score_graph(const mx::array& reference, const mx::array& logits, const mx::array& targets) {
   const auto log_reference = mx::subtract(reference, mx::logsumexp(reference, -1, true));
@@ -46,7 +43,7 @@ mx::array score_logits(const mx::array& reference, const mx::array& logits, cons
 std::vector<std::vector<PositionScore>> score_hidden(const Model& model, const std::vector<mx::array>& hidden,
                                                      std::span<const std::int32_t> targets) {
   const int tokens = hidden.at(0).shape(1), width = hidden[0].shape(2);
-  const int chunk = std::clamp(kLogitElements / model.config().vocab_size, 1, tokens);
+  const int chunk = std::min(model.logit_rows(), tokens);
   std::vector<std::vector<PositionScore>> scores(hidden.size());
   for (int begin = 0; begin < tokens; begin += chunk) {
     const int end = std::min(begin + chunk, tokens);

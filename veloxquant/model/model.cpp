@@ -1,5 +1,6 @@
 #include "veloxquant/model/model.h"
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
 
@@ -135,6 +136,18 @@ mx::array Model::layer(int index, const mx::array& hidden, AttentionCache& cache
 
 mx::array Model::logits(const mx::array& hidden) const {
   return mx::matmul(rms_norm(hidden, *final_norm_, static_cast<float>(config_.rms_norm_eps)), mx::transpose(*head_));
+}
+
+int Model::logit_rows() const {
+  constexpr int kLogits = 1 << 22;  // 16 MiB
+  return std::max(1, kLogits / config_.vocab_size);
+}
+
+mx::array Model::hidden_gradient(const mx::array& hidden, const mx::array& gradient) const {
+  const auto norm = [this](const std::vector<mx::array>& x) {
+    return std::vector<mx::array>{rms_norm(x[0], *final_norm_, static_cast<float>(config_.rms_norm_eps))};
+  };
+  return mx::vjp(norm, {hidden}, {mx::matmul(gradient, *head_)}).second[0];
 }
 
 mx::array Model::forward(const mx::array& tokens, const AttentionCaches& caches) const {

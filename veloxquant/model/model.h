@@ -41,6 +41,12 @@ class Model {
   /// hidden states [..., hidden_size] after the last layer → logits [..., vocab_size].
   mx::array logits(const mx::array& hidden) const;
 
+  /// Rows of hidden states whose logits take a moderate amount of memory.
+  int logit_rows() const;
+
+  /// What a loss gains by `hidden` when it gains `gradient` by logits(hidden): [..., vocab_size] → [..., hidden_size].
+  mx::array hidden_gradient(const mx::array& hidden, const mx::array& gradient) const;
+
   /// All of it but the head: tokens [B, T] → hidden states [B, T, hidden_size]; caches: one per layer.
   mx::array forward(const mx::array& tokens, const AttentionCaches& caches) const;
 

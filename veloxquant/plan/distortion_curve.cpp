@@ -35,7 +35,7 @@ std::vector<DistortionPoint> gaussian_distortions(const std::string& quantizer, 
   std::vector<DistortionPoint> points;
   for (const double rate : rates) {
     const auto measure = [&](Side side) {
-      return relative_distortion(quantizer_method(quantizer), side, vectors, kTokens, kDim, rate, 0);
+      return relative_distortions(quantizer_method(quantizer), side, vectors, kTokens, kDim, {rate}, 0)[0];
     };
     points.push_back({rate, measure(Side::kKeys), measure(Side::kValues)});
   }

@@ -72,8 +72,8 @@ void AffineQuantizer::encode(std::span<const float> vectors, std::span<std::uint
       bias = load_half(out + 2);
       out += kScaleBytes;
       for (std::size_t i = 0; i < group.size(); ++i) {
-        const float code = scale == 0 ? 0.0f : std::nearbyint((group[i] - bias) / scale);
-        codes[begin + i] = static_cast<std::uint16_t>(std::clamp(code, 0.0f, levels));
+        const float code = scale == 0 ? 0.0f : (group[i] - bias) / scale;
+        codes[begin + i] = static_cast<std::uint16_t>(std::lrint(std::clamp(code, 0.0f, levels)));
       }
     }
     pack_bits(codes, bits_, out);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <numeric>
 #include <vector>
 
@@ -22,9 +23,11 @@ std::vector<double> channel_errors(const Quantizer& quantizer, std::span<const f
     const auto part = vectors.subspan(run * run_values, run_values);
     std::vector<float> restored(run_values);
     quantizer.restore(part, restored);
-    for (std::size_t i = 0; i < run_values; ++i) {
-      const double error = static_cast<double>(part[i]) - restored[i];
-      errors[run][i % dim] += error * error;
+    for (std::size_t begin = 0; begin < run_values; begin += dim) {
+      for (std::size_t c = 0; c < dim; ++c) {
+        const double error = static_cast<double>(part[begin + c]) - restored[begin + c];
+        errors[run][c] += error * error;
+      }
     }
   });
   std::vector<double> sums(dim);
@@ -50,31 +53,31 @@ double restored_distortion(const Quantizer& quantizer, std::span<const float> ve
   return power == 0 ? 0.0 : total(channel_errors(quantizer, vectors, run_tokens)) / power;
 }
 
-double relative_distortion(const QuantizerMethod& method, Side side, std::span<const float> vectors, std::size_t run_tokens,
-                           int dim, double rate, std::uint64_t seed) {
+std::vector<double> relative_distortions(const QuantizerMethod& method, Side side, std::span<const float> vectors,
+                                         std::size_t run_tokens, int dim, const std::vector<double>& rates, std::uint64_t seed) {
   const auto widths = method.widths(dim);
-  if (widths.empty() || !(rate >= widths.front() && rate <= widths.back()))
-    throw_invalid("distortion", "{} offers {} to {} bits for vectors of {}, got {}", method.name,
-                  widths.empty() ? 0 : widths.front(), widths.empty() ? 0 : widths.back(), dim, rate);
   const double power = power_of(vectors);
-  if (power == 0) return 0;
-
-  const auto above = std::lower_bound(widths.begin(), widths.end(), rate);
-  const double wide = *above, narrow = wide == rate ? wide : *(above - 1);
-  const double share = wide == narrow ? 1.0 : (rate - narrow) / (wide - narrow);
-  const auto errors_at = [&](double width) {
+  std::map<double, std::vector<double>> measured;  // by width: rates between two share them
+  const auto errors_at = [&](double width) -> const std::vector<double>& {
+    auto& errors = measured[width];
+    if (!errors.empty()) return errors;
     const auto quantizer = method.make(method.fit(vectors, dim, {.side = side, .width = width, .seed = seed}));
-    return channel_errors(*quantizer, vectors, run_tokens);
+    return errors = channel_errors(*quantizer, vectors, run_tokens);
   };
-  const auto wide_errors = errors_at(wide);
-  if (share == 1.0) return total(wide_errors) / power;
-  const auto narrow_errors = errors_at(narrow);
-  double error = 0;
-  for (std::size_t c = 0; c < wide_errors.size(); ++c) {
-    const auto at = static_cast<double>(c);
-    error += std::floor((at + 1) * share) > std::floor(at * share) ? wide_errors[c] : narrow_errors[c];
+  std::vector<double> distortions;
+  for (const double rate : rates) {
+    if (widths.empty() || !(rate >= widths.front() && rate <= widths.back()))
+      throw_invalid("distortion", "{} offers {} to {} bits for vectors of {}, got {}", method.name,
+                    widths.empty() ? 0 : widths.front(), widths.empty() ? 0 : widths.back(), dim, rate);
+    const auto above = std::lower_bound(widths.begin(), widths.end(), rate);
+    const double wide = *above, narrow = wide == rate ? wide : *(above - 1);
+    const double share = wide == narrow ? 1.0 : (rate - narrow) / (wide - narrow);
+    double error = 0;
+    for (int c = 0; c < dim && power > 0; ++c)
+      error += errors_at(std::floor((c + 1) * share) > std::floor(c * share) ? wide : narrow)[static_cast<std::size_t>(c)];
+    distortions.push_back(power > 0 ? error / power : 0);
   }
-  return error / power;
+  return distortions;
 }
 
 }  // namespace veloxquant

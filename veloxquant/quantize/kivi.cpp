@@ -40,13 +40,10 @@ std::unique_ptr<const Quantizer> make(const QuantizerParameters& parameters) {
 }  // namespace
 
 // How a run of at most token_group() tokens divides: element (token, channel) belongs to group
-// token / tokens_per_group · groups_per_token + channel / channels_per_group.
+// token · groups_per_token + of_channel[channel].
 struct KiviQuantizer::Groups {
-  std::size_t tokens_per_group, channels_per_group, groups_per_token, count;
-
-  std::size_t of(std::size_t token, std::size_t channel) const {
-    return token / tokens_per_group * groups_per_token + channel / channels_per_group;
-  }
+  std::size_t groups_per_token, count;  // keys: 0 per token, since a group spans them
+  std::vector<std::size_t> of_channel;
 };
 
 int KiviQuantizer::token_group() const {
@@ -54,10 +51,12 @@ int KiviQuantizer::token_group() const {
 }
 
 KiviQuantizer::Groups KiviQuantizer::groups_of(std::size_t tokens) const {
-  const auto dim = static_cast<std::size_t>(dim_);
-  if (side_ == Side::kKeys) return {tokens, 1, dim, dim};
-  const std::size_t groups = (dim + kGroup - 1) / kGroup;
-  return {1, kGroup, groups, groups * tokens};
+  Groups groups{0, 0, std::vector<std::size_t>(static_cast<std::size_t>(dim_))};
+  for (std::size_t i = 0; i < groups.of_channel.size(); ++i) groups.of_channel[i] = side_ == Side::kKeys ? i : i / kGroup;
+  const std::size_t per_run = groups.of_channel.back() + 1;
+  groups.groups_per_token = side_ == Side::kKeys ? 0 : per_run;
+  groups.count = side_ == Side::kKeys ? per_run : per_run * tokens;
+  return groups;
 }
 
 std::size_t KiviQuantizer::encoded_bytes(std::size_t tokens) const {
@@ -76,10 +75,12 @@ void KiviQuantizer::encode(std::span<const float> vectors, std::span<std::uint8_
     const auto part = vectors.subspan(first * dim, count * dim);
     std::vector<float> low(groups.count, std::numeric_limits<float>::max()),
         high(groups.count, std::numeric_limits<float>::lowest());
-    for (std::size_t i = 0; i < part.size(); ++i) {
-      const std::size_t group = groups.of(i / dim, i % dim);
-      low[group] = std::min(low[group], part[i]);
-      high[group] = std::max(high[group], part[i]);
+    for (std::size_t token = 0; token < count; ++token) {
+      for (std::size_t i = 0; i < dim; ++i) {
+        const std::size_t group = token * groups.groups_per_token + groups.of_channel[i];
+        low[group] = std::min(low[group], part[token * dim + i]);
+        high[group] = std::max(high[group], part[token * dim + i]);
+      }
     }
     for (std::size_t group = 0; group < groups.count; ++group, out += kRangeBytes) {
       store_half(low[group], out);
@@ -89,9 +90,9 @@ void KiviQuantizer::encode(std::span<const float> vectors, std::span<std::uint8_
     }
     for (std::size_t token = 0; token < count; ++token, out += packed_bytes(dim, bits_)) {
       for (std::size_t i = 0; i < dim; ++i) {
-        const std::size_t group = groups.of(token, i);
-        const float code = high[group] != 0 ? std::nearbyint((part[token * dim + i] - low[group]) / high[group]) : 0.0f;
-        codes[i] = static_cast<std::uint16_t>(std::clamp(code, 0.0f, levels));
+        const std::size_t group = token * groups.groups_per_token + groups.of_channel[i];
+        const float code = high[group] != 0 ? (part[token * dim + i] - low[group]) / high[group] : 0.0f;
+        codes[i] = static_cast<std::uint16_t>(std::lrint(std::clamp(code, 0.0f, levels)));
       }
       pack_bits(codes, bits_, out);
     }
@@ -113,7 +114,7 @@ void KiviQuantizer::decode(std::span<const std::uint8_t> encoded, std::span<floa
     for (std::size_t token = 0; token < count; ++token, in += packed_bytes(dim, bits_)) {
       unpack_bits(in, bits_, codes);
       for (std::size_t i = 0; i < dim; ++i) {
-        const std::size_t group = groups.of(token, i);
+        const std::size_t group = token * groups.groups_per_token + groups.of_channel[i];
         vectors[(first + token) * dim + i] = static_cast<float>(codes[i]) * step[group] + low[group];
       }
     }
