@@ -5,7 +5,7 @@ PYTHON = .venv/bin/python
 # A command for the shell, not for make, which would run it before setup.sh.
 MLX_ROOT = $$($(PYTHON) -c 'import importlib.util as u; print(u.find_spec("mlx").submodule_search_locations[0])')
 
-.PHONY: build demo test test-slow clean format tidy
+.PHONY: build demo test test-slow bench clean format tidy
 .DEFAULT_GOAL = build
 
 build:
@@ -24,6 +24,14 @@ test: build
 test-slow: build
 	bash scripts/setup.sh --test
 	bash scripts/test.sh $(BUILD) "slow or not slow"
+
+# Ours beside the machine's limit and peers, in one run.  MODELS: folders besides the bundled model.
+MODELS ?= $(wildcard ../shared/models/mid)
+
+bench: build
+	bash scripts/setup.sh --bench
+	cmake --build $(BUILD) --parallel $(JOBS) --target engine_bench kernels_bench
+	.venv-bench/bin/python bench/run.py $(BUILD) $(MODELS)
 
 format:
 	git ls-files '*.h' '*.cpp' | xargs clang-format -i

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes this machine ready to build: Debian packages and a virtual environment with pinned wheels in .venv.
-# usage: setup.sh [--test]    --test also installs what the tests compare with
+# usage: setup.sh [--test|--bench]    also installs what the tests, or the benchmarks, compare with
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,14 +28,18 @@ if [ ${#missing[@]} -gt 0 ]; then
   DEBIAN_FRONTEND=noninteractive $as_root apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 
-[ -x .venv/bin/python ] || python3 -m venv .venv
-# A stamp per list: pip is slow even where there is nothing to do.
+# Installs a list of wheels into a virtual environment; a stamp a list, since pip is slow even where there is nothing to do.
 install() {
-  local stamp=.venv/$(basename "$1").stamp
-  cmp -s "$1" "$stamp" && return
-  echo "setup: installing the wheels of $1"
-  .venv/bin/python -m pip install -q --disable-pip-version-check -r "$1"
-  cp "$1" "$stamp"
+  local venv=$1 list=$2 stamp
+  stamp=$venv/$(basename "$list").stamp
+  [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+  cmp -s "$list" "$stamp" && return
+  echo "setup: installing the wheels of $list"
+  "$venv/bin/python" -m pip install -q --disable-pip-version-check -r "$list"
+  cp "$list" "$stamp"
 }
-install scripts/requirements.txt
-if [ "${1:-}" = --test ]; then install scripts/requirements-test.txt; fi
+install .venv scripts/requirements.txt
+case "${1:-}" in
+  --test) install .venv scripts/requirements-test.txt ;;
+  --bench) install .venv-bench scripts/requirements-bench.txt ;;
+esac

@@ -1,0 +1,165 @@
+"""Ours, the machine's limit and peers in one run: prints the table of docs/results.md and writes bench.json.
+
+usage: run.py BUILD_FOLDER [MODEL_FOLDER]...    models: the bundled one, and those named
+"""
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PEER_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
+GOALS = {"demo": 6, "mid": 3}  # times faster than mlx_lm with OpenBLAS
+OTHER_GOAL = 3
+
+
+class Table:
+    def __init__(self):
+        self.rows = []
+
+    def add(self, work, ours, theirs, peer, ratio, goal, also=True):
+        """`goal`: ">= 3" or "<= 1.8", of the ratio; `also`: what must hold besides."""
+        sign, bound = goal.split()
+        met = (ratio >= float(bound) if sign == ">=" else ratio <= float(bound)) and bool(also)
+        self.rows.append({"work": work, "ours": ours, "theirs": theirs, "peer": peer, "ratio": round(ratio, 3), "goal": goal, "met": met})
+        print(f"  {work}: {ratio:.2f} against {peer} (goal {goal}{'' if met else ', MISSED'})", flush=True)
+
+    def markdown(self):
+        lines = ["| work | ours | peer or limit | theirs | ratio | goal | met |", "|---|---|---|---|---|---|---|"]
+        for row in self.rows:
+            lines.append(f"| {row['work']} | {number(row['ours'])} | {row['peer']} | {number(row['theirs'])} | {row['ratio']:.2f} "
+                         f"| {row['goal']} | {'yes' if row['met'] else 'no'} |")
+        return "\n".join(lines)
+
+
+def number(value):
+    return f"{value:.4g}"
+
+
+def google_benchmark(program, *arguments, environment=None, repetitions=3):
+    """{name: the fastest of the repetitions}; times in seconds."""
+    command = [program, *map(str, arguments), "--benchmark_format=json", f"--benchmark_repetitions={repetitions}", "--benchmark_min_time=0.05"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **(environment or {})})
+    units = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+    results = {}
+    for run in json.loads(out.stdout)["benchmarks"]:
+        if run["run_type"] != "iteration":
+            continue
+        run["seconds"] = run["real_time"] * units[run["time_unit"]]
+        name = run["run_name"].removesuffix("/real_time")
+        if name not in results or run["seconds"] < results[name]["seconds"]:
+            results[name] = run
+    return results
+
+
+def peers(*arguments, **environment):
+    command = [PEER_PYTHON, ROOT / "bench" / "peers.py", *map(str, arguments)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environment})
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def openblas(engine_bench):
+    """The OpenBLAS that our programs are linked to."""
+    libraries = subprocess.run(["ldd", engine_bench], check=True, capture_output=True, text=True).stdout
+    return re.search(r"libopenblas\S* => (\S+)", libraries).group(1)
+
+
+def engine_rows(table, engine_bench, folder, slow_peers):
+    name = folder.name
+    filters = "sgemm|forward|forward_and_backward"
+    ours = google_benchmark(engine_bench, folder, f"--benchmark_filter=^({filters})/")
+    blas = openblas(engine_bench)
+    theirs = peers("mlx_lm", folder, "forward", OPENBLAS=blas)
+    forward = ours["forward"]["seconds"]
+    limit = ours["forward"]["flops"] / ours["sgemm"]["flops"] * ours["sgemm"]["seconds"]
+    work = f"forward, {name}, 2048 tokens"
+    table.add(work, forward, limit, "all FLOPs at the rate of sgemm 2048x256x1024", forward / limit, "<= 1.8")
+    goal = f">= {GOALS.get(name, OTHER_GOAL)}"
+    table.add(work, forward, theirs["forward"], "mlx_lm with OpenBLAS loaded", theirs["forward"] / forward, goal)
+    if slow_peers:
+        plain = peers("mlx_lm", folder, "forward", REPETITIONS="1")
+        table.add(work, forward, plain["forward"], "mlx_lm as installed", plain["forward"] / forward, goal)
+    both = ours["forward_and_backward"]["seconds"]
+    table.add(f"forward and backward, {name}, 2048 tokens", both, forward, "our forward", both / forward, "<= 3")
+
+
+def sampling_and_probe_rows(table, engine_bench, folder):
+    ours = google_benchmark(engine_bench, folder, "--benchmark_filter=^own_text/", repetitions=1)["own_text"]["seconds"]
+    theirs = peers("mlx_lm", folder, "own_text", OPENBLAS=openblas(engine_bench))["own_text"]
+    table.add(f"sampling, {folder.name}, 32 sequences to 1024 tokens", ours, theirs, "mlx_lm with OpenBLAS loaded, the same loop",
+              theirs / ours, ">= 2")
+    ours = google_benchmark(engine_bench, folder, "--benchmark_filter=^(probe|probe_forward)/", repetitions=2)
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    probe, forward = ours["probe"]["seconds"], ours["probe_forward"]["seconds"]
+    table.add(f"calibrate_layer_sensitivities, {folder.name}, 32 samples of 512 tokens", probe, forward,
+              "a forward pass over its tokens", probe / forward, f"<= {0.75 * (layers + 1):g}")
+
+
+def product_quantisation_rows(table, kernels_bench):
+    filters = "--benchmark_filter=^(sgemm|train_codebook|encode/64/16/256|encode/128/32/256)/"
+    theirs = peers("faiss")
+    targets = [("", {})]
+    if "avx512f" in pathlib.Path("/proc/cpuinfo").read_text():
+        targets.append((", AVX2", {"VELOXQUANT_BENCH_TARGET": "AVX2", "OPENBLAS_CORETYPE": "Haswell"}))
+    for suffix, environment in targets:
+        ours = google_benchmark(kernels_bench, filters, environment=environment)
+        sgemm = ours["sgemm"]["flops"] / ours["sgemm"]["seconds"]
+
+        def add(work, run, peer_name, peer_seconds, also=True):
+            rate = run["flops"] / run["seconds"]
+            table.add(work + suffix, rate, sgemm, f"sgemm{suffix}, FLOP/s", rate / sgemm, ">= 0.35")
+            if not suffix:
+                table.add(work, run["seconds"], peer_seconds, peer_name, peer_seconds / run["seconds"], ">= 3", also)
+
+        run = ours["train_codebook"]
+        no_worse = run["error"] <= theirs["train_codebook_error"]
+        add("k-means, 32768x64, 16 sub-spaces x 256, 25 iterations", run,
+            f"faiss train (error {theirs['train_codebook_error']:.4f}, ours {run['error']:.4f})", theirs["train_codebook"], no_worse)
+        for dim, subspaces in ((64, 16), (128, 32)):
+            add(f"encoding, {subspaces} x 8 bits, D {dim}", ours[f"encode/{dim}/{subspaces}/256"], "faiss compute_codes",
+                theirs[f"encode/{dim}/{subspaces}"])
+
+
+def memory_row(table, program, folder):
+    """Peak resident memory of a calibration beyond the weights in float32, in GB."""
+    with tempfile.TemporaryDirectory() as out:
+        command = [program, "calibrate", folder, "-o", os.path.join(out, "plan.safetensors"), "--json", "--units", "layer", "--method", "turboquant"]
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status != 0:
+            raise RuntimeError(f"{command} failed")
+    weights = 0
+    for file in folder.glob("*.safetensors"):
+        with open(file, "rb") as f:
+            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                count = 1
+                for size in tensor["shape"]:
+                    count *= size
+                weights += 4 * count
+    peak = usage.ru_maxrss * 1024
+    table.add(f"peak memory of calibrate, {folder.name}, beyond float32 weights", peak / 1e9, weights / 1e9, "float32 weights, GB",
+              (peak - weights) / 1e9, "<= 1")
+
+
+def main(build, models):
+    start = time.time()
+    programs = build / "bin"
+    table = Table()
+    product_quantisation_rows(table, programs / "kernels_bench")
+    for folder in models:
+        engine_rows(table, programs / "engine_bench", folder, slow_peers=folder == models[0])
+    sampling_and_probe_rows(table, programs / "engine_bench", models[0])
+    memory_row(table, programs / "veloxquant", models[-1])
+    (build / "bench.json").write_text(json.dumps(table.rows, indent=1) + "\n")
+    print(f"\n{table.markdown()}\n\n{time.time() - start:.0f} s; {sum(not row['met'] for row in table.rows)} of {len(table.rows)} goals missed")
+
+
+if __name__ == "__main__":
+    folders = [ROOT / "examples" / "demo", *map(pathlib.Path, sys.argv[2:])]
+    main(pathlib.Path(sys.argv[1]).resolve(), folders)
