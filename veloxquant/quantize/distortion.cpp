@@ -52,10 +52,11 @@ double restored_distortion(const Quantizer& quantizer, std::span<const float> ve
 
 double relative_distortion(const QuantizerMethod& method, Side side, std::span<const float> vectors, std::size_t run_tokens,
                            int dim, double rate, std::uint64_t seed) {
+  check_dim(method, dim);
   const auto widths = method.widths(dim);
-  if (widths.empty() || !(rate >= widths.front() && rate <= widths.back()))
-    throw_invalid("distortion", "{} offers {} to {} bits for vectors of {}, got {}", method.name,
-                  widths.empty() ? 0 : widths.front(), widths.empty() ? 0 : widths.back(), dim, rate);
+  if (!(rate >= widths.front() && rate <= widths.back()))
+    throw_invalid("distortion", "{} offers {} to {} bits for vectors of {}, got {}", method.name, widths.front(), widths.back(),
+                  dim, rate);
   const double power = power_of(vectors);
   if (power == 0) return 0;
 
