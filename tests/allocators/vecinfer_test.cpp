@@ -1,13 +1,16 @@
 #include "veloxquant/allocators/vecinfer.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
 #include <cmath>
 #include <filesystem>
+#include <limits>
 #include <numeric>
 
 #include "tests/model/demo_model.h"
+#include "tests/temporary_folder.h"
 #include "veloxquant/calibrate/make_plan.h"
 #include "veloxquant/calibrate/observe.h"
 #include "veloxquant/core/random.h"
@@ -19,6 +22,7 @@ namespace {
 using namespace allocators::vecinfer;
 using testing::demo_model;
 using testing::demo_tokenizer;
+using ::testing::HasSubstr;
 
 const allocators::CalibrationOptions kOptions{.texts = {testing::kText}, .seed = 0, .progress = {}};
 
@@ -69,6 +73,36 @@ TEST(VecInfer, BadCodebookOptions) {
   EXPECT_THROW(train(16, 0, 5, factors), std::invalid_argument);
   EXPECT_THROW(train(16, 8, 0, factors), std::invalid_argument);
   EXPECT_THROW(train(16, 8, 5, Tensor{{64}, std::vector<float>(64, 1.0f)}), std::invalid_argument);
+}
+
+TEST(VecInfer, BadFactorsAreNamed) {
+  const auto problem = [](const auto& call) { return testing::message_of<std::invalid_argument>(call); };
+  const auto train = [&](const Tensor& factors) {
+    return problem([&] { train_codebook(demo_model(), demo_tokenizer(), factors, 2, 16, 8, 64, 5, kOptions); });
+  };
+  EXPECT_THAT(train({{12, 64}, {}}), HasSubstr("smooth_factors: expected a shape [12, 64], got [12, 64] with 0 values"));
+  const Tensor keys = random_tensor({2, 64}, 1);
+  for (const float bad : {0.0f, -1.0f, std::nanf(""), std::numeric_limits<float>::infinity()}) {
+    Tensor all{{12, 64}, std::vector<float>(12 * 64, 1.0f)}, layer{{64}, std::vector<float>(64, 1.0f)};
+    all.values[700] = layer.values[63] = bad;
+    EXPECT_THAT(train(all), HasSubstr("smooth_factors: expected finite values above 0")) << bad;
+    EXPECT_THAT(problem([&] { apply_dual_transform_keys(keys, layer); }), HasSubstr("smooth_factors")) << bad;
+    EXPECT_THAT(problem([&] { apply_dual_transform_queries(keys, layer); }), HasSubstr("smooth_factors")) << bad;
+  }
+  EXPECT_THAT(problem([&] { apply_dual_transform_keys(keys, {{64}, {1, 1}}); }), HasSubstr("got [64] with 2 values"));
+  EXPECT_THAT(problem([&] { apply_dual_transform_keys(keys, {{0}, {}}); }), HasSubstr("smooth_factors"));
+}
+
+// Keys are smoothed by the same factors whether they are asked for or come in a plan.
+TEST(VecInfer, PlanHoldsTheCalibratedFactors) {
+  const Tensor factors = calibrate_smooth_factors(demo_model(), demo_tokenizer(), 4, 64, kOptions);
+  const Plan plan =
+      make_plan(demo_model(), testing::text_samples(4, 64), {.method = "vecinfer", .bits = 1, .units = Units::kUniform, .seed = 1});
+  for (std::size_t layer = 0; layer < 12; ++layer) {
+    const auto begin = factors.values.begin() + static_cast<std::ptrdiff_t>(layer * 64);
+    const Tensor& stored = plan.units[2 * layer].quantizer.tensors.at("smooth_factors");
+    EXPECT_EQ(stored, (Tensor{{64}, std::vector<float>(begin, begin + 64)})) << layer;
+  }
 }
 
 TEST(VecInfer, HadamardIsItsOwnInverse) {

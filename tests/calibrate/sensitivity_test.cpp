@@ -1,11 +1,13 @@
 #include "veloxquant/calibrate/sensitivity.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
 
 #include "tests/model/demo_model.h"
+#include "tests/temporary_folder.h"
 #include "veloxquant/allocators/ratequant.h"
 #include "veloxquant/calibrate/make_plan.h"
 #include "veloxquant/calibrate/observe.h"
@@ -17,6 +19,8 @@ namespace {
 
 using testing::demo_model;
 using testing::demo_tokenizer;
+using ::testing::HasSubstr;
+using testing::message_of;
 
 LayerMap<SensitivityResult> probe(double noise_scale, std::uint64_t seed, int samples = 4) {
   return probe_sensitivities(demo_model(), testing::text_samples(samples, 64),
@@ -80,6 +84,12 @@ TEST(Sensitivity, BadInput) {
   EXPECT_THROW(calibrate_layer_sensitivities(demo_model(), demo_tokenizer(), 1, 4096, 0.1, "cpu", text), std::invalid_argument);
 }
 
+// Noise beyond float32 must not come out as a sensitivity that is no number.
+TEST(Sensitivity, RefusesNoiseThatOverflows) {
+  EXPECT_THAT(message_of<std::invalid_argument>([] { probe(1e300, 1, 1); }), HasSubstr("noise_scale: 1e+300"));
+  EXPECT_THAT(message_of<std::runtime_error>([] { probe(1e37, 1, 1); }), HasSubstr("expected a finite change of the output"));
+}
+
 TEST(RateQuant, FromModelToBits) {
   const allocators::CalibrationOptions text{.texts = {testing::kText}, .seed = 0, .progress = {}};
   const auto sensitivities =
@@ -136,6 +146,52 @@ TEST(MakePlan, VecInferUniformAndPerLayer) {
 
 TEST(MakePlan, SameSeedSamePlan) {
   EXPECT_EQ(plan_of("vecinfer", 1.0, Units::kUniform), plan_of("vecinfer", 1.0, Units::kUniform));
+}
+
+// What lies between the widths of a layer and those of a whole model is refused, not given in fewer bits than asked for.
+TEST(MakePlan, SaysTheTrueRangeOfAWidthPerLayer) {
+  const struct {
+    const char *method, *range;
+  } cases[] = {
+      {"turboquant", "1.25 to 4.25 bits"}, {"kivi", "2 to 5 bits"}, {"affine", "1.5 to 4.5 bits"}, {"vecinfer", "0.125 to 4 bits"}};
+  for (const auto& [method, range] : cases) {
+    const PlanOptions options{.method = method, .bits = 6, .units = Units::kLayer};
+    EXPECT_THAT(message_of<std::invalid_argument>([&] { check_plan_options(demo_model().config(), options, 4, 64); }),
+                HasSubstr(range));
+    EXPECT_EQ(message_of<std::invalid_argument>(
+                  [&] { check_plan_options(demo_model().config(), {.method = method, .bits = 4, .units = Units::kLayer}, 4, 64); }),
+              "");
+  }
+}
+
+TEST(MakePlan, OptionsAreCheckedWithoutSamples) {
+  const auto problem = [](const PlanOptions& options, int num_samples = 4, int length = 64) {
+    return message_of<std::invalid_argument>([&] { check_plan_options(demo_model().config(), options, num_samples, length); });
+  };
+  EXPECT_EQ(problem({.method = "vecinfer", .bits = 2}), "");
+  EXPECT_THAT(problem({.method = "vecinfer", .bits = 99}), HasSubstr("got 99"));
+  EXPECT_THAT(problem({.method = "vecinfer", .bits = 1.5}), HasSubstr("sub-spaces"));
+  EXPECT_THAT(problem({.method = "vecinfer", .bits = 2}, 1, 64), HasSubstr("needs at least 256 vectors"));
+  EXPECT_EQ(problem({.method = "kivi", .bits = 3}, 1, 1), "");
+  EXPECT_THAT(problem({.method = "kivi", .bits = 3, .context = 1 << 20}), HasSubstr("context: expected at most 2048"));
+  ModelConfig odd = demo_model().config();
+  odd.head_dim = 24;
+  EXPECT_THAT(message_of<std::invalid_argument>([&] { check_plan_options(odd, {.method = "vecinfer"}, 4, 64); }),
+              HasSubstr("head_dim: expected a power of two, got 24"));
+}
+
+TEST(MakePlan, SaysWhatWasRead) {
+  const PlanOptions uniform{.method = "kivi", .bits = 3, .units = Units::kUniform, .context = 1000};
+  EXPECT_FALSE(reads_samples(uniform));
+  const Provenance blind = make_plan(demo_model(), TokenBatch(0, 0), uniform).provenance;
+  EXPECT_EQ(blind.num_samples, 0);
+  EXPECT_EQ(blind.sequence_length, 0);
+  EXPECT_EQ(blind.context, 1000);
+  EXPECT_TRUE(reads_samples({.method = "kivi", .units = Units::kLayer}));
+  const Provenance read = plan_of("vecinfer", 0.25, Units::kUniform).provenance;
+  EXPECT_EQ(read.num_samples, 4);
+  EXPECT_EQ(read.sequence_length, 64);
+  EXPECT_EQ(read.context, demo_model().config().max_position_embeddings);
 }
 
 TEST(MakePlan, BadInput) {

@@ -65,6 +65,38 @@ TEST_F(File, WritesWholeOrNotAtAll) {
   EXPECT_EQ(files(), 1u);
 }
 
+TEST_F(File, KeepsSpecialFiles) {
+  const auto pipe = folder / "pipe", link = folder / "link";
+  ASSERT_EQ(::mkfifo(pipe.c_str(), 0600), 0);
+  std::filesystem::create_symlink("pipe", link);
+  for (const auto& path : {pipe, link, std::filesystem::path("/dev/null")}) {
+    EXPECT_THAT(message_of<std::runtime_error>([&] { check_writable(path); }), HasSubstr(path.string()));
+    EXPECT_THAT(message_of<std::runtime_error>([&] { write_file_atomically(path, "x"); }), HasSubstr("expected a regular file"));
+  }
+  EXPECT_TRUE(std::filesystem::is_fifo(pipe));
+  EXPECT_TRUE(std::filesystem::is_character_file("/dev/null"));
+}
+
+TEST_F(File, FollowsLinks) {
+  std::filesystem::create_directory(folder / "far");
+  put(folder / "far" / "old", "old");
+  std::filesystem::create_symlink("far/old", folder / "direct");
+  std::filesystem::create_symlink(folder / "direct", folder / "twice");
+  std::filesystem::create_symlink("far/new", folder / "dangling");
+  write_file_atomically(folder / "twice", "1");
+  EXPECT_EQ(get(folder / "far" / "old"), "1");
+  write_file_atomically(folder / "dangling", "2");
+  EXPECT_EQ(get(folder / "far" / "new"), "2");
+  for (const char* link : {"direct", "twice", "dangling"}) EXPECT_TRUE(std::filesystem::is_symlink(folder / link)) << link;
+  std::filesystem::create_symlink("circle", folder / "circle");
+  EXPECT_THAT(message_of<std::runtime_error>([&] { write_file_atomically(folder / "circle", "x"); }), HasSubstr("circle"));
+}
+
+TEST_F(File, NeedsAName) {
+  for (const char* path : {"", "none/"})
+    EXPECT_THAT(message_of<std::runtime_error>([&] { check_writable(path); }), HasSubstr("expected the name of a file")) << path;
+}
+
 TEST_F(File, ChecksBeforehandWithoutATrace) {
   put(folder / "x", "old");
   check_writable(folder / "x");

@@ -36,6 +36,13 @@ TEST(Json, RefusesWhatIsNotJson) {
     EXPECT_THAT(parse_problem(text), AllOf(HasSubstr("a.json"), HasSubstr("byte"), Not(HasSubstr("\n")))) << text;
 }
 
+TEST(Json, RefusesNul) {
+  using namespace std::string_view_literals;
+  EXPECT_THAT(parse_problem("{}\0trailing"sv), HasSubstr("at byte 3"));
+  for (const auto text : {"{\"a\": 1}\0"sv, "\0{}"sv, "[\"\0\"]"sv, "[1,\0 2]"sv})
+    EXPECT_THAT(parse_problem(text), HasSubstr("NUL"));
+}
+
 TEST(Json, NamesTheByte) {
   EXPECT_THAT(parse_problem("[1, 2, x]"), HasSubstr("at byte 8"));
 }

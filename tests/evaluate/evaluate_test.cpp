@@ -33,6 +33,18 @@ TEST(Evaluate, FullPrecisionComesFirstAndLosesNothing) {
   EXPECT_GE(rows[1].kl_p999, rows[1].kl_mean);
 }
 
+// A measure that is no number is an error that names what was measured, not a row of a report.
+TEST(Evaluate, RefusesWhatIsNotFinite) {
+  const Restore huge{[](const mx::array& x) { return mx::multiply(x, mx::array(1e38f)); }};
+  const Storage storage{"huge", 32, [huge](int) { return std::make_unique<RestoringCache>(huge, huge); }};
+  try {
+    evaluate(demo_model(), testing::text_samples(1, 32), {&storage, 1}, {});
+    ADD_FAILURE();
+  } catch (const std::runtime_error& error) {
+    EXPECT_NE(std::string(error.what()).find("huge: window 0: expected finite logits"), std::string::npos) << error.what();
+  }
+}
+
 TEST(Evaluate, PerplexityIsThatOfTheText) {
   const auto samples = testing::text_samples(2, 128);
   double sum = 0;

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <limits>
 #include <stdexcept>
 
@@ -190,6 +191,12 @@ TEST_F(PlanFile, RefusesFieldsThatMakeNoSense) {
       {"/units/0/tensors/codebook", "layers.0.keys.smooth_factors"},
       {"/units/0/tensors/codebook", "layers.9.keys.codebook"},
       {"/units/0/tensors/codebook", 1},
+      {"/units/2/numbers/seed", -1},
+      {"/provenance/method", "zzz"},
+      {"/provenance/units", "bogus"},
+      {"/provenance/device", "tpu"},
+      {"/provenance/context", 0},
+      {"/provenance/sequence_length", 0},
       {"/provenance/bits", -1},
       {"/provenance/bits", nullptr},
       {"/provenance/seed", -1},
@@ -241,6 +248,32 @@ TEST_F(PlanFile, WritesOnlyWhatCanBeRead) {
       [](Plan& plan) { plan.units[0].quantizer.tensors.at("codebook").values[0] = std::numeric_limits<float>::infinity(); }));
   EXPECT_TRUE(refused([](Plan& plan) { plan.units[0].quantizer.tensors.erase("codebook"); }));
   EXPECT_EQ(testing::get(path), before);
+}
+
+// What is the same whatever the model reads says so by no samples, and then has neither length nor texts.
+TEST_F(PlanFile, SamplesMayBeNone) {
+  Plan plan = some_plan();
+  plan.provenance.num_samples = plan.provenance.sequence_length = 0;
+  EXPECT_THAT(message_of<std::runtime_error>([&] { write_plan(plan, path); }), HasSubstr("texts"));
+  plan.provenance.texts.clear();
+  write_plan(plan, path);
+  EXPECT_EQ(read_plan(path), plan);
+}
+
+// Making one rotation of 1023 dimensions takes seconds, and checking must not wait for any.
+TEST_F(PlanFile, ManyLargeRotationsAreReadAtOnce) {
+  Plan plan = some_plan();
+  plan.model.num_layers = 64;
+  plan.model.head_dim = 1023;
+  plan.units.clear();
+  for (int layer = 0; layer < 64; ++layer)
+    for (const Side side : {Side::kKeys, Side::kValues})
+      plan.units.push_back(
+          {layer, side, {.method = "turboquant", .side = side, .dim = 1023, .numbers = {{"bits", 2}, {"seed", 1}}, .tensors = {}}});
+  const auto start = std::chrono::steady_clock::now();
+  write_plan(plan, path);
+  EXPECT_EQ(read_plan(path), plan);
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
 }
 
 TEST_F(PlanFile, NamesOfTextsNeedNotBeUtf8) {

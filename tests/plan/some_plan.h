@@ -30,6 +30,7 @@ inline Plan some_plan() {
                      .method = "vecinfer",
                      .units = "layer",
                      .bits = 2.25,
+                     .context = 2048,
                      .texts = {{"book.txt", "ab01"}, {"ü \"2\".txt", "ab02"}},
                      .num_samples = 32,
                      .sequence_length = 512,

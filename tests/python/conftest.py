@@ -41,6 +41,6 @@ def run(program):
     """Runs the program; returns the finished process."""
 
     def run(*arguments, **options):
-        return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=900, **options)
+        return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, **{"timeout": 900, **options})
 
     return run

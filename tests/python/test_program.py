@@ -110,6 +110,51 @@ def test_own_text_is_the_default(run, demo_model):
     assert rows[1]["kl_mean"] < 0.05 and rows[0]["recall"] is None
 
 
+def test_plan_of_what_needs_no_samples(run, demo_model, tmp_path):
+    """Scalar quantizers of one width are the same whatever the model reads, so that nothing is read, and the plan says so."""
+    plan = tmp_path / "kivi.plan"
+    done = run("calibrate", demo_model, "--method", "kivi", "--units", "uniform", "--bits", 3, "--context", 1000, "-o", plan, "--json", timeout=20)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)["provenance"]
+    assert made["num_samples"] == made["sequence_length"] == 0 and made["texts"] == [] and made["context"] == 1000
+    assert "without samples" in run("inspect", plan).stdout and "1000 tokens" in run("inspect", plan).stdout
+
+
+def test_large_heads(run, tmp_path, demo_model):
+    folder = write_model(tmp_path / "large", "llama", vocab_size=8192, head_dim=2048, num_hidden_layers=1)
+    shutil.copy(demo_model / "tokenizer.json", folder)
+    plan = tmp_path / "large.plan"
+    done = run("calibrate", folder, "--method", "turboquant", "--units", "uniform", "--bits", 3, "-o", plan)
+    assert done.returncode == 0, done.stderr
+    assert run("verify", plan, "--model", folder).returncode == 0
+
+
+def test_weights_of_any_name(run, tiny, text):
+    (tiny / "model.safetensors").rename(tiny / "weights.safetensors")
+    assert evaluate(run, tiny, text).returncode == 0
+
+
+def test_names_need_not_be_utf8(run, demo_model, text, plan, tmp_path):
+    book, copy = (os.path.join(os.fsencode(tmp_path), name) for name in (b"t\xe9.txt", b"pl\xe9.plan"))
+    shutil.copy(text, book)
+    shutil.copy(plan, copy)
+    book, copy = os.fsdecode(book), os.fsdecode(copy)
+    done = run("evaluate", demo_model, "--plan", copy, "--text", book, "--windows", 1, "--length", 16, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)[1]["storage"] == "pl\ufffd.plan", done.stderr
+    assert json.loads(run("verify", copy, "--json").stdout)["ok"] is True
+    done = run("calibrate", demo_model, "--bits", 0.125, "--samples", 2, "--length", 64, "--text", book, "-o", copy, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["provenance"]["texts"][0]["name"] == "t\ufffd.txt", done.stderr
+
+
+def test_every_command_takes_device_and_seed(run, plan, tmp_path):
+    saved = tmp_path / "s.json"
+    saved.write_text(json.dumps({"layer_0": {"layer_name": "layer_0", "mean_sensitivity": 1.0, "std_sensitivity": 0.1}}))
+    for command in (["inspect", plan], ["verify", plan], ["allocate", saved]):
+        assert run(*command, "--device", "cpu", "--seed", 7).returncode == 0
+        assert run(*command, "--device", "tpu").returncode == 2
+        assert "no effect" in run(command[0], "--help").stdout
+
+
 def test_affine_plan_equals_the_mlx_peer(run, demo_model, text, tmp_path):
     """Our packed affine codes against mx.quantize itself, in what the model makes of them."""
     plan = tmp_path / "affine.plan"
@@ -152,6 +197,30 @@ def test_usage_is_status_2(run, demo_model, arguments):
     assert done.stderr.strip() or done.stdout.strip()
 
 
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        ([], ["expected a command", "calibrate", "evaluate", "got none"]),
+        (["foo"], ["expected a command", "calibrate", "evaluate", "got foo"]),
+        (["evaluate", "MODEL", "--samples", "3"], ["--samples", "evaluate --help"]),
+        (["sensitivity", "MODEL", "--samples", "0"], ["--samples", "whole number from 1 to 2147483647, got 0"]),
+        (["sensitivity", "MODEL", "--samples", "99999999999"], ["--samples", "2147483647, got 99999999999"]),
+        (["sensitivity", "MODEL", "--length", "1.5"], ["--length", "whole number", "got 1.5"]),
+        (["evaluate", "MODEL", "--windows", "0"], ["--windows", "whole number from 1", "got 0"]),
+        (["evaluate", "MODEL", "--recall", "0"], ["--recall", "whole number from 1", "got 0"]),
+        (["evaluate", "MODEL", "--seed", "-1"], ["--seed", "from 0 to 18446744073709551615, got -1"]),
+        (["evaluate", "MODEL", "--seed", "18446744073709551616"], ["--seed", "got 18446744073709551616"]),
+        (["calibrate", "MODEL", "-o", "x", "--bits", "two"], ["--bits", "a number above 0, got two"]),
+        (["calibrate", "MODEL", "-o", "x", "--context", "-5"], ["--context", "got -5"]),
+        (["allocate", "s.json", "--max-bits", "17"], ["--max-bits", "1 to 16, got 17"]),
+    ],
+)
+def test_usage_is_one_line(run, demo_model, arguments, parts):
+    done = run(*[demo_model if a == "MODEL" else a for a in arguments])
+    fails(done, *parts, status=2)
+    assert len(done.stderr) < 300
+
+
 @pytest.fixture
 def tiny(tmp_path, demo_model):
     """A small model that fits the bundled tokenizer, to be damaged."""
@@ -192,6 +261,7 @@ def test_tiny_model_works_before_it_is_damaged(run, tiny, text):
         (dict(hidden_size=2**63), ["hidden_size", "9223372036854775808"]),
         (dict(hidden_size=-64), ["hidden_size", "-64"]),
         (dict(hidden_size=128), ["expected shape", "config.json"]),
+        (dict(num_attention_heads=2**24, num_key_value_heads=2**24, head_dim=256), ["head_dim", "from 1 to 1", "256"]),
         (dict(num_key_value_heads=3), ["num_key_value_heads", "3"]),
         (dict(vocab_size=9000), ["embed_tokens", "9000"]),
         (dict(hidden_act="gelu"), ["hidden_act", "gelu", "silu"]),
@@ -278,6 +348,23 @@ def test_missing_extra_and_nan_tensors(run, tiny, text):
     fails(evaluate(run, tiny, text), name, "I32")
 
 
+def test_weights_that_overflow(run, tiny, text, tmp_path):
+    """Weights are finite, what comes out is not: a failure, never a result that is no number."""
+    path = tiny / "model.safetensors"
+    weights = dict(mx.load(str(path)))
+    weights["model.layers.1.self_attn.k_proj.weight"] = mx.full(weights["model.layers.1.self_attn.k_proj.weight"].shape, 1e38)
+    mx.save_safetensors(str(tmp_path / "changed.safetensors"), weights)
+    (tmp_path / "changed.safetensors").rename(path)
+    few = ["--text", text, "--samples", 1, "--length", 64]
+    fails(evaluate(run, tiny, text), "full: window 0", "finite")
+    fails(run("sensitivity", tiny, *few), "layer_1")
+    fails(run("calibrate", tiny, "--method", "turboquant", "--bits", 3, *few, "-o", tmp_path / "x.plan"), "layer_1")
+
+
+def test_noise_that_overflows(run, tiny, text):
+    fails(run("sensitivity", tiny, "--text", text, "--samples", 1, "--length", 16, "--noise-scale", "1e300"), "noise_scale", "1e+300")
+
+
 def test_missing_files(run, tiny, text, tmp_path):
     fails(evaluate(run, tmp_path / "nowhere", text), tmp_path / "nowhere")
     fails(run("evaluate", tiny, "--text", tmp_path / "no.txt", "--length", 16), tmp_path / "no.txt")
@@ -300,6 +387,22 @@ def test_json_bombs(run, tiny, text, tmp_path):
     fails(run("allocate", bomb), "twice")
 
 
+def test_nul_bytes(run, tiny, text):
+    with open(tiny / "config.json", "ab") as file:
+        file.write(b"\0trailing")
+    fails(evaluate(run, tiny, text), "config.json", "NUL")
+
+
+def test_endless_pattern_of_a_tokenizer(run, tiny, text):
+    tokenizer = json.loads((tiny / "tokenizer.json").read_text())
+    pattern = {"type": "Split", "pattern": {"Regex": "x" * 200_000 + "(?&y)"}, "behavior": "Isolated", "invert": False}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [pattern, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}
+    (tiny / "tokenizer.json").write_text(json.dumps(tokenizer))
+    done = evaluate(run, tiny, text)
+    fails(done, "tokenizer.json", "xxx")
+    assert len(done.stderr) < 600
+
+
 def test_vocabulary_that_does_not_fit(run, tmp_path, demo_model, text):
     folder = write_model(tmp_path / "small", "llama", vocab_size=300)
     shutil.copy(demo_model / "tokenizer.json", folder)
@@ -312,6 +415,31 @@ def test_text_too_short(run, tiny, tmp_path):
     fails(run("sensitivity", tiny, "--text", short, "--samples", 4, "--length", 128), "too short", "128")
     fails(run("evaluate", tiny, "--text", short, "--length", 64), "too short", "64")
     fails(run("sensitivity", tiny, "--length", 4096), "4096", "256")
+
+
+def test_counts_that_are_too_large(run, tiny, text):
+    most = 2147483647
+    for command in (["sensitivity", tiny, "--samples", most, "--length", 64], ["evaluate", tiny, "--windows", most, "--length", 64]):
+        fails(run(*command), "at most 4194304 sequences of 64 tokens", most)
+    fails(run("evaluate", tiny, "--text", text, "--length", 64, "--windows", 1, "--recall", 20_000_000), "at most 100000 documents", "20000000")
+    fails(run("calibrate", tiny, "--method", "vecinfer", "--samples", most, "--length", 64, "-o", tiny / "x.plan"), most)
+
+
+def test_options_are_checked_before_own_text_is_written(run, tiny, demo_model, tmp_path):
+    """So many samples of own text would take far longer than the limit."""
+
+    def calibrate(*arguments, folder=demo_model):
+        return run("calibrate", folder, "-o", tmp_path / "x.plan", "--samples", 2000, "--length", 256, *arguments, timeout=20)
+
+    fails(calibrate("--bits", 99), "bits", "0.125 to 8", "99")
+    fails(calibrate("--bits", 1.5), "1.5", "sub-spaces")
+    fails(calibrate("--method", "turboquant", "--units", "layer", "--bits", 6.25), "1.25 to 4.25", "6.25")
+    fails(calibrate("--context", 4096), "context", "2048", "4096")
+    fails(run("calibrate", tiny, "-o", ""), "expected the name of a file")
+    fails(run("sensitivity", tiny, "-o", ""), "expected the name of a file")
+    odd = write_model(tmp_path / "odd", "llama", vocab_size=8192, head_dim=24)
+    shutil.copy(tiny / "tokenizer.json", odd)
+    fails(calibrate(folder=odd), "vecinfer", "power of two", "24")
 
 
 def test_bits_out_of_range_and_heads_that_do_not_suit(run, tiny, text, tmp_path):
@@ -342,9 +470,9 @@ def test_allocate_refuses_what_it_cannot_do(run, tmp_path):
 
     good = layer("layer_0")
     assert with_layers(layer_0=good).returncode == 0
-    fails(run("allocate", saved, "--bits", 5), "5", "1 to 4")
-    fails(run("allocate", saved, "--bits", 0.5), "0.5")
-    fails(run("allocate", saved, "--min-bits", 3, "--max-bits", 2), "min_bits")
+    fails(run("allocate", saved, "--bits", 5), "--bits", "5", "1 to 4")
+    fails(run("allocate", saved, "--bits", 0.5), "--bits", "0.5")
+    fails(run("allocate", saved, "--min-bits", 3, "--max-bits", 2), "--min-bits", "3", "2")
     fails(with_layers(layer_1=good), saved)
     fails(with_layers(layer_0=layer("layer_1")), "layer_name")
     fails(with_layers(layer_0=layer("layer_0", mean_sensitivity=-1)), "mean_sensitivity", "-1")
@@ -352,7 +480,9 @@ def test_allocate_refuses_what_it_cannot_do(run, tmp_path):
     fails(with_layers(layer_0={"layer_name": "layer_0"}), "mean_sensitivity")
     fails(with_layers(layer_0=layer("layer_0", distortions={"gptq": []})), "gptq", saved)
     rising = [{"rate": r, "keys": 0.01 * r, "values": 0.01 * r} for r in (1, 1.5, 2, 3, 4)]
-    fails(with_layers(layer_0=layer("layer_0", distortions={"turboquant": rising})), "layer_0", "does not fall")
+    fails(with_layers(layer_0=layer("layer_0", distortions={"turboquant": rising})), saved, "layer_0", "does not fall")
+    few = [{"rate": r, "keys": 0.1 / r, "values": 0.1 / r} for r in (2, 3)]
+    fails(with_layers(layer_0=layer("layer_0", distortions={"turboquant": few})), saved, "layer_0", "2 to 3 bits")
     saved.write_text("[]")
     fails(run("allocate", saved), saved)
 
@@ -362,6 +492,18 @@ def test_unwritable_output(run, tiny, text, tmp_path):
     fails(run("calibrate", tiny, "--text", text, "-o", folder / "x.plan"), folder)
     fails(run("calibrate", tiny, "--text", text, "-o", tmp_path), tmp_path)
     fails(run("sensitivity", tiny, "--text", text, "-o", folder / "x.json"), folder)
+
+
+def test_special_files_are_no_output(run, tiny, text, tmp_path):
+    pipe, target, link = tmp_path / "pipe", tmp_path / "target.json", tmp_path / "link.json"
+    os.mkfifo(pipe)
+    fails(run("sensitivity", tiny, "--text", text, "-o", pipe), pipe, "regular file")
+    assert pipe.is_fifo()
+    target.write_text("old")
+    link.symlink_to(target.name)
+    done = run("sensitivity", tiny, "--text", text, "--samples", 1, "--length", 16, "-o", link)
+    assert done.returncode == 0, done.stderr
+    assert link.is_symlink() and "layer_0" in target.read_text()
 
 
 def test_damaged_and_foreign_plans(run, tiny, demo_model, plan, tmp_path, text):
@@ -374,7 +516,8 @@ def test_damaged_and_foreign_plans(run, tiny, demo_model, plan, tmp_path, text):
         copy.write_bytes(data[:size])
         fails(run("inspect", copy), copy)
     fails(run("verify", demo_model / "model.safetensors"), "format")
-    fails(run("verify", plan, "--model", tiny), "another model", "architecture")
+    fails(run("verify", plan, "--model", tiny), "another model", "architecture", plan, tiny)
+    assert "same architecture and shapes" in run("verify", plan, "--model", demo_model).stdout
     fails(run("evaluate", tiny, "--plan", plan, "--text", text, "--length", 16), "another model", plan)
 
 

@@ -179,6 +179,48 @@ TEST(KMeans, ProductCodebookTrainsEachSubspace) {
   }
 }
 
+// Cells that hold a point by exact distances.
+std::size_t exactly_used(const std::vector<float>& centroids, std::size_t dim, const std::vector<float>& points) {
+  std::set<std::size_t> used;
+  for (std::size_t i = 0; i < points.size(); i += dim) {
+    std::size_t nearest = 0;
+    double least = std::numeric_limits<double>::infinity();
+    for (std::size_t c = 0; c < centroids.size(); c += dim) {
+      double distance = 0;
+      for (std::size_t j = 0; j < dim; ++j) distance += std::pow(static_cast<double>(points[i + j]) - centroids[c + j], 2);
+      if (distance < least) least = distance, nearest = c;
+    }
+    used.insert(nearest);
+  }
+  return used.size();
+}
+
+// No cell may be empty while there are more distinct points than centroids, also where float32 distances are nothing but rounding.
+TEST(KMeans, NoEmptyCellsFarFromTheOrigin) {
+  for (const auto& [offset, sigma] : {std::pair{30.0f, 0.01f}, std::pair{100.0f, 0.03f}, std::pair{1000.0f, 0.001f}}) {
+    for (std::uint64_t seed = 0; seed < 3; ++seed) {
+      SCOPED_TRACE(::testing::Message() << offset << " ± " << sigma << ", seed " << seed);
+      auto points = testing::gaussian(4096, 4, seed);
+      for (std::size_t i = 0; i < points.size(); ++i) points[i] = sigma * points[i] + (i / 4 % 2 == 0 ? offset : -offset);
+      const auto result = kmeans(points.data(), 4096, 4, 4, {.num_centroids = 256, .max_iter = 10, .seed = seed});
+      EXPECT_EQ(result.used_centroids, 256);
+      EXPECT_EQ(exactly_used(result.centroids, 4, points), 256u);
+    }
+  }
+}
+
+TEST(KMeans, FewPointsOfVeryUnequalChannels) {
+  for (std::uint64_t seed = 0; seed < 20; ++seed) {
+    auto points = testing::gaussian(4, 4, seed);
+    for (std::size_t i = 0; i < 4; ++i) points[i * 4 + seed % 4] = 1000.0f + 0.001f * points[i * 4 + seed % 4];
+    for (std::size_t i = 0; i < points.size(); ++i)
+      if (i % 4 != seed % 4) points[i] *= 0.01f;
+    const auto result = kmeans(points.data(), 4, 4, 4, {.num_centroids = 4, .seed = seed});
+    EXPECT_EQ(result.used_centroids, 4) << seed;
+    EXPECT_EQ(exactly_used(result.centroids, 4, points), 4u) << seed;
+  }
+}
+
 // Cells that float32 cannot tell apart must not keep it busy for ever.
 TEST(KMeans, EndsOnPointsThatHardlyDiffer) {
   std::vector<float> points;

@@ -183,7 +183,10 @@ TEST(Registry, StrictAboutParameters) {
     };
     for (const auto& [name, value] : good.numbers) {
       expect_error(changed([&](auto& p) { p.numbers.erase(name); }), "no number " + name);
-      if (name == "seed") continue;
+      if (name == "seed") {
+        expect_error(changed([](auto& p) { p.numbers["seed"] = -1; }), "seed");
+        continue;
+      }
       for (const std::int64_t bad :
            {std::int64_t{0}, std::int64_t{-1}, std::int64_t{1} << 40, std::numeric_limits<std::int64_t>::min()})
         expect_error(changed([&, bad](auto& p) { p.numbers[name] = bad; }), std::to_string(bad));
@@ -201,6 +204,39 @@ TEST(Registry, StrictAboutParameters) {
   auto parameters = fit(quantizer_method("vecinfer"), Side::kKeys, 2, testing::keys(300, kDim));
   parameters.tensors["smooth_factors"].values[3] = 0;
   expect_error([&] { make_quantizer(parameters); }, "smooth_factors: expected positive values, got 0");
+}
+
+TEST(Registry, DimsThatDoNotSuitAreSaid) {
+  const auto vectors = testing::gaussian(1, 1026);
+  expect_error([&] { fit(quantizer_method("turboquant"), Side::kKeys, 2, vectors, 1026); },
+               "head_dim: expected 2 to 1024 or a power of two, got 1026");
+  expect_error([&] { fit(quantizer_method("vecinfer"), Side::kKeys, 2, std::span(vectors).first(24), 24); },
+               "head_dim: expected a power of two, got 24");
+  for_each_method([](const QuantizerMethod& method, Side) {
+    for (const int dim : {2, 24, 1024, 1026, 4096}) {
+      if (method.widths(dim).empty()) {
+        expect_error([&] { check_dim(method, dim); }, std::to_string(dim));
+      } else {
+        EXPECT_NO_THROW(check_dim(method, dim));
+      }
+    }
+  });
+}
+
+TEST(Registry, RateIsOfWidthsOnOffer) {
+  for_each_method([](const QuantizerMethod& method, Side) {
+    for (const double width : {0.0, 1.3, 9.0}) expect_error([&] { method.rate(kDim, width); }, "bits");
+  });
+}
+
+TEST(Registry, WhoLearnsNeedsVectors) {
+  EXPECT_EQ(quantizer_names(), (std::vector<std::string>{"affine", "kivi", "turboquant", "vecinfer"}));
+  EXPECT_EQ(scalar_quantizer_names(), (std::vector<std::string>{"affine", "kivi", "turboquant"}));
+  for_each_method([](const QuantizerMethod& method, Side side) {
+    const auto vectors = testing::gaussian(static_cast<std::size_t>(method.least_vectors), kDim);
+    EXPECT_NO_THROW(fit(method, side, 1, vectors));
+    if (method.learns()) expect_error([&] { fit(method, side, 1, std::span(vectors).subspan(kDim)); }, "too few");
+  });
 }
 
 TEST(Registry, Names) {

@@ -101,6 +101,19 @@ TEST_F(RecallTest, TooSmallAContextSaysHowLargeItMustBe) {
   }
 }
 
+TEST_F(RecallTest, IsBoundedAndStopsWhenAsked) {
+  for (const auto& [count, context] : {std::pair{100'001, kContext}, std::pair{100'000, 1 << 20}})
+    EXPECT_THROW(make_recall_documents(tokenizer_, filler_, count, context, 1), std::invalid_argument) << count;
+  std::size_t last = 0;
+  const auto stop = [&](std::string_view, std::size_t done, std::size_t total) {
+    EXPECT_EQ(total, 100'000u);
+    last = done;
+    if (done == 3) throw Interrupted();
+  };
+  EXPECT_THROW(make_recall_documents(tokenizer_, filler_, 100'000, kContext, 1, stop), Interrupted);
+  EXPECT_EQ(last, 3u);
+}
+
 TEST_F(RecallTest, TooShortAFillerAndNoDocuments) {
   EXPECT_THROW(make_recall_documents(tokenizer_, {}, 1, kContext, 1), std::invalid_argument);
   EXPECT_THROW(make_recall_documents(tokenizer_, std::span(filler_).first(100), 1, kContext, 1), std::invalid_argument);

@@ -105,6 +105,23 @@ TEST(Regex, WhatWouldBeReadDifferentlyIsRefusedByName) {
   }
 }
 
+// A pattern comes from a file and may be endless; a message shows its beginning.
+TEST(Regex, ErrorsShowLittleOfThePattern) {
+  std::string many = "a";
+  for (int i = 0; i < 100'000; ++i) many += "é";
+  const std::string text(10'000, 'a');
+  for (const std::string& pattern : {many + "(?&x)", many + "[z-a]", "(a+)+b|(a|aa)+c|" + many}) {
+    try {
+      Regex(pattern, "x").find_all(text);
+      ADD_FAILURE();
+    } catch (const std::runtime_error& error) {
+      const std::string message = error.what();
+      EXPECT_NE(message.find("…\""), std::string::npos) << message.substr(0, 300);
+      EXPECT_LT(message.size(), 300u);
+    }
+  }
+}
+
 TEST(Regex, BacktrackingEnds) {
   const std::string text(10'000, 'a');
   EXPECT_THROW(Regex("(a+)+b|(a|aa)+c", "here").find_all(text), std::runtime_error);

@@ -77,6 +77,13 @@ TEST(Samples, NumbersBelowOneAreRefused) {
   EXPECT_THROW(cut_samples(texts, 2147483647, 2147483647), std::invalid_argument);
 }
 
+TEST(Samples, BatchesAreBounded) {
+  EXPECT_EQ(message_of([] { TokenBatch(1 << 30, 512); }),
+            "[samples] expected at most 524288 sequences of 512 tokens, got 1073741824");
+  EXPECT_EQ(message_of([] { check_batch_size(524288, 512); }), "nothing thrown");
+  EXPECT_EQ(TokenBatch(3, 2).tokens, std::vector<std::int32_t>(6, 0));
+}
+
 TEST(Samples, LeadingWindowsAreTheFirst) {
   const auto text = counting(0, 11);
   EXPECT_EQ(leading_windows(text, 2, 4).tokens, counting(0, 8));

@@ -3,6 +3,9 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cmath>
+#include <functional>
+#include <numeric>
 
 #include "veloxquant/calibrate/calibration_samples.h"
 #include "veloxquant/calibrate/observe.h"
@@ -16,20 +19,33 @@
 namespace veloxquant::allocators::vecinfer {
 namespace {
 
+// Whether there are as many values as the shape says.
+bool is_whole(const std::vector<std::int64_t>& shape, std::size_t num_values) {
+  return std::accumulate(shape.begin(), shape.end(), std::int64_t{1}, std::multiplies<>()) == static_cast<std::int64_t>(num_values);
+}
+
 // Throws unless x is [.., dim] with finite values.
 void check_rows(const char* where, const char* name, const Tensor& x, std::int64_t dim) {
-  std::int64_t size = 1;
-  for (const auto axis : x.shape) size *= axis;
-  if (x.shape.empty() || x.shape.back() != dim || static_cast<std::int64_t>(x.values.size()) != size)
+  if (x.shape.empty() || x.shape.back() != dim || !is_whole(x.shape, x.values.size()))
     throw_invalid(where, "{}: expected a shape [.., {}], got [{}]", name, dim, fmt::join(x.shape, ", "));
   check_vectors(where, x.values, static_cast<int>(dim));
 }
 
-void check_factors(const char* where, const Tensor& factors) {
-  if (factors.shape.size() != 1 || factors.values.empty() || !is_power_of_two(factors.values.size()))
-    throw_invalid(where, "smooth_factors: expected a shape [head_dim], a power of two, got [{}]", fmt::join(factors.shape, ", "));
+void check_factors(const char* where, const Tensor& factors, const std::vector<std::int64_t>& shape) {
+  if (factors.shape != shape || !is_whole(shape, factors.values.size()))
+    throw_invalid(where, "smooth_factors: expected a shape [{}], got [{}] with {} values", fmt::join(shape, ", "),
+                  fmt::join(factors.shape, ", "), factors.values.size());
   for (const float factor : factors.values)
-    if (!(factor > 0)) throw_invalid(where, "smooth_factors: expected positive values, got {}", factor);
+    if (!(factor > 0) || !std::isfinite(factor))
+      throw_invalid(where, "smooth_factors: expected finite values above 0, got {}", factor);
+}
+
+// Throws unless the factors are those of one layer.
+void check_layer_factors(const char* where, const Tensor& factors) {
+  const std::size_t head_dim = factors.values.size();
+  if (!is_power_of_two(head_dim))
+    throw_invalid(where, "smooth_factors: expected a head_dim that is a power of two, got {} values", head_dim);
+  check_factors(where, factors, {static_cast<std::int64_t>(head_dim)});
 }
 
 std::vector<std::int64_t> with_last(std::vector<std::int64_t> shape, std::initializer_list<std::int64_t> last) {
@@ -45,9 +61,7 @@ void check_codebook_options(int head_dim, int num_layers, const Tensor& smooth_f
     throw_invalid("train_codebook", "num_centroids: expected a power of two from 2 to 4096, got {}", num_centroids);
   if (num_subspaces < 1 || head_dim % num_subspaces != 0)
     throw_invalid("train_codebook", "num_subspaces: expected a divisor of head_dim {}, got {}", head_dim, num_subspaces);
-  if (smooth_factors.shape != std::vector<std::int64_t>{num_layers, head_dim})
-    throw_invalid("train_codebook", "smooth_factors: expected a shape [{}, {}], got [{}]", num_layers, head_dim,
-                  fmt::join(smooth_factors.shape, ", "));
+  check_factors("train_codebook", smooth_factors, {num_layers, head_dim});
 }
 
 }  // namespace
@@ -97,7 +111,7 @@ Tensor walsh_hadamard_matrix(int d) {
 }
 
 Tensor apply_dual_transform_keys(const Tensor& keys, const Tensor& factors) {
-  check_factors("apply_dual_transform_keys", factors);
+  check_layer_factors("apply_dual_transform_keys", factors);
   check_rows("apply_dual_transform_keys", "keys", keys, factors.shape[0]);
   Tensor result = keys;
   transform_keys(result.values, factors.values);
@@ -105,7 +119,7 @@ Tensor apply_dual_transform_keys(const Tensor& keys, const Tensor& factors) {
 }
 
 Tensor apply_dual_transform_queries(const Tensor& queries, const Tensor& factors) {
-  check_factors("apply_dual_transform_queries", factors);
+  check_layer_factors("apply_dual_transform_queries", factors);
   check_rows("apply_dual_transform_queries", "queries", queries, factors.shape[0]);
   Tensor result = queries;
   transform_queries(result.values, factors.values);
@@ -130,9 +144,7 @@ Tensor dequantize_vq(const Codes& codes, const Tensor& codebook_tensor) {
   const ProductCodebook codebook(codebook_tensor);
   std::vector<std::uint16_t> words = codes.words;
   if (words.empty()) words.assign(codes.bytes.begin(), codes.bytes.end());
-  std::int64_t size = 1;
-  for (const auto axis : codes.shape) size *= axis;
-  if (codes.shape.empty() || codes.shape.back() != codebook.num_subspaces() || static_cast<std::int64_t>(words.size()) != size)
+  if (codes.shape.empty() || codes.shape.back() != codebook.num_subspaces() || !is_whole(codes.shape, words.size()))
     throw_invalid("dequantize_vq", "codes: expected a shape [.., {}], got [{}]", codebook.num_subspaces(),
                   fmt::join(codes.shape, ", "));
   for (const auto word : words)

@@ -22,28 +22,30 @@ constexpr double kRounding = 1e-9;
 // Rates at which distortions are measured and curves fitted; widths beyond the last are not allocated.
 const std::vector<double> kRates = {1.0, 1.5, 2.0, 3.0, 4.0};
 
-// What a method offers for one head dimension: widths, ascending, and the bits that each takes.
+// What there is to choose from for one head dimension: widths, ascending, and the bits that each takes.
 struct Ladder {
   std::vector<double> widths, rates;
 };
 
-Ladder ladder_of(const QuantizerMethod& method, int head_dim) {
+Ladder ladder_of(const QuantizerMethod& method, Units units, int head_dim) {
+  check_dim(method, head_dim);
   Ladder ladder{.widths = method.widths(head_dim), .rates = {}};
-  if (ladder.widths.empty()) throw_invalid("calibrate", "{} cannot store vectors of head_dim {}", method.name, head_dim);
+  if (units == Units::kLayer) std::erase_if(ladder.widths, [](double width) { return width > kRates.back(); });
   for (const double width : ladder.widths) ladder.rates.push_back(method.rate(head_dim, width));
   return ladder;
 }
 
-void check_range(const Ladder& ladder, const PlanOptions& options, int head_dim) {
-  if (options.bits >= ladder.rates.front() - kRounding && options.bits <= ladder.rates.back() + kRounding) return;
-  throw_invalid("calibrate", "bits: {} with {} and head_dim {} needs {:.4g} to {:.4g} bits, got {}", options.method,
-                options.units == Units::kLayer ? "a width per layer" : "one width", head_dim, ladder.rates.front(),
-                ladder.rates.back(), options.bits);
+void check_bits(const QuantizerMethod& method, const Ladder& ladder, const PlanOptions& options, int head_dim) {
+  if (!(options.bits >= ladder.rates.front() - kRounding && options.bits <= ladder.rates.back() + kRounding))
+    throw_invalid("calibrate", "bits: {} with {} and head_dim {} offers {:.4g} to {:.4g} bits, got {}", options.method,
+                  options.units == Units::kLayer ? "a width per layer" : "one width", head_dim, ladder.rates.front(),
+                  ladder.rates.back(), options.bits);
+  if (options.units == Units::kUniform && method.learns()) method.rate(head_dim, options.bits);  // throws between two widths
 }
 
 double uniform_width(const QuantizerMethod& method, const Ladder& ladder, const PlanOptions& options) {
   // Codes without scales or norms: the bits say the number of sub-spaces, and nothing else is meant.
-  if (method.learns) return options.bits;
+  if (method.learns()) return options.bits;
   std::size_t best = 0;
   while (best + 1 < ladder.rates.size() && ladder.rates[best + 1] <= options.bits + kRounding) ++best;
   if (ladder.rates[best] < options.bits - kRounding)
@@ -58,7 +60,7 @@ std::vector<double> scalar_widths(const QuantizerMethod& method, const Ladder& l
   const auto curves = fit_distortion_curve(sensitivities, kRates, std::string(method.name));
   // Scales and norms cost every layer the same: what is left of the budget goes to codes.
   const double overhead = ladder.rates.front() - ladder.widths.front();
-  const int least = static_cast<int>(ladder.widths.front()), most = static_cast<int>(std::min(ladder.widths.back(), kRates.back()));
+  const int least = static_cast<int>(ladder.widths.front()), most = static_cast<int>(ladder.widths.back());
   const double target = std::clamp<double>(options.bits - overhead, least, most);
   std::vector<double> widths;
   for (const auto& [name, bits] : allocate_bits_ratequant(curves, target, least, most)) widths.push_back(bits);
@@ -83,7 +85,6 @@ double layer_distortion(const QuantizerMethod& method, const LayerObservation& o
 std::vector<double> learned_widths(const Model& model, const TokenBatch& samples, const QuantizerMethod& method, Ladder ladder,
                                    const LayerMap<SensitivityResult>& sensitivities, const PlanOptions& options,
                                    const ProgressCallback& progress) {
-  while (ladder.widths.size() > 1 && ladder.widths.back() > kRates.back()) ladder.widths.pop_back();
   while (ladder.widths.size() > 1 && ladder.widths.front() < kRates.front() && ladder.widths[1] <= options.bits)
     ladder.widths.erase(ladder.widths.begin());
   const int head_dim = model.config().head_dim;
@@ -128,7 +129,7 @@ void fit_units(const Model& model, const TokenBatch& samples, const QuantizerMet
     }
     if (!sensitivities.empty()) predicted += sensitivity_squared(sensitivities.at(layer_name(layer))) / 2 * distortion;
   };
-  if (!method.learns && sensitivities.empty()) {
+  if (!reads_samples(options)) {
     for (int layer = 0; layer < model.config().num_layers; ++layer) fit_layer(layer, nullptr);
     return;
   }
@@ -143,11 +144,28 @@ std::string_view to_string(Units units) {
   return units == Units::kLayer ? "layer" : "uniform";
 }
 
-Plan make_plan(const Model& model, const TokenBatch& samples, const PlanOptions& options, const ProgressCallback& progress) {
+bool reads_samples(const PlanOptions& options) {
+  return options.units == Units::kLayer || quantizer_method(options.method).learns();
+}
+
+void check_plan_options(const ModelConfig& config, const PlanOptions& options, int num_samples, int length) {
   const QuantizerMethod& method = quantizer_method(options.method);
-  const int head_dim = model.config().head_dim;
-  const Ladder ladder = ladder_of(method, head_dim);
-  check_range(ladder, options, head_dim);
+  const Ladder ladder = ladder_of(method, options.units, config.head_dim);
+  check_bits(method, ladder, options, config.head_dim);
+  if (options.context < 0 || options.context > config.max_position_embeddings)
+    throw_invalid("calibrate", "context: expected at most {} (the model's maximum), got {}", config.max_position_embeddings,
+                  options.context);
+  const std::int64_t vectors = std::int64_t{num_samples} * length * config.num_kv_heads;
+  if (vectors < method.least_vectors)
+    throw_invalid("calibrate", "samples: {} needs at least {} vectors a layer, and {} samples of {} tokens with {} KV heads are {}",
+                  method.name, method.least_vectors, num_samples, length, config.num_kv_heads, vectors);
+}
+
+Plan make_plan(const Model& model, const TokenBatch& samples, const PlanOptions& options, const ProgressCallback& progress) {
+  check_plan_options(model.config(), options, samples.count, samples.length);
+  const QuantizerMethod& method = quantizer_method(options.method);
+  const Ladder ladder = ladder_of(method, options.units, model.config().head_dim);
+  const bool reads = reads_samples(options);
 
   LayerMap<SensitivityResult> sensitivities;
   std::vector<double> widths;
@@ -155,10 +173,10 @@ Plan make_plan(const Model& model, const TokenBatch& samples, const PlanOptions&
     widths.assign(static_cast<std::size_t>(model.config().num_layers), uniform_width(method, ladder, options));
   } else {
     ProbeOptions probe{.seed = options.seed, .quantizers = {}, .rates = kRates};
-    if (!method.learns) probe.quantizers = {options.method};
+    if (!method.learns()) probe.quantizers = {options.method};
     sensitivities = probe_sensitivities(model, samples, probe, progress);
-    widths = method.learns ? learned_widths(model, samples, method, ladder, sensitivities, options, progress)
-                           : scalar_widths(method, ladder, sensitivities, options);
+    widths = method.learns() ? learned_widths(model, samples, method, ladder, sensitivities, options, progress)
+                             : scalar_widths(method, ladder, sensitivities, options);
   }
   Plan plan;
   plan.model = model.identity();
@@ -167,9 +185,10 @@ Plan make_plan(const Model& model, const TokenBatch& samples, const PlanOptions&
                      .method = options.method,
                      .units = std::string(to_string(options.units)),
                      .bits = options.bits,
+                     .context = options.context > 0 ? options.context : model.config().max_position_embeddings,
                      .texts = {},
-                     .num_samples = samples.count,
-                     .sequence_length = samples.length,
+                     .num_samples = reads ? samples.count : 0,
+                     .sequence_length = reads ? samples.length : 0,
                      .seed = options.seed,
                      .device = std::string(device_name(mx::default_device()))};
   check_plan(plan);

@@ -25,17 +25,25 @@ struct PlanOptions {
   double bits = 2.0;  // effective bits on average: scales and norms count
   Units units = Units::kUniform;
   std::uint64_t seed = 0;
+  int context = 0;  // tokens at which bits are counted; 0: the model's maximum.  Without window and sinks they are the same at any
 };
 
+/// Whether make_plan looks at samples at all: one width of a quantizer that does not learn needs none.
+bool reads_samples(const PlanOptions& options);
+
+/// Throws as make_plan would, before any sample is made: std::invalid_argument if the method cannot store heads of the model's
+/// head_dim, if `bits` lies outside what it offers for them (says the range), if `context` exceeds the model's maximum, or if
+/// `num_samples` of `length` tokens give fewer vectors than the method has to be fitted to.
+void check_plan_options(const ModelConfig& config, const PlanOptions& options, int num_samples, int length);
+
 /// Gives bits to units, fits their quantizers to the keys (after RoPE) and values of `samples`, and fills everything of a plan but
-/// its provenance's source of text.
+/// its provenance's source of text.  `samples` may be empty where reads_samples() says no.
 ///
 /// kUniform takes the largest width within `bits`; where that stays below, a warning says what other widths give.  kLayer measures
 /// sensitivities and gives the bits that minimise predicted KL: for scalar quantizers by the documented way (distortion curve, then
 /// integer widths), for `vecinfer` by the distortion that each width is measured to have.
 ///
-/// Throws std::invalid_argument if `bits` lies outside what the method offers for the model's head_dim (says the range), if the
-/// method cannot store such heads, or if there are fewer vectors than centroids.
+/// Throws as check_plan_options does.
 Plan make_plan(const Model& model, const TokenBatch& samples, const PlanOptions& options, const ProgressCallback& progress = {});
 
 }  // namespace veloxquant

@@ -66,6 +66,20 @@ std::map<std::string, std::vector<DistortionPoint>> measure_distortions(const La
   return distortions;
 }
 
+float noise_deviation(double noise_scale, const LayerObservation& observation, Side side, int layer) {
+  const auto deviation = static_cast<float>(noise_scale * standard_deviation(observation.span(side)));
+  if (!std::isfinite(deviation))
+    throw_invalid("sensitivity", "noise_scale: {} times the deviation of the {} of {} overflows float32", noise_scale,
+                  to_string(side), layer_name(layer));
+  return deviation;
+}
+
+void check_change(std::size_t layer, double change) {
+  if (!std::isfinite(change))
+    throw_failure("sensitivity", "{}: expected a finite change of the output, got {}: its noise makes float32 overflow",
+                  layer_name(static_cast<int>(layer)), change);
+}
+
 // Hidden states of all samples, a few samples together: stream 0 is the clean one, stream s + 1 has noise in layer s.
 class Streams {
  public:
@@ -131,6 +145,7 @@ class Streams {
     for (std::size_t layer = 0; layer < changes.size(); ++layer) {
       double sum = 0;
       for (const auto& position : scores[layer + 1]) sum += position.kl;
+      check_change(layer, sum);
       changes[layer].push_back(std::sqrt(2 * sum / static_cast<double>(scores[layer + 1].size())));
     }
   }
@@ -166,9 +181,7 @@ LayerMap<SensitivityResult> probe_sensitivities(const Model& model, const TokenB
     result.layer_name = layer_name(layer);
     const auto measure = [&](const LayerObservation& observation) {
       result.distortions = measure_distortions(observation, config.head_dim, samples.length, options);
-      const auto deviation = [&](Side side) {
-        return static_cast<float>(options.noise_scale * standard_deviation(observation.span(side)));
-      };
+      const auto deviation = [&](Side side) { return noise_deviation(options.noise_scale, observation, side, layer); };
       return Deviations{deviation(Side::kKeys), deviation(Side::kValues)};
     };
     streams.run_layer(layer, options.seed, measure, stage);

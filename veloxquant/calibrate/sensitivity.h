@@ -9,6 +9,7 @@
 #include "veloxquant/model/model.h"
 #include "veloxquant/plan/layer_map.h"
 #include "veloxquant/plan/sensitivity.h"
+#include "veloxquant/quantize/registry.h"
 #include "veloxquant/text/samples.h"
 
 namespace veloxquant {
@@ -19,14 +20,14 @@ struct ProbeOptions {
 
   /// Quantizers whose relative distortion on the same keys and values is measured beside, at these rates (bits of codes an
   /// element).
-  std::vector<std::string> quantizers = {"turboquant", "kivi", "affine"};
+  std::vector<std::string> quantizers = scalar_quantizer_names();
   std::vector<double> rates = {1.0, 1.5, 2.0, 3.0, 4.0};
 };
 
 /// Perturbs the keys (after RoPE) and values of one layer at a time with Gaussian noise and measures the output change of each
 /// sample, √(2·KL) with the KL divergence averaged over positions (docs/design.md).  Layers below the perturbed one are not run
 /// again, and all samples go through a layer before the next: L · (L + 3) / 2 layer runs for L layers.  Throws
-/// std::invalid_argument unless noise_scale > 0 and finite.
+/// std::invalid_argument unless noise_scale > 0 and such noise is finite, std::runtime_error if a change of the output is not.
 LayerMap<SensitivityResult> probe_sensitivities(const Model& model, const TokenBatch& samples, const ProbeOptions& options,
                                                 const ProgressCallback& progress = {});
 

@@ -24,7 +24,7 @@ struct Options {
 };
 
 Units units_of(const Options& options) {
-  if (options.units.empty()) return options.method == "vecinfer" ? Units::kUniform : Units::kLayer;
+  if (options.units.empty()) return quantizer_method(options.method).learns() ? Units::kUniform : Units::kLayer;
   return options.units == "layer" ? Units::kLayer : Units::kUniform;
 }
 
@@ -33,13 +33,19 @@ void run(const Options& options) {
   const DeviceScope scope = options.run.enter();
   const LoadedModel loaded = load_model(options.model);
   const auto texts = options.text.read();
+  const PlanOptions wanted{.method = options.method,
+                           .bits = options.bits,
+                           .units = units_of(options),
+                           .seed = options.run.seed,
+                           .context = options.context};
+  check_plan_options(loaded.model.config(), wanted, options.samples.num_samples, options.samples.length);
   const auto progress = terminal_progress();
-  const auto samples = calibration_samples(loaded.model, loaded.tokenizer, texts, options.samples.num_samples,
-                                           options.samples.length, options.run.seed, progress);
-  Plan plan =
-      make_plan(loaded.model, samples,
-                {.method = options.method, .bits = options.bits, .units = units_of(options), .seed = options.run.seed}, progress);
-  for (std::size_t i = 0; i < texts.size(); ++i)
+  const bool reads = reads_samples(wanted);
+  const TokenBatch samples = reads ? calibration_samples(loaded.model, loaded.tokenizer, texts, options.samples.num_samples,
+                                                         options.samples.length, options.run.seed, progress)
+                                   : TokenBatch(0, 0);
+  Plan plan = make_plan(loaded.model, samples, wanted, progress);
+  for (std::size_t i = 0; reads && i < texts.size(); ++i)
     plan.provenance.texts.push_back({std::filesystem::path(options.text.files[i]).filename().string(), sha256(texts[i])});
   write_plan(plan, options.output);
   clear_progress();
@@ -60,19 +66,21 @@ void add_calibrate(CLI::App& program) {
   command.add_option("--bits", options->bits, "Effective bits per element on average: everything stored per token counts")
       ->check(positive_number())
       ->capture_default_str();
-  command.add_option("--context", options->context, "Context at which bits are counted (default: the model's maximum)")
-      ->check(CLI::PositiveNumber);
-  command.add_option("--method", options->method, "Quantizer")
-      ->check(CLI::IsMember({"vecinfer", "turboquant", "kivi", "affine"}))
-      ->capture_default_str();
-  command.add_option("--units", options->units, "What gets one width: each layer, or all (default: layer, with vecinfer uniform)")
+  command
+      .add_option("--context", options->context,
+                  "Context at which bits are counted (default: the model's maximum); without window and sinks the same at any")
+      ->check(whole_number(1));
+  command.add_option("--method", options->method, "Quantizer")->check(CLI::IsMember(quantizer_names()))->capture_default_str();
+  command
+      .add_option("--units", options->units,
+                  "What gets one width: each layer, or all (default: layer; uniform where codebooks are trained)")
       ->check(CLI::IsMember({"layer", "uniform"}));
   options->samples.add_to(command);
   command.add_option("--window", options->window, "Recent tokens kept at 8 bits; only 0 so far")
-      ->check(CLI::Range(0, 0))
+      ->check(whole_number(0, 0))
       ->capture_default_str();
   command.add_option("--sinks", options->sinks, "First tokens kept at 8 bits; only 0 so far")
-      ->check(CLI::Range(0, 0))
+      ->check(whole_number(0, 0))
       ->capture_default_str();
   options->text.add_to(command);
   options->run.add_to(command);

@@ -11,7 +11,6 @@
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/random.h"
 #include "veloxquant/generate/own_text.h"
-#include "veloxquant/plan/plan_file.h"
 
 namespace veloxquant::cli {
 namespace {
@@ -52,12 +51,7 @@ TokenBatch windows_of(const Options& options, const LoadedModel& loaded, int len
 std::vector<Storage> storages_of(const Options& options, const Model& model) {
   std::vector<Storage> storages;
   for (const auto& path : options.plans) {
-    const Plan plan = read_plan(path);
-    try {
-      check_identity(plan, model.identity());
-    } catch (const std::runtime_error& error) {
-      throw_failure("evaluate", "{}: {}", path, error.what());
-    }
+    const Plan plan = read_plan_for(model, options.model, path);
     storages.push_back({std::filesystem::path(path).filename().string(), effective_bits(plan), restoring_factory(plan)});
   }
   for (const auto& name : options.peers) storages.push_back(peer_storage(name, model.config()));
@@ -92,7 +86,7 @@ void run(const Options& options) {
   const TokenBatch windows = windows_of(options, loaded, length, progress);
   std::vector<RecallDocument> documents;
   if (options.recall > 0)
-    documents = make_recall_documents(loaded.tokenizer, windows.tokens, options.recall, length, options.run.seed);
+    documents = make_recall_documents(loaded.tokenizer, windows.tokens, options.recall, length, options.run.seed, progress);
   const auto rows = evaluate(loaded.model, windows, storages, documents, progress);
   clear_progress();
   if (options.json) {
@@ -120,12 +114,12 @@ void add_evaluate(CLI::App& program) {
       ->allow_extra_args(false)
       ->check(CLI::IsMember(peer_names()));
   command.add_option("--windows", options->windows, "Windows of text to score (default: all of the text, or 8 of own text)")
-      ->check(CLI::PositiveNumber);
+      ->check(whole_number(1));
   command.add_option("--length", options->length, "Tokens of a window (default: the model's maximum, at most 2048)")
-      ->check(CLI::Range(2, 1 << 30));
+      ->check(whole_number(2));
   command
       .add_option("--recall", options->recall, "Documents with facts sown in the text that is evaluated, asked for at their end")
-      ->check(CLI::PositiveNumber);
+      ->check(whole_number(1));
   options->text.add_to(command);
   options->run.add_to(command);
   add_json_flag(command, options->json);

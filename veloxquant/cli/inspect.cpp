@@ -13,6 +13,15 @@ std::string unit_bits(const UnitPlan& unit) {
   return fmt::format("{:.4g}", make_quantizer(unit.quantizer)->rate());
 }
 
+std::string samples_text(const Provenance& from) {
+  if (from.num_samples == 0) return "without samples, which would not change it";
+  std::vector<std::string> names;
+  for (const auto& text : from.texts) names.push_back(text.name);
+  return fmt::format("on {}: {} samples of {} tokens",
+                     names.empty() ? "the model's own text" : fmt::format("{}", fmt::join(names, ", ")), from.num_samples,
+                     from.sequence_length);
+}
+
 }  // namespace
 
 void print_plan(const Plan& plan) {
@@ -21,13 +30,9 @@ void print_plan(const Plan& plan) {
   fmt::print("model       {}, {} layers, {} KV heads of {}\n", model.architecture, model.num_layers, model.num_kv_heads,
              model.head_dim);
   fmt::print("method      {}, one width {}\n", from.method, from.units == "layer" ? "per layer" : "for all layers");
-  std::vector<std::string> names;
-  for (const auto& text : from.texts) names.push_back(text.name);
-  fmt::print("calibrated  on {}: {} samples of {} tokens, seed {}, {}\n",
-             names.empty() ? "the model's own text" : fmt::format("{}", fmt::join(names, ", ")), from.num_samples,
-             from.sequence_length, from.seed, from.device);
-  fmt::print("bits        {:.4g} per element, everything stored per token counted; {} of codebooks beside\n", effective_bits(plan),
-             bytes_text(constant_bytes(plan)));
+  fmt::print("calibrated  {}, seed {}, {}\n", samples_text(from), from.seed, from.device);
+  fmt::print("bits        {:.4g} per element at {} tokens, everything stored per token counted; {} of codebooks beside\n",
+             effective_bits(plan), from.context, bytes_text(constant_bytes(plan)));
   const double per_token = bytes_per_token(plan), full = 2.0 * 2 * model.num_layers * model.num_kv_heads * model.head_dim;
   fmt::print("memory      {:.0f} bytes a token, {} at 32,768 tokens (16 bits: {:.0f} and {})\n", per_token,
              bytes_text(static_cast<std::size_t>(per_token * 32768)), full, bytes_text(static_cast<std::size_t>(full * 32768)));
@@ -41,12 +46,14 @@ void print_plan(const Plan& plan) {
 void add_inspect(CLI::App& program) {
   struct Options {
     std::string plan;
+    RunOptions run;
     bool json = false;
   };
   auto options = std::make_shared<Options>();
   CLI::App& command = *program.add_subcommand("inspect", "Show what a plan says, its bits and bytes");
   command.footer("Example: veloxquant inspect plan.safetensors");
   command.add_option("plan", options->plan, "Plan file")->required();
+  options->run.add_to(command, kNoEffect);
   add_json_flag(command, options->json);
   command.callback([options] {
     const Plan plan = read_plan(options->plan);
@@ -58,6 +65,7 @@ void add_inspect(CLI::App& program) {
 void add_verify(CLI::App& program) {
   struct Options {
     std::string plan, model;
+    RunOptions run;
     bool json = false;
   };
   auto options = std::make_shared<Options>();
@@ -65,12 +73,15 @@ void add_verify(CLI::App& program) {
   command.footer("Example: veloxquant verify plan.safetensors --model MODEL");
   command.add_option("plan", options->plan, "Plan file")->required();
   command.add_option("--model", options->model, "Model folder that the plan should be for");
+  options->run.add_to(command, kNoEffect);
   add_json_flag(command, options->json);
   command.callback([options] {
-    const Plan plan = read_plan(options->plan);
-    if (!options->model.empty()) check_identity(plan, Model::load(options->model).identity());
-    if (options->json) return print_json({{"plan", options->plan}, {"ok", true}, {"model_checked", !options->model.empty()}});
-    fmt::print("{}: whole, {} units{}\n", options->plan, plan.units.size(), options->model.empty() ? "" : ", made for this model");
+    const bool for_model = !options->model.empty();
+    const Plan plan =
+        for_model ? read_plan_for(Model::load(options->model), options->model, options->plan) : read_plan(options->plan);
+    if (options->json) return print_json({{"plan", options->plan}, {"ok", true}, {"model_checked", for_model}});
+    fmt::print("{}: whole, {} units{}\n", options->plan, plan.units.size(),
+               for_model ? ", made for a model of the same architecture and shapes" : "");
   });
 }
 

@@ -1,13 +1,15 @@
 // The program `veloxquant`.
 
-#include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <new>
 
 #include "veloxquant/cli/commands.h"
 #include "veloxquant/cli/terminal.h"
+#include "veloxquant/core/error.h"
 #include "veloxquant/kernels/gemm.h"
 
 namespace veloxquant::cli {
@@ -15,10 +17,21 @@ namespace {
 
 constexpr int kFailure = 1, kUsage = 2, kInterrupted = 130;
 
-int report(const char* message) {
+int report(std::string_view message, int status = kFailure) {
   clear_progress();
   fmt::print(stderr, "veloxquant: {}\n", message);
-  return kFailure;
+  return status;
+}
+
+// One line, as all errors.
+std::string usage_text(const CLI::App& program, const CLI::ParseError& error) {
+  const auto chosen = program.get_subcommands();
+  if (!chosen.empty()) return one_line(fmt::format("{} (see veloxquant {} --help)", error.what(), chosen.front()->get_name()));
+  std::vector<std::string> names;
+  for (const auto* command : program.get_subcommands({})) names.push_back(command->get_name());
+  const auto rest = program.remaining();
+  return one_line(fmt::format("expected a command, one of {}, got {} (see veloxquant --help)", fmt::join(names, ", "),
+                              rest.empty() ? "none" : excerpt(rest.front())));
 }
 
 int run(int argc, char** argv) {
@@ -37,10 +50,12 @@ int run(int argc, char** argv) {
   try {
     program.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    return program.exit(error) == 0 ? 0 : kUsage;
+    if (error.get_exit_code() == 0) return program.exit(error);  // --help, --version
+    return report(usage_text(program, error), kUsage);
   } catch (const Interrupted&) {
-    report("interrupted");
-    return kInterrupted;
+    return report("interrupted", kInterrupted);
+  } catch (const std::bad_alloc&) {
+    return report("out of memory: fewer or shorter samples, windows or documents need less");
   } catch (const std::exception& error) {
     return report(error.what());
   }

@@ -1,17 +1,21 @@
 #include "veloxquant/cli/options.h"
 
+#include <charconv>
 #include <cmath>
 
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/file.h"
+#include "veloxquant/plan/plan_file.h"
 
 namespace veloxquant::cli {
 
-void RunOptions::add_to(CLI::App& command) {
-  command.add_option("--device", device, "Where the model runs; auto: the GPU where there is one")
+void RunOptions::add_to(CLI::App& command, const std::string& remark) {
+  command.add_option("--device", device, "Where the model runs; auto: the GPU where there is one" + remark)
       ->check(CLI::IsMember({"auto", "cpu", "gpu"}))
       ->capture_default_str();
-  command.add_option("--seed", seed, "Seed of everything random; same seed, same result")->capture_default_str();
+  command.add_option("--seed", seed, "Seed of everything random; same seed, same result" + remark)
+      ->check(whole_number(0, std::numeric_limits<std::uint64_t>::max()))
+      ->capture_default_str();
 }
 
 void TextOptions::add_to(CLI::App& command) {
@@ -22,8 +26,8 @@ void TextOptions::add_to(CLI::App& command) {
 }
 
 void SampleOptions::add_to(CLI::App& command) {
-  command.add_option("--samples", num_samples, "Samples that the model reads")->check(CLI::PositiveNumber)->capture_default_str();
-  command.add_option("--length", length, "Tokens of a sample")->check(CLI::PositiveNumber)->capture_default_str();
+  command.add_option("--samples", num_samples, "Samples that the model reads")->check(whole_number(1))->capture_default_str();
+  command.add_option("--length", length, "Tokens of a sample")->check(whole_number(1))->capture_default_str();
 }
 
 std::vector<std::string> TextOptions::read() const {
@@ -37,9 +41,21 @@ CLI::Validator positive_number() {
       [](std::string& text) {
         double value = 0;
         const bool fits = CLI::detail::lexical_cast(text, value) && std::isfinite(value) && value > 0;
-        return fits ? std::string() : fmt::format("expected a number above 0, got {}", text);
+        return fits ? std::string() : fmt::format("expected a number above 0, got {}", excerpt(text));
       },
       "POSITIVE");
+}
+
+CLI::Validator whole_number(std::uint64_t least, std::uint64_t most) {
+  return CLI::Validator(
+      [least, most](std::string& text) {
+        std::uint64_t value = 0;
+        const char* end = text.data() + text.size();
+        const auto [stop, error] = std::from_chars(text.data(), end, value);
+        const bool fits = error == std::errc() && stop == end && value >= least && value <= most;
+        return fits ? std::string() : fmt::format("expected a whole number from {} to {}, got {}", least, most, excerpt(text));
+      },
+      "WHOLE");
 }
 
 void add_json_flag(CLI::App& command, bool& json) {
@@ -55,8 +71,19 @@ LoadedModel load_model(const std::string& folder) {
   return loaded;
 }
 
+Plan read_plan_for(const Model& model, const std::string& folder, const std::string& path) {
+  Plan plan = read_plan(path);
+  try {
+    check_identity(plan, model.identity());
+  } catch (const std::runtime_error& error) {
+    throw_failure("plan", "{} for {}: {}", path, folder, error.what());
+  }
+  return plan;
+}
+
 void print_json(const nlohmann::ordered_json& json) {
-  fmt::print("{}\n", json.dump(2));
+  // Names of files need not be UTF-8, and a result must not be lost for that.
+  fmt::print("{}\n", json.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace));
 }
 
 std::string shell_word(const std::string& word) {

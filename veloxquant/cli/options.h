@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdint>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
@@ -19,7 +20,8 @@ struct RunOptions {
   std::string device = "auto";
   std::uint64_t seed = 0;
 
-  void add_to(CLI::App& command);
+  /// `remark` stands behind what help says of both options.
+  void add_to(CLI::App& command, const std::string& remark = "");
 
   /// The device that the user asked for; "gpu" on a machine without one is an error.
   DeviceScope enter() const { return DeviceScope(resolve_device(device)); }
@@ -42,8 +44,14 @@ struct SampleOptions {
   void add_to(CLI::App& command);
 };
 
+/// What help says of RunOptions in commands that run no model and draw nothing: they take them so that every command does.
+inline constexpr const char* kNoEffect = " (no effect on this command)";
+
 /// Accepts finite numbers above 0 (CLI11's own check lets NaN pass).
 CLI::Validator positive_number();
+
+/// Accepts whole numbers from `least` to `most` (CLI11 wraps negative ones and says nothing of a range).
+CLI::Validator whole_number(std::uint64_t least, std::uint64_t most = std::numeric_limits<int>::max());
 
 void add_json_flag(CLI::App& command, bool& json);
 
@@ -54,6 +62,9 @@ struct LoadedModel {
 };
 
 LoadedModel load_model(const std::string& folder);
+
+/// A plan that must have been made for the model in `folder`; otherwise throws std::runtime_error that names both.
+Plan read_plan_for(const Model& model, const std::string& folder, const std::string& path);
 
 void print_json(const nlohmann::ordered_json& json);
 

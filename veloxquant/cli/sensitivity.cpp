@@ -1,5 +1,7 @@
 #include <fmt/format.h>
 
+#include <optional>
+
 #include "veloxquant/allocators/ratequant.h"
 #include "veloxquant/cli/commands.h"
 #include "veloxquant/cli/options.h"
@@ -10,7 +12,8 @@ namespace veloxquant::cli {
 namespace {
 
 struct Options {
-  std::string model, method = "perturb", output;
+  std::string model, method = "perturb";
+  std::optional<std::string> output;
   double noise_scale = 0.1;
   SampleOptions samples;
   TextOptions text;
@@ -19,7 +22,7 @@ struct Options {
 };
 
 void run(const Options& options) {
-  if (!options.output.empty()) check_writable(options.output);
+  if (options.output) check_writable(*options.output);
   const DeviceScope scope = options.run.enter();
   const LoadedModel loaded = load_model(options.model);
   const auto results = allocators::ratequant::calibrate_layer_sensitivities(
@@ -28,7 +31,7 @@ void run(const Options& options) {
       {.texts = options.text.read(), .seed = options.run.seed, .progress = terminal_progress()});
   clear_progress();
   const auto json = to_json(results);
-  if (!options.output.empty()) write_file_atomically(options.output, json.dump(2) + "\n");
+  if (options.output) write_file_atomically(*options.output, json.dump(2) + "\n");
   if (options.json) return print_json(json);
   std::vector<std::vector<std::string>> rows = {{"layer", "sensitivity", "± over samples", "distortion of TurboQuant at 2 bits"}};
   for (const auto& [name, result] : results) {
@@ -40,11 +43,11 @@ void run(const Options& options) {
   }
   fmt::print("{}", table(rows));
   fmt::print("\nSensitivity: change of the output, √(2·KL), per unit of relative noise in a layer's keys and values.\n");
-  if (options.output.empty()) {
+  if (options.output) {
+    fmt::print("Next: veloxquant allocate {} --bits 2\n", shell_word(*options.output));
+  } else {
     fmt::print("Next: veloxquant sensitivity {} -o sensitivities.json && veloxquant allocate sensitivities.json --bits 2\n",
                shell_word(options.model));
-  } else {
-    fmt::print("Next: veloxquant allocate {} --bits 2\n", shell_word(options.output));
   }
 }
 

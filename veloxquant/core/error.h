@@ -22,6 +22,13 @@ inline std::string one_line(std::string text) {
   return text;
 }
 
+/// `text` as far as a message should show it: at most `most` bytes of whole UTF-8 characters, then an ellipsis.
+inline std::string excerpt(std::string_view text, std::size_t most = 60) {
+  if (text.size() <= most) return std::string(text);
+  while (most > 0 && (text[most] & 0xC0) == 0x80) --most;
+  return std::string(text.substr(0, most)) + "…";
+}
+
 template <class... Args>
 [[noreturn]] void throw_invalid(std::string_view where, fmt::format_string<Args...> format, Args&&... args) {
   throw std::invalid_argument(one_line(fmt::format("[{}] {}", where, fmt::format(format, std::forward<Args>(args)...))));

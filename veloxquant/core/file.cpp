@@ -49,12 +49,30 @@ std::filesystem::path folder_of(const std::filesystem::path& path) {
   return path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
 }
 
+// Only what is not there yet or a regular file may be replaced: a device or a pipe would be lost.
+void check_replaceable(const std::filesystem::path& path) {
+  if (!path.has_filename()) throw_failure("write", "\"{}\": expected the name of a file", path.string());
+  std::error_code error;
+  const auto status = std::filesystem::status(path, error);
+  if (!std::filesystem::status_known(status)) throw_failure("write", "{}: {}", path.string(), error.message());
+  if (std::filesystem::is_directory(status)) throw_failure("write", "{}: is a folder", path.string());
+  if (std::filesystem::exists(status) && !std::filesystem::is_regular_file(status))
+    throw_failure("write", "{}: expected a regular file or none, got a device, pipe or socket", path.string());
+}
+
+// The file that symbolic links lead to, there or not, so that they stay; links in a circle have been refused by now.
+std::filesystem::path follow_links(std::filesystem::path path) {
+  while (std::filesystem::is_symlink(path)) path = folder_of(path) / std::filesystem::read_symlink(path);
+  return path;
+}
+
 // The temporary file that becomes `path`; removed again unless it was committed.
 class TemporaryFile {
  public:
-  explicit TemporaryFile(const std::filesystem::path& path) : path_(path) {
-    if (std::filesystem::is_directory(path)) throw_failure("write", "{}: is a folder", path.string());
-    name_ = (folder_of(path) / ("." + path.filename().string() + ".XXXXXX")).string();
+  explicit TemporaryFile(const std::filesystem::path& path) {
+    check_replaceable(path);
+    path_ = follow_links(path);
+    name_ = (folder_of(path_) / ("." + path_.filename().string() + ".XXXXXX")).string();
     fd_ = ::mkostemp(name_.data(), O_CLOEXEC);
     if (fd_ < 0) throw_failure("write", "{}: {}", path.string(), std::strerror(errno));
   }

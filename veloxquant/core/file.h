@@ -14,7 +14,8 @@ namespace veloxquant {
 std::string read_file(const std::filesystem::path& path, std::size_t max_bytes = std::size_t{1} << 32);
 
 /// Writes `contents` to a temporary file beside `path`, flushes it to disk and renames it to `path`: a reader, or a crash, sees the
-/// old file or the new one, never a part.  Throws std::runtime_error that names the path; the temporary file is then gone.
+/// old file or the new one, never a part.  Symbolic links are followed and stay.  Throws std::runtime_error that names the path,
+/// also for what is there and no regular file; the temporary file is then gone.
 void write_file_atomically(const std::filesystem::path& path, std::string_view contents);
 
 /// Throws std::runtime_error unless a file could be written at `path`: called before long work, so that it is not lost at its end.

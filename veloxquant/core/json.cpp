@@ -13,13 +13,10 @@ namespace {
 using nlohmann::json;
 
 constexpr std::size_t kMaxDepth = 64;
-constexpr std::size_t kShownCharacters = 60;
 constexpr std::size_t kShownProblem = 200;
 
 std::string shown(const json& value) {
-  std::string text = value.dump(-1, ' ', true, json::error_handler_t::replace);
-  if (text.size() > kShownCharacters) text = text.substr(0, kShownCharacters) + "…";
-  return text;
+  return excerpt(value.dump(-1, ' ', true, json::error_handler_t::replace));
 }
 
 // Walks the text without building anything, so that what is too deep or has a key twice is refused before memory is spent on it.
@@ -70,6 +67,8 @@ class Checker : public nlohmann::json_sax<json> {
 }  // namespace
 
 json parse_json(std::string_view text, std::string_view source) {
+  // The parser takes a NUL for the end of the text and would not look at what comes after.
+  if (const auto at = text.find('\0'); at != text.npos) throw_failure("json", "{}: not valid JSON at byte {}: NUL", source, at + 1);
   Checker checker;
   if (!json::sax_parse(text, &checker)) throw_failure("json", "{}: {}", source, checker.problem);
   return json::parse(text);

@@ -57,6 +57,13 @@ std::vector<std::int32_t> next_tokens(std::span<const std::int32_t> tokens) {
   return next;
 }
 
+void check_finite(const std::vector<PositionScore>& scores, const Storage& storage, int window) {
+  for (const auto& [kl, cross_entropy, top] : scores)
+    if (!std::isfinite(kl) || !std::isfinite(cross_entropy))
+      throw_failure("evaluate", "{}: window {}: expected finite logits, got KL {} and cross-entropy {}: float32 overflows with it",
+                    storage.name, window, kl, cross_entropy);
+}
+
 void score_window(const Model& model, const TokenBatch& windows, int index, std::span<const Storage> storages,
                   std::vector<Tally>& tallies, ProgressStage& stage) {
   const auto tokens = token_array(windows, index, index + 1);
@@ -67,7 +74,10 @@ void score_window(const Model& model, const TokenBatch& windows, int index, std:
     stage.advance();
   }
   const auto scores = score_hidden(model, hidden, next_tokens(windows.row(index)));
-  for (std::size_t s = 0; s < storages.size(); ++s) tallies[s].add(scores[0], scores[s]);
+  for (std::size_t s = 0; s < storages.size(); ++s) {
+    check_finite(scores[s], storages[s], index);
+    tallies[s].add(scores[0], scores[s]);
+  }
 }
 
 // Whether every token of each answer is the likeliest one after what stands before it.

@@ -30,6 +30,7 @@ struct EvaluationRow {
 /// Each window is scored teacher-forced: query t sees the keys and values up to t as the storage gives them back.  Perplexity
 /// counts all tokens but a window's first, divergence and agreement all positions.  A fact counts as recalled if every token of its
 /// answer is the likeliest one.  The first row is full precision; then one row per storage, in order.
+/// Throws std::runtime_error that names the storage if a model's logits are not finite with it.
 std::vector<EvaluationRow> evaluate(const Model& model, const TokenBatch& windows, std::span<const Storage> storages,
                                     std::span<const RecallDocument> documents, const ProgressCallback& progress = {});
 

@@ -2,6 +2,8 @@
 
 #include <fmt/ranges.h>
 
+#include <algorithm>
+
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/file.h"
 #include "veloxquant/core/hash.h"
@@ -14,6 +16,7 @@ namespace {
 // Far above any model there is; keeps products of sizes far below 2^63.
 constexpr std::int64_t kMaxSize = 1 << 24;
 constexpr std::int64_t kMaxLayers = 4096;
+constexpr std::int64_t kMaxHeadDim = 1 << 16;
 
 constexpr std::size_t kMaxConfigBytes = 16 << 20;
 
@@ -88,7 +91,8 @@ void read_heads(const JsonObject& json, ModelConfig& config) {
     json.refuse("num_key_value_heads", fmt::format("a divisor of num_attention_heads, {}", config.num_heads));
   if (!json.has("head_dim") && config.hidden_size % config.num_heads != 0)
     json.refuse("num_attention_heads", fmt::format("a divisor of hidden_size, {}", config.hidden_size));
-  config.head_dim = static_cast<int>(json.integer_or("head_dim", config.hidden_size / config.num_heads, 1, 1 << 16));
+  const std::int64_t most = std::min(kMaxHeadDim, kMaxSize / config.num_heads);  // so that all heads together have a size too
+  config.head_dim = static_cast<int>(json.integer_or("head_dim", config.hidden_size / config.num_heads, 1, most));
   if (config.head_dim % 2 != 0)
     throw_failure("config", "{}: head_dim: expected an even number, since RoPE turns pairs, got {}", json.where(), config.head_dim);
 }

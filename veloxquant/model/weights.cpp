@@ -31,12 +31,10 @@ std::vector<fs::path> files_of_index(const fs::path& folder, const fs::path& ind
 std::vector<fs::path> weight_files(const fs::path& folder) {
   if (const fs::path index = folder / "model.safetensors.index.json"; fs::exists(index)) return files_of_index(folder, index);
   std::vector<fs::path> files;
-  for (const auto& entry : fs::directory_iterator(folder)) {
-    const std::string name = entry.path().filename().string();
-    if (name.starts_with("model") && name.ends_with(".safetensors")) files.push_back(entry.path());
-  }
+  for (const auto& entry : fs::directory_iterator(folder))
+    if (entry.path().extension() == ".safetensors") files.push_back(entry.path());
   std::sort(files.begin(), files.end());
-  if (files.empty()) throw_failure("weights", "{}: no model*.safetensors here", folder.string());
+  if (files.empty()) throw_failure("weights", "{}: no *.safetensors here", folder.string());
   return files;
 }
 

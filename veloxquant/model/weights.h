@@ -14,7 +14,7 @@ namespace veloxquant {
 namespace mx = mlx::core;
 
 /// The safetensors files of a Hugging Face model folder: those that model.safetensors.index.json names, or else every
-/// model*.safetensors.  Tensors are taken by name; what nobody takes is an error, so that a checkpoint of another architecture is
+/// *.safetensors.  Tensors are taken by name; what nobody takes is an error, so that a checkpoint of another architecture is
 /// never half read.
 class Weights {
  public:

@@ -34,8 +34,9 @@ struct Provenance {
   std::string method;             // as asked for
   std::string units;              // "uniform" or "layer"
   double bits = 0;                // as asked for
-  std::vector<TextSource> texts;  // none: the model's own text
-  int num_samples = 0;
+  int context = 0;                // tokens at which bits are counted; with neither window nor sinks they are the same at any
+  std::vector<TextSource> texts;  // none: the model's own text, if there are samples
+  int num_samples = 0;            // 0 where nothing had to be read: no text then, and a length of 0
   int sequence_length = 0;
   std::uint64_t seed = 0;
   std::string device;

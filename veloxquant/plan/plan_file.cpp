@@ -1,6 +1,9 @@
 #include "veloxquant/plan/plan_file.h"
 
-#include <set>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <limits>
 
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/hash.h"
@@ -17,9 +20,11 @@ constexpr const char* kFormat = "veloxquant-plan";
 constexpr const char* kVersion = "1";
 constexpr std::int64_t kMaxSize = 1 << 24;
 
-// Far beyond any model, and what keeps the work of checking a hostile plan small.
+// As config.json may say; far beyond any model.
 constexpr std::int64_t kMaxLayers = 4096;
-constexpr std::int64_t kMaxHeadDim = 1024;
+constexpr std::int64_t kMaxHeadDim = 1 << 16;
+constexpr std::int64_t kMaxContext = 1 << 30;
+constexpr std::int64_t kMaxSamples = std::numeric_limits<int>::max();
 
 std::string tensor_name(int layer, Side side, const std::string& name) {
   return fmt::format("layers.{}.{}.{}", layer, to_string(side), name);
@@ -87,6 +92,7 @@ Json provenance_json(const Provenance& provenance) {
           {"method", provenance.method},
           {"units", provenance.units},
           {"bits", provenance.bits},
+          {"context", provenance.context},
           {"texts", std::move(texts)},
           {"num_samples", provenance.num_samples},
           {"sequence_length", provenance.sequence_length},
@@ -94,24 +100,34 @@ Json provenance_json(const Provenance& provenance) {
           {"device", provenance.device}};
 }
 
+std::string one_of(const JsonObject& json, std::string_view field, const std::vector<std::string>& words) {
+  const std::string word = json.string(field);
+  if (std::find(words.begin(), words.end(), word) == words.end())
+    json.refuse(field, fmt::format("one of {}", fmt::join(words, ", ")));
+  return word;
+}
+
 Provenance read_provenance(const JsonObject& json) {
-  json.expect_only({"program", "method", "units", "bits", "texts", "num_samples", "sequence_length", "seed", "device"});
+  json.expect_only({"program", "method", "units", "bits", "context", "texts", "num_samples", "sequence_length", "seed", "device"});
   Provenance provenance;
   provenance.program = json.string("program");
-  provenance.method = json.string("method");
-  provenance.units = json.string("units");
+  provenance.method = one_of(json, "method", quantizer_names());
+  provenance.units = one_of(json, "units", {"uniform", "layer"});
   provenance.bits = json.number("bits", 0, 64);
+  provenance.context = static_cast<int>(json.integer("context", 1, kMaxContext));
   if (!json.at("texts").is_array()) json.refuse("texts", "a list");
   for (const auto& item : json.at("texts")) {
     const JsonObject text(item, json.where() + ": texts");
     text.expect_only({"name", "sha256"});
     provenance.texts.push_back({text.string("name"), text.string("sha256")});
   }
-  provenance.num_samples = static_cast<int>(json.integer("num_samples", 1, kMaxSize));
-  provenance.sequence_length = static_cast<int>(json.integer("sequence_length", 1, kMaxSize));
+  const bool read_any = json.integer("num_samples", 0, kMaxSamples) > 0;
+  if (!read_any && !provenance.texts.empty()) json.refuse("texts", "none where there are no samples");
+  provenance.num_samples = static_cast<int>(json.integer("num_samples"));
+  provenance.sequence_length = static_cast<int>(json.integer("sequence_length", read_any ? 1 : 0, read_any ? kMaxContext : 0));
   if (!json.at("seed").is_number_unsigned()) json.refuse("seed", "a whole number from 0");
   provenance.seed = json.at("seed").get<std::uint64_t>();
-  provenance.device = json.string("device");
+  provenance.device = one_of(json, "device", {"cpu", "gpu"});
   return provenance;
 }
 

@@ -34,20 +34,20 @@ std::vector<double> widths(int) {
 }
 
 double rate(int dim, double width) {
-  return AffineQuantizer(dim, static_cast<int>(width), kGroupSize).rate();
+  return AffineQuantizer(dim, whole_bits("affine", dim, width), kGroupSize).rate();
 }
 
 QuantizerParameters fit(std::span<const float> vectors, int dim, const FitOptions& options) {
   check_vectors("affine", vectors, dim);
-  const int bits = whole_bits("affine", widths(dim), options.width);
+  const int bits = whole_bits("affine", dim, options.width);
   return {
       .method = "affine", .side = options.side, .dim = dim, .numbers = {{"bits", bits}, {"group_size", kGroupSize}}, .tensors = {}};
 }
 
 std::unique_ptr<const Quantizer> make(const QuantizerParameters& parameters) {
   expect_parameters(parameters, {"bits", "group_size"}, {});
-  return std::make_unique<AffineQuantizer>(parameters.dim, number_in(parameters, "bits", 1, 8),
-                                           number_in(parameters, "group_size", 1, 65536));
+  return std::make_unique<AffineQuantizer>(parameters.dim, static_cast<int>(number_in(parameters, "bits", 1, 8)),
+                                           static_cast<int>(number_in(parameters, "group_size", 1, 65536)));
 }
 
 }  // namespace
@@ -99,7 +99,7 @@ void AffineQuantizer::decode(std::span<const std::uint8_t> encoded, std::span<fl
 }
 
 QuantizerMethod affine_method() {
-  return {"affine", widths, rate, fit, make, /* learns= */ false};
+  return {"affine", "any", widths, rate, fit, make, /* least_vectors= */ 0};
 }
 
 }  // namespace veloxquant

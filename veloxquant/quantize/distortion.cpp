@@ -55,6 +55,7 @@ double restored_distortion(const Quantizer& quantizer, std::span<const float> ve
 
 std::vector<double> relative_distortions(const QuantizerMethod& method, Side side, std::span<const float> vectors,
                                          std::size_t run_tokens, int dim, const std::vector<double>& rates, std::uint64_t seed) {
+  check_dim(method, dim);
   const auto widths = method.widths(dim);
   const double power = power_of(vectors);
   std::map<double, std::vector<double>> measured;  // by width: rates between two share them
@@ -66,9 +67,9 @@ std::vector<double> relative_distortions(const QuantizerMethod& method, Side sid
   };
   std::vector<double> distortions;
   for (const double rate : rates) {
-    if (widths.empty() || !(rate >= widths.front() && rate <= widths.back()))
-      throw_invalid("distortion", "{} offers {} to {} bits for vectors of {}, got {}", method.name,
-                    widths.empty() ? 0 : widths.front(), widths.empty() ? 0 : widths.back(), dim, rate);
+    if (!(rate >= widths.front() && rate <= widths.back()))
+      throw_invalid("distortion", "{} offers {} to {} bits for vectors of {}, got {}", method.name, widths.front(), widths.back(),
+                    dim, rate);
     const auto above = std::lower_bound(widths.begin(), widths.end(), rate);
     const double wide = *above, narrow = wide == rate ? wide : *(above - 1);
     const double share = wide == narrow ? 1.0 : (rate - narrow) / (wide - narrow);

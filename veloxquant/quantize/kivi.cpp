@@ -19,7 +19,7 @@ std::vector<double> widths(int) {
 }
 
 double rate(int dim, double width) {
-  const int bits = static_cast<int>(width);
+  const int bits = whole_bits("kivi", dim, width);
   return (KiviQuantizer(Side::kKeys, dim, bits).rate() + KiviQuantizer(Side::kValues, dim, bits).rate()) / 2;
 }
 
@@ -28,13 +28,13 @@ QuantizerParameters fit(std::span<const float> vectors, int dim, const FitOption
   return {.method = "kivi",
           .side = options.side,
           .dim = dim,
-          .numbers = {{"bits", whole_bits("kivi", widths(dim), options.width)}},
+          .numbers = {{"bits", whole_bits("kivi", dim, options.width)}},
           .tensors = {}};
 }
 
 std::unique_ptr<const Quantizer> make(const QuantizerParameters& parameters) {
   expect_parameters(parameters, {"bits"}, {});
-  return std::make_unique<KiviQuantizer>(parameters.side, parameters.dim, number_in(parameters, "bits", 1, 8));
+  return std::make_unique<KiviQuantizer>(parameters.side, parameters.dim, static_cast<int>(number_in(parameters, "bits", 1, 8)));
 }
 
 }  // namespace
@@ -122,7 +122,7 @@ void KiviQuantizer::decode(std::span<const std::uint8_t> encoded, std::span<floa
 }
 
 QuantizerMethod kivi_method() {
-  return {"kivi", widths, rate, fit, make, /* learns= */ false};
+  return {"kivi", "any", widths, rate, fit, make, /* least_vectors= */ 0};
 }
 
 }  // namespace veloxquant

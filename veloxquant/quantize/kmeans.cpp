@@ -51,7 +51,8 @@ void check(const Points& points, const KMeansOptions& options) {
   if (options.max_iter < 1) throw_invalid("kmeans", "max_iter: expected at least 1, got {}", options.max_iter);
   if (points.dim < 1) throw_invalid("kmeans", "expected points of at least 1 dimension, got 0");
   if (points.rows < static_cast<std::size_t>(options.num_centroids))
-    throw_invalid("kmeans", "{} points are too few for {} centroids", points.rows, options.num_centroids);
+    throw_invalid("kmeans", "{} points are too few for {} centroids; expected one for each at least", points.rows,
+                  options.num_centroids);
   for (std::size_t i = 0; i < points.rows; ++i)
     for (std::size_t j = 0; j < points.dim; ++j)
       if (!std::isfinite(points.row(i)[j]))
@@ -148,17 +149,12 @@ class Lloyd {
 
   KMeansResult run(int max_iter) {
     KMeansResult result;
-    double before = std::numeric_limits<double>::max();
-    std::size_t fewest_empty = count_ + 1;
-    for (result.iterations = 1;; ++result.iterations) {
-      assign();
-      const std::size_t empty = empty_cells();
-      const bool filling = empty > 0 && empty < fewest_empty;  // beyond max_iter too, as long as it succeeds
-      if (!filling && (result.iterations >= max_iter || error_ >= before * (1 - kLeastProgress))) break;
-      fewest_empty = std::min(fewest_empty, empty);
-      before = error_;
-      if (result.iterations < max_iter) update();
-      if (empty > 0 && !fill_empty_cells()) break;
+    iterate(max_iter, result.iterations);
+    if (!every_cell_holds_a_point()) {
+      exact_ = true;
+      iterate(max_iter, result.iterations);
+      // Without updates a cell that was filled keeps the point that it was filled with, so that this ends.
+      while (empty_cells() > 0 && fill_empty_cells()) assign();
     }
     result.used_centroids = static_cast<int>(count_ - empty_cells());
     result.mean_squared_error = error_ / std::accumulate(weights_.begin(), weights_.end(), 0.0);
@@ -174,13 +170,63 @@ class Lloyd {
     double error = 0;
   };
 
+  void iterate(int max_iter, int& iterations) {
+    double before = std::numeric_limits<double>::max();
+    std::size_t fewest_empty = count_ + 1;
+    for (++iterations;; ++iterations) {
+      assign();
+      const std::size_t empty = empty_cells();
+      const bool filling = empty > 0 && empty < fewest_empty;  // beyond max_iter too, as long as it succeeds
+      if (!filling && (iterations >= max_iter || error_ >= before * (1 - kLeastProgress))) break;
+      fewest_empty = std::min(fewest_empty, empty);
+      before = error_;
+      if (iterations < max_iter) update();
+      if (empty > 0 && !fill_empty_cells()) break;
+    }
+  }
+
   float* centroid(std::size_t c) { return centroids_.data() + c * points_.dim; }
+
+  double squared_distance(std::size_t i, std::size_t c) const {
+    const float *x = points_.row(i), *y = centroids_.data() + c * points_.dim;
+    double sum = 0;
+    for (std::size_t j = 0; j < points_.dim; ++j) {
+      const double difference = static_cast<double>(x[j]) - y[j];
+      sum += difference * difference;
+    }
+    return sum;
+  }
+
+  std::size_t exactly_nearest(std::size_t i) const {
+    std::size_t nearest = 0;
+    double least = std::numeric_limits<double>::infinity();
+    for (std::size_t c = 0; c < count_; ++c)
+      if (const double distance = squared_distance(i, c); distance < least) least = distance, nearest = c;
+    return nearest;
+  }
+
+  // Whether exact distances leave every cell a point as well.  The kernel's are off by rounding relative to the size of the points,
+  // not of the distance.  One point a cell, the one that the kernel takes for the nearest, shows it at no cost.
+  bool every_cell_holds_a_point() const {
+    std::vector<std::size_t> witnesses(count_, points_.rows);
+    for (std::size_t i = 0; i < points_.rows; ++i) {
+      std::size_t& witness = witnesses[codes_[i]];
+      if (points_.weight(i) > 0 && (witness == points_.rows || distances_[i] < distances_[witness])) witness = i;
+    }
+    for (std::size_t c = 0; c < count_; ++c)
+      if (witnesses[c] == points_.rows || exactly_nearest(witnesses[c]) != c) return false;
+    return true;
+  }
 
   std::size_t empty_cells() const { return static_cast<std::size_t>(std::count(weights_.begin(), weights_.end(), 0.0)); }
 
   Sums assign_rows(const NearestCentroid& nearest, std::size_t begin, std::size_t end) {
     const std::size_t dim = points_.dim;
     nearest(points_.row(begin), end - begin, points_.stride, codes_.data() + begin, 1, distances_.data() + begin);
+    for (std::size_t i = begin; exact_ && i < end; ++i) {
+      codes_[i] = static_cast<std::uint16_t>(exactly_nearest(i));
+      distances_[i] = static_cast<float>(squared_distance(i, codes_[i]));
+    }
     Sums sums{std::vector<double>(count_ * dim), std::vector<double>(count_)};
     for (std::size_t i = begin; i < end; ++i) {
       const double weight = points_.weight(i);
@@ -216,11 +262,13 @@ class Lloyd {
 
   // Gives every empty cell one of the points with most error, all of them distinct; false if there is nothing to move.
   bool fill_empty_cells() {
+    std::vector<double> errors(points_.rows);
     std::vector<std::size_t> far;
-    for (std::size_t i = 0; i < points_.rows; ++i)
-      if (points_.weight(i) * distances_[i] > 0) far.push_back(i);
-    const auto error = [&](std::size_t i) { return points_.weight(i) * distances_[i]; };
-    std::stable_sort(far.begin(), far.end(), [&](std::size_t a, std::size_t b) { return error(a) > error(b); });
+    for (std::size_t i = 0; i < points_.rows; ++i) {
+      errors[i] = points_.weight(i) * squared_distance(i, codes_[i]);
+      if (errors[i] > 0) far.push_back(i);
+    }
+    std::stable_sort(far.begin(), far.end(), [&](std::size_t a, std::size_t b) { return errors[a] > errors[b]; });
     std::set<std::vector<float>> taken;
     auto next = far.begin();
     for (std::size_t c = 0; c < count_; ++c) {
@@ -239,6 +287,7 @@ class Lloyd {
   std::vector<float> distances_;
   std::vector<double> sums_, weights_;  // of the points of each cell
   double error_ = 0;
+  bool exact_ = false;  // nearest centroids by exact distances: many times slower
 };
 
 }  // namespace

@@ -18,8 +18,8 @@ struct KMeansOptions {
 
 struct KMeansResult {
   std::vector<float> centroids;  // [num_centroids, dim]
-  int used_centroids = 0;  // cells that hold points; fewer than num_centroids only if there are fewer distinct points (distinct:
-                           // that float32 distances can tell apart).  Unused centroids repeat a used one
+  int used_centroids = 0;  // cells that hold points, by exact distances; fewer than num_centroids only if there are fewer distinct
+                           // points.  Unused centroids repeat a used one
   int iterations = 0;
   double mean_squared_error = 0;  // of a point, summed over its dimensions; weighted where there are weights
 };

@@ -29,10 +29,10 @@ void expect_parameters(const QuantizerParameters& parameters, std::initializer_l
   expect_keys(parameters, parameters.tensors, tensors, "tensor");
 }
 
-int number_in(const QuantizerParameters& parameters, std::string_view name, std::int64_t min, std::int64_t max) {
+std::int64_t number_in(const QuantizerParameters& parameters, std::string_view name, std::int64_t min, std::int64_t max) {
   const std::int64_t value = parameters.numbers.at(std::string(name));
   if (value < min || value > max) throw_invalid(parameters.method, "{}: expected {} to {}, got {}", name, min, max, value);
-  return static_cast<int>(value);
+  return value;
 }
 
 const Tensor& tensor_of(const QuantizerParameters& parameters, std::string_view name, const std::vector<std::int64_t>& shape) {
@@ -49,7 +49,9 @@ const Tensor& tensor_of(const QuantizerParameters& parameters, std::string_view 
   return tensor;
 }
 
-int whole_bits(std::string_view method, const std::vector<double>& widths, double width) {
+int whole_bits(std::string_view method, int dim, double width) {
+  check_dim(quantizer_method(method), dim);
+  const auto widths = quantizer_method(method).widths(dim);
   if (std::find(widths.begin(), widths.end(), width) == widths.end())
     throw_invalid(method, "expected a width of {} bits, got {}", fmt::join(widths, ", "), width);
   return static_cast<int>(width);

@@ -16,13 +16,14 @@ void expect_parameters(const QuantizerParameters& parameters, std::initializer_l
                        std::initializer_list<std::string_view> tensors);
 
 /// A number in [min, max]; throws std::invalid_argument that names it.
-int number_in(const QuantizerParameters& parameters, std::string_view name, std::int64_t min, std::int64_t max);
+std::int64_t number_in(const QuantizerParameters& parameters, std::string_view name, std::int64_t min, std::int64_t max);
 
 /// A tensor of this shape with finite values; throws std::invalid_argument that names it.
 const Tensor& tensor_of(const QuantizerParameters& parameters, std::string_view name, const std::vector<std::int64_t>& shape);
 
-/// `width` as a whole number of bits that the method offers for this dim; throws std::invalid_argument that lists the widths.
-int whole_bits(std::string_view method, const std::vector<double>& widths, double width);
+/// `width` as a whole number of bits that the method offers for this dim; throws std::invalid_argument that lists the widths, or
+/// says which dims the method offers any for.
+int whole_bits(std::string_view method, int dim, double width);
 
 /// Throws std::invalid_argument unless vectors are whole rows of dim finite values.
 void check_vectors(std::string_view method, std::span<const float> vectors, int dim);

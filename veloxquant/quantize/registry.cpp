@@ -20,12 +20,26 @@ std::span<const QuantizerMethod> quantizer_methods() {
 }
 
 const QuantizerMethod& quantizer_method(std::string_view name) {
-  std::vector<std::string_view> names;
-  for (const auto& method : quantizer_methods()) {
+  for (const auto& method : quantizer_methods())
     if (method.name == name) return method;
-    names.push_back(method.name);
-  }
-  throw_invalid("quantizer", "unknown method \"{}\"; there are {}", name, fmt::join(names, ", "));
+  throw_invalid("quantizer", "unknown method \"{}\"; there are {}", name, fmt::join(quantizer_names(), ", "));
+}
+
+std::vector<std::string> quantizer_names() {
+  std::vector<std::string> names;
+  for (const auto& method : quantizer_methods()) names.emplace_back(method.name);
+  return names;
+}
+
+std::vector<std::string> scalar_quantizer_names() {
+  std::vector<std::string> names;
+  for (const auto& method : quantizer_methods())
+    if (!method.learns()) names.emplace_back(method.name);
+  return names;
+}
+
+void check_dim(const QuantizerMethod& method, int dim) {
+  if (method.widths(dim).empty()) throw_invalid(method.name, "head_dim: expected {}, got {}", method.dims, dim);
 }
 
 std::unique_ptr<const Quantizer> make_quantizer(const QuantizerParameters& parameters) {

@@ -40,11 +40,15 @@ struct FitOptions {
 struct QuantizerMethod {
   std::string_view name;
 
+  /// The dims that the method offers widths for, in words: "a power of two".
+  std::string_view dims;
+
   /// Widths (bits of codes per element, ascending) that the method offers for vectors of `dim`; empty: it cannot store such
   /// vectors.
   std::vector<double> (*widths)(int dim);
 
-  /// Bits stored per element at a width, scales and norms included: what Quantizer::rate() of the fitted quantizer says.
+  /// Bits stored per element at a width, scales and norms included: what Quantizer::rate() of the fitted quantizer says.  Throws
+  /// for a width or dim that the method does not offer, as fit does.
   double (*rate)(int dim, double width);
 
   /// Fits to vectors [tokens, dim].  Throws std::invalid_argument for a width or dim that the method does not offer, and for values
@@ -55,8 +59,10 @@ struct QuantizerMethod {
   /// the wrong shape, not finite, out of range or not known to the method.
   std::unique_ptr<const Quantizer> (*make)(const QuantizerParameters& parameters);
 
-  /// Whether fitting looks at the vectors at all (scalar quantizers do not).
-  bool learns;
+  /// Vectors that fitting needs at least; 0: it looks at none (scalar quantizers).
+  std::int64_t least_vectors;
+
+  bool learns() const { return least_vectors > 0; }
 };
 
 /// affine, kivi, turboquant, vecinfer.
@@ -64,6 +70,13 @@ std::span<const QuantizerMethod> quantizer_methods();
 
 /// Throws std::invalid_argument that lists the names there are.
 const QuantizerMethod& quantizer_method(std::string_view name);
+
+/// Names of all methods, or of those that need no vectors to fit to.
+std::vector<std::string> quantizer_names();
+std::vector<std::string> scalar_quantizer_names();
+
+/// Throws std::invalid_argument that says what is accepted, unless the method offers widths for `dim`.
+void check_dim(const QuantizerMethod& method, int dim);
 
 /// quantizer_method(parameters.method).make(parameters).
 std::unique_ptr<const Quantizer> make_quantizer(const QuantizerParameters& parameters);

@@ -20,21 +20,20 @@ constexpr std::size_t kNormBytes = 2;
 // Beyond this, making a random matrix orthogonal takes seconds.
 constexpr int kMaxMatrixDim = 1024;
 
-bool offers(int dim) {
-  return dim >= 2 && (dim <= kMaxMatrixDim || is_power_of_two(static_cast<std::size_t>(dim)));
-}
+constexpr std::string_view kDims = "2 to 1024 or a power of two";
 
 std::vector<double> widths(int dim) {
-  return offers(dim) ? std::vector<double>{1, 2, 3, 4, 5, 6, 7, 8} : std::vector<double>{};
+  if (dim < 2 || (dim > kMaxMatrixDim && !is_power_of_two(static_cast<std::size_t>(dim)))) return {};
+  return {1, 2, 3, 4, 5, 6, 7, 8};
 }
 
 double rate(int dim, double width) {
-  return TurboQuantizer(dim, static_cast<int>(width), 0).rate();
+  return TurboQuantizer(dim, whole_bits("turboquant", dim, width), 0).rate();
 }
 
 QuantizerParameters fit(std::span<const float> vectors, int dim, const FitOptions& options) {
   check_vectors("turboquant", vectors, dim);
-  const int bits = whole_bits("turboquant", widths(dim), options.width);
+  const int bits = whole_bits("turboquant", dim, options.width);
   // JSON holds signed numbers: 63 bits of the seed are plenty.
   const auto seed = static_cast<std::int64_t>(options.seed & 0x7fffffffffffffff);
   return {.method = "turboquant", .side = options.side, .dim = dim, .numbers = {{"bits", bits}, {"seed", seed}}, .tensors = {}};
@@ -42,10 +41,10 @@ QuantizerParameters fit(std::span<const float> vectors, int dim, const FitOption
 
 std::unique_ptr<const Quantizer> make(const QuantizerParameters& parameters) {
   expect_parameters(parameters, {"bits", "seed"}, {});
-  if (!offers(parameters.dim))
-    throw_invalid("turboquant", "dim: expected a power of two or 2 to {}, got {}", kMaxMatrixDim, parameters.dim);
-  const int bits = number_in(parameters, "bits", 1, 8);
-  return std::make_unique<TurboQuantizer>(parameters.dim, bits, static_cast<std::uint64_t>(parameters.numbers.at("seed")));
+  check_dim(quantizer_method("turboquant"), parameters.dim);
+  return std::make_unique<TurboQuantizer>(
+      parameters.dim, static_cast<int>(number_in(parameters, "bits", 1, 8)),
+      static_cast<std::uint64_t>(number_in(parameters, "seed", 0, std::numeric_limits<std::int64_t>::max())));
 }
 
 // Rows made orthonormal one after another (modified Gram–Schmidt, twice for the precision).
@@ -72,13 +71,18 @@ std::vector<float> random_orthogonal(std::size_t dim, std::uint64_t seed) {
 
 }  // namespace
 
-TurboQuantizer::TurboQuantizer(int dim, int bits, std::uint64_t seed) : dim_(dim), bits_(bits) {
-  if (!is_power_of_two(static_cast<std::size_t>(dim))) {
-    matrix_ = random_orthogonal(static_cast<std::size_t>(dim), seed);
-    return;
-  }
-  Random random(seed);
-  for (int i = 0; i < dim; ++i) signs_.push_back(random.below(2) == 0 ? -1.0f : 1.0f);
+TurboQuantizer::TurboQuantizer(int dim, int bits, std::uint64_t seed) : dim_(dim), bits_(bits), seed_(seed) {}
+
+const TurboQuantizer::Rotation& TurboQuantizer::rotation() const {
+  std::call_once(made_, [this] {
+    if (!is_power_of_two(static_cast<std::size_t>(dim_))) {
+      rotation_.matrix = random_orthogonal(static_cast<std::size_t>(dim_), seed_);
+      return;
+    }
+    Random random(seed_);
+    for (int i = 0; i < dim_; ++i) rotation_.signs.push_back(random.below(2) == 0 ? -1.0f : 1.0f);
+  });
+  return rotation_;
 }
 
 std::size_t TurboQuantizer::encoded_bytes(std::size_t tokens) const {
@@ -87,34 +91,36 @@ std::size_t TurboQuantizer::encoded_bytes(std::size_t tokens) const {
 
 void TurboQuantizer::rotate(std::vector<float>& rows) const {
   const auto dim = static_cast<std::size_t>(dim_), count = rows.size() / dim;
-  if (matrix_.empty()) {
-    for (std::size_t i = 0; i < rows.size(); ++i) rows[i] *= signs_[i % dim];
+  const auto& [signs, matrix] = rotation();
+  if (matrix.empty()) {
+    for (std::size_t i = 0; i < rows.size(); ++i) rows[i] *= signs[i % dim];
     hadamard(rows.data(), count, dim);
     return;
   }
   std::vector<float> rotated(rows.size());
-  gemm(false, true, static_cast<int>(count), dim_, dim_, 1.0f, rows.data(), dim_, matrix_.data(), dim_, 0.0f, rotated.data(), dim_);
+  gemm(false, true, static_cast<int>(count), dim_, dim_, 1.0f, rows.data(), dim_, matrix.data(), dim_, 0.0f, rotated.data(), dim_);
   rows.swap(rotated);
 }
 
 void TurboQuantizer::rotate_back(std::span<float> rows) const {
   const auto dim = static_cast<std::size_t>(dim_), count = rows.size() / dim;
-  if (matrix_.empty()) {
+  const auto& [signs, matrix] = rotation();
+  if (matrix.empty()) {
     hadamard(rows.data(), count, dim);
-    for (std::size_t i = 0; i < rows.size(); ++i) rows[i] *= signs_[i % dim];
+    for (std::size_t i = 0; i < rows.size(); ++i) rows[i] *= signs[i % dim];
     return;
   }
   const std::vector<float> rotated(rows.begin(), rows.end());
-  gemm(false, false, static_cast<int>(count), dim_, dim_, 1.0f, rotated.data(), dim_, matrix_.data(), dim_, 0.0f, rows.data(),
-       dim_);
+  gemm(false, false, static_cast<int>(count), dim_, dim_, 1.0f, rotated.data(), dim_, matrix.data(), dim_, 0.0f, rows.data(), dim_);
 }
 
 std::vector<float> TurboQuantizer::rotation_matrix() const {
   const auto dim = static_cast<std::size_t>(dim_);
-  if (!matrix_.empty()) return matrix_;
-  std::vector<float> matrix = walsh_hadamard_matrix(dim);
-  for (std::size_t i = 0; i < matrix.size(); ++i) matrix[i] *= signs_[i % dim];
-  return matrix;
+  const auto& [signs, matrix] = rotation();
+  if (!matrix.empty()) return matrix;
+  std::vector<float> product = walsh_hadamard_matrix(dim);
+  for (std::size_t i = 0; i < product.size(); ++i) product[i] *= signs[i % dim];
+  return product;
 }
 
 void TurboQuantizer::encode(std::span<const float> vectors, std::span<std::uint8_t> encoded) const {
@@ -158,7 +164,7 @@ void TurboQuantizer::decode(std::span<const std::uint8_t> encoded, std::span<flo
 }
 
 QuantizerMethod turboquant_method() {
-  return {"turboquant", widths, rate, fit, make, /* learns= */ false};
+  return {"turboquant", kDims, widths, rate, fit, make, /* least_vectors= */ 0};
 }
 
 }  // namespace veloxquant

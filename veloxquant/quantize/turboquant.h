@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <mutex>
 #include <vector>
 
 #include "veloxquant/quantize/lloyd_max.h"
@@ -25,12 +26,20 @@ class TurboQuantizer : public Quantizer {
   std::vector<float> rotation_matrix() const;
 
  private:
+  struct Rotation {
+    std::vector<float> signs;   // [dim], where dim is a power of two
+    std::vector<float> matrix;  // [dim, dim], where it is not
+  };
+
+  const Rotation& rotation() const;
   void rotate(std::vector<float>& rows) const;
   void rotate_back(std::span<float> rows) const;
 
   int dim_, bits_;
-  std::vector<float> signs_;   // [dim], where dim is a power of two
-  std::vector<float> matrix_;  // [dim, dim], where it is not
+  std::uint64_t seed_;
+  // Made when it is first needed: a matrix takes seconds, and whoever checks a plan or counts bits needs none.
+  mutable std::once_flag made_;
+  mutable Rotation rotation_;
 };
 
 /// The row of quantizer_methods(); widths 1 to 8.

@@ -31,17 +31,17 @@ std::vector<double> widths(int dim) {
   return result;
 }
 
-double rate(int, double width) {
-  return width;
-}
-
 int subspaces_of(int dim, double width) {
+  check_dim(quantizer_method("vecinfer"), dim);
   const auto offered = widths(dim);
-  if (offered.empty()) throw_invalid("vecinfer", "expected a head_dim that is a power of two, got {}", dim);
   if (std::find(offered.begin(), offered.end(), width) == offered.end())
     throw_invalid("vecinfer", "{} bits are {} sub-spaces of 8-bit codes, which do not divide {}; possible are {:.4g} bits", width,
                   dim * width / kCodeBits, dim, fmt::join(offered, ", "));
   return static_cast<int>(dim * width / kCodeBits);
+}
+
+double rate(int dim, double width) {
+  return 1.0 * subspaces_of(dim, width) * kCodeBits / dim;
 }
 
 // Vectors that are encoded together: their sub-spaces are found in the cache.
@@ -79,8 +79,8 @@ std::unique_ptr<const Quantizer> make(const QuantizerParameters& parameters) {
   } else {
     expect_parameters(parameters, {"num_subspaces", "num_centroids"}, {"codebook"});
   }
-  const int dim = parameters.dim, subspaces = number_in(parameters, "num_subspaces", 1, dim),
-            centroids = number_in(parameters, "num_centroids", 2, 4096);
+  const int dim = parameters.dim, subspaces = static_cast<int>(number_in(parameters, "num_subspaces", 1, dim)),
+            centroids = static_cast<int>(number_in(parameters, "num_centroids", 2, 4096));
   if (dim % subspaces != 0) throw_invalid("vecinfer", "num_subspaces: expected a divisor of {}, got {}", dim, subspaces);
   if (!is_power_of_two(static_cast<std::size_t>(centroids)))
     throw_invalid("vecinfer", "num_centroids: expected a power of two, got {}", centroids);
@@ -212,7 +212,7 @@ QuantizerParameters vecinfer_parameters(Side side, int dim, std::vector<float> f
 }
 
 QuantizerMethod vecinfer_method() {
-  return {"vecinfer", widths, rate, fit, make, /* learns= */ true};
+  return {"vecinfer", "a power of two", widths, rate, fit, make, /* least_vectors= */ kNumCentroids};
 }
 
 }  // namespace veloxquant

@@ -7,6 +7,7 @@
 
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/random.h"
+#include "veloxquant/text/samples.h"
 
 namespace veloxquant {
 namespace {
@@ -18,6 +19,9 @@ constexpr std::array kNames = {"Harwood", "Ellison",  "Pemberton", "Ashby",    "
                                "Hollis",  "Ingram",   "Jarvis",    "Kendall",  "Lockhart", "Merrick",   "Norwood",   "Oakley"};
 constexpr std::array kThings = {"pass-word", "room number", "safe number", "ticket number", "cabin number", "ledger number"};
 constexpr int kFewestFacts = 2, kMostFacts = 6, kDigits = 5;
+
+// Shares of facts are then known to a tenth of a percent.
+constexpr int kMostDocuments = 100'000;
 
 struct Fact {
   std::string person, thing, value;
@@ -95,8 +99,11 @@ RecallDocument assemble(const Parts& parts, std::span<const std::int32_t> filler
 }  // namespace
 
 std::vector<RecallDocument> make_recall_documents(const Tokenizer& tokenizer, std::span<const std::int32_t> filler, int count,
-                                                  int context, std::uint64_t seed) {
+                                                  int context, std::uint64_t seed, const ProgressCallback& progress) {
   if (count < 1) throw_invalid("recall", "count: expected at least 1 document, got {}", count);
+  if (count > kMostDocuments) throw_invalid("recall", "count: expected at most {} documents, got {}", kMostDocuments, count);
+  check_batch_size(count, context);
+  ProgressStage stage(progress, "sowing facts", static_cast<std::size_t>(count));
   std::vector<Random> randoms;
   std::vector<Parts> parts;
   std::size_t largest = 0, smallest = std::numeric_limits<std::size_t>::max();
@@ -105,6 +112,7 @@ std::vector<RecallDocument> make_recall_documents(const Tokenizer& tokenizer, st
     parts.push_back(draw_parts(tokenizer, randoms.back()));
     largest = std::max(largest, parts.back().size() + parts.back().notes.size());  // every note stands before a token of filler
     smallest = std::min(smallest, parts.back().size());
+    stage.advance();
   }
   const std::size_t length = static_cast<std::size_t>(std::max(context, 0)) + 1;
   if (length < largest)

@@ -92,7 +92,7 @@ Regex::Regex(std::string_view pattern, std::string_view where) {
   compiled->pattern = pattern;
   compiled->code.reset(pcre2_compile(code_units(translated), translated.size(),
                                      PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NO_UTF_CHECK, &error, &at, context.get()));
-  if (!compiled->code) throw_failure("tokenizer", "{}: pattern \"{}\": {}", where, pattern, message_of(error));
+  if (!compiled->code) throw_failure("tokenizer", "{}: pattern \"{}\": {}", where, excerpt(pattern), message_of(error));
   pcre2_jit_compile(compiled->code.get(), PCRE2_JIT_COMPLETE);  // where there is no JIT, matching interprets
   compiled_ = std::move(compiled);
 }
@@ -105,7 +105,8 @@ std::vector<Match> Regex::find_all(std::string_view text) const {
     const int found = compiled_->match(text, from, work);
     if (found == PCRE2_ERROR_NOMATCH) break;
     if (found < 0)
-      throw_failure("tokenizer", "pattern \"{}\" on a text of {} bytes: {}", compiled_->pattern, text.size(), message_of(found));
+      throw_failure("tokenizer", "pattern \"{}\" on a text of {} bytes: {}", excerpt(compiled_->pattern), text.size(),
+                    message_of(found));
     const PCRE2_SIZE* range = pcre2_get_ovector_pointer(work.data.get());
     const Match match{range[0], range[1]};
     const bool counts = match.begin < match.end || matches.empty() || matches.back().end != match.end;

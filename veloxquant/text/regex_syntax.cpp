@@ -87,7 +87,7 @@ class Translator {
   void copy() { result_ += pattern_[position_++]; }
 
   [[noreturn]] void refuse(std::string_view what) const {
-    throw_failure("tokenizer", "{}: pattern \"{}\": {} (byte {}) is not supported", where_, pattern_, what, position_);
+    throw_failure("tokenizer", "{}: pattern \"{}\": {} (byte {}) is not supported", where_, excerpt(pattern_), what, position_);
   }
 
   // Takes the name in {…} or {^…} behind a \p or \P.

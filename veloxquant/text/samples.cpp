@@ -9,6 +9,9 @@
 namespace veloxquant {
 namespace {
 
+// Token ids alone then take a gibibyte, and what is computed from them many times that.
+constexpr std::int64_t kMaxTokens = std::int64_t{1} << 28;
+
 using Texts = std::span<const std::span<const std::int32_t>>;
 
 void check_counts(std::string_view what, int count, int least, int length) {
@@ -47,6 +50,16 @@ void check_enough(Texts texts, std::string_view what, int count, int length) {
 }
 
 }  // namespace
+
+void check_batch_size(int count, int length) {
+  if (std::int64_t{count} * length > kMaxTokens)
+    throw_invalid("samples", "expected at most {} sequences of {} tokens, got {}", kMaxTokens / length, length, count);
+}
+
+TokenBatch::TokenBatch(int count, int length) : count(count), length(length) {
+  check_batch_size(count, length);
+  tokens.resize(static_cast<std::size_t>(count) * static_cast<std::size_t>(length));
+}
 
 TokenBatch cut_samples(const std::vector<std::vector<std::int32_t>>& texts, int num_samples, int length) {
   check_counts("num_samples", num_samples, 1, length);

@@ -8,14 +8,16 @@
 
 namespace veloxquant {
 
+/// Throws std::invalid_argument that says how many are possible if `count` sequences of `length` tokens hold more than 2^28.
+void check_batch_size(int count, int length);
+
 /// `count` sequences of `length` tokens each.
 struct TokenBatch {
   int count, length;
   std::vector<std::int32_t> tokens;  // [count, length]
 
-  /// All tokens 0.  Neither number may be negative.
-  TokenBatch(int count, int length)
-      : count(count), length(length), tokens(static_cast<std::size_t>(count) * static_cast<std::size_t>(length)) {}
+  /// All tokens 0.  Neither number may be negative.  Throws as check_batch_size() does.
+  TokenBatch(int count, int length);
 
   std::span<std::int32_t> row(int index) { return std::span(tokens).subspan(offset(index), static_cast<std::size_t>(length)); }
   std::span<const std::int32_t> row(int index) const {
