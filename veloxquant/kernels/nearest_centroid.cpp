@@ -120,14 +120,31 @@ void best_quads_of_dim(const float* x, const CentroidsView& centroids, const Win
   }
 }
 
+// Of points x [dim, block] from the centroids that begin at `first`: |x|² + 2·score would cancel where they are close.
+void squared_distances(const float* x, std::size_t block, std::size_t dim, const float* quads, const std::int32_t* first,
+                       float* distances) {
+  const F d;
+  const I di;
+  for (std::size_t r = 0; r < block; r += hn::Lanes(d)) {
+    auto at = hn::Load(di, first + r);
+    auto sum = hn::Zero(d);
+    for (std::size_t i = 0; i < dim; ++i) {
+      const auto difference = hn::Sub(hn::Load(d, x + i * block + r), hn::GatherIndex(d, quads, at));
+      sum = hn::MulAdd(difference, difference, sum);
+      at = hn::Add(at, hn::Set(di, static_cast<std::int32_t>(kQuad)));
+    }
+    hn::Store(sum, d, distances + r);
+  }
+}
+
 void nearest_rows(const CentroidsView& centroids, const float* points, std::size_t rows, std::size_t stride, std::uint16_t* codes,
                   std::size_t code_stride, float* distances) {
   constexpr std::size_t kMaxBlock = 3 * hn::MaxLanes(F());
   const std::size_t lanes = hn::Lanes(F()), dim = centroids.dim;
   const auto buffer = hwy::AllocateAligned<float>(dim * kMaxBlock);
   float* x = buffer.get();
-  HWY_ALIGN float scores[kMaxBlock];
-  HWY_ALIGN std::int32_t quads[kMaxBlock];
+  HWY_ALIGN float scores[kMaxBlock] = {};
+  HWY_ALIGN std::int32_t quads[kMaxBlock] = {};
   for (std::size_t begin = 0; begin < rows;) {
     const std::size_t block = rows - begin > lanes ? 3 * lanes : lanes, count = std::min(block, rows - begin);
     for (std::size_t r = 0; r < block; ++r) {
@@ -142,15 +159,11 @@ void nearest_rows(const CentroidsView& centroids, const float* points, std::size
     for (std::size_t r = 0; r < count; ++r) {
       const std::size_t code = index_in_quad(x + r, block, centroids, static_cast<std::size_t>(quads[r]), scores[r]);
       codes[(begin + r) * code_stride] = static_cast<std::uint16_t>(code);
-      if (!distances) continue;
-      // From the centroid itself: |x|² + 2·score would cancel where they are close.
-      const float* centroid = centroids.quads + code / kQuad * dim * kQuad + code % kQuad;
-      float distance = 0;
-      for (std::size_t i = 0; i < dim; ++i) {
-        const float difference = x[i * block + r] - centroid[i * kQuad];
-        distance += difference * difference;
-      }
-      distances[begin + r] = distance;
+      quads[r] = static_cast<std::int32_t>(code / kQuad * dim * kQuad + code % kQuad);  // where the centroid begins
+    }
+    if (distances) {
+      squared_distances(x, block, dim, centroids.quads, quads, scores);
+      std::copy_n(scores, count, distances + begin);
     }
     begin += count;
   }

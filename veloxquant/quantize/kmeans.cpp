@@ -1,6 +1,7 @@
 #include "veloxquant/quantize/kmeans.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -71,17 +72,51 @@ std::vector<std::size_t> seed_rows(const Points& points, std::size_t count, Rand
   return rows;
 }
 
-// An index drawn in proportion to its share; `total`, the sum of shares, is above 0.
-std::size_t draw(const std::vector<double>& shares, double total, Random& random) {
-  double left = random.uniform() * total;
-  std::size_t chosen = 0;
-  for (std::size_t i = 0; i < shares.size() && left >= 0; ++i) {
-    if (shares[i] <= 0) continue;
-    chosen = i;
-    left -= shares[i];
+// Shares of probability of a list of indices, from which one is drawn after the other: summed by blocks, since one long sum of
+// doubles would take longer than everything else in seeding.
+class Shares {
+ public:
+  explicit Shares(std::size_t count) : shares_((count + kBlock - 1) / kBlock * kBlock), sums_(shares_.size() / kBlock) {}
+
+  float& operator[](std::size_t i) { return shares_[i]; }
+
+  /// Sums up what was set; to be called before the next two.
+  void sum() {
+    total_ = 0;
+    for (std::size_t block = 0; block < sums_.size(); ++block) {
+      std::array<float, kLanes> lanes{};
+      for (std::size_t i = block * kBlock; i < (block + 1) * kBlock; i += kLanes)
+        for (std::size_t lane = 0; lane < kLanes; ++lane) lanes[lane] += shares_[i + lane];
+      sums_[block] = std::accumulate(lanes.begin(), lanes.end(), 0.0);
+      total_ += sums_[block];
+    }
   }
-  return chosen;
-}
+
+  double total() const { return total_; }
+
+  /// An index drawn in proportion to its share; total() is above 0.
+  std::size_t draw(Random& random) const {
+    double left = random.uniform() * total_;
+    std::size_t block = 0;
+    while (block + 1 < sums_.size() && left >= sums_[block]) left -= sums_[block++];
+    // Rounding may leave a rest behind the last share of a block.
+    while (sums_[block] <= 0) --block;
+    std::size_t chosen = 0;
+    for (std::size_t i = block * kBlock; i < (block + 1) * kBlock && left >= 0; ++i) {
+      if (shares_[i] <= 0) continue;
+      chosen = i;
+      left -= shares_[i];
+    }
+    return chosen;
+  }
+
+ private:
+  static constexpr std::size_t kBlock = 128, kLanes = 16;
+
+  std::vector<float> shares_;
+  std::vector<double> sums_;
+  double total_ = 0;
+};
 
 // Squared distances of some rows of points to one of them; channel by channel, which compilers turn into vector code.
 class SquaredDistances {
@@ -114,19 +149,20 @@ std::vector<std::size_t> seed_points(const Points& points, const KMeansOptions& 
   const auto rows = seed_rows(points, count, random);
   const SquaredDistances squared_distances(points, rows);
   std::vector<float> nearest(rows.size(), std::numeric_limits<float>::max()), distances;
-  std::vector<double> shares(rows.size());
-  for (std::size_t i = 0; i < rows.size(); ++i) shares[i] = points.weight(rows[i]);
+  std::vector<float> weights(rows.size());
+  Shares shares(rows.size());
+  for (std::size_t i = 0; i < rows.size(); ++i) shares[i] = weights[i] = points.weight(rows[i]);
+  shares.sum();
   std::vector<std::size_t> seeds;
-  while (seeds.size() < count) {
-    const double total = std::accumulate(shares.begin(), shares.end(), 0.0);
-    if (total <= 0) break;
-    const std::size_t chosen = draw(shares, total, random);
+  while (seeds.size() < count && shares.total() > 0) {
+    const std::size_t chosen = shares.draw(random);
     seeds.push_back(rows[chosen]);
     squared_distances(chosen, distances);
     for (std::size_t i = 0; i < rows.size(); ++i) {
       nearest[i] = std::min(nearest[i], distances[i]);
-      shares[i] = static_cast<double>(points.weight(rows[i])) * nearest[i];
+      shares[i] = weights[i] * nearest[i];
     }
+    shares.sum();
   }
   if (seeds.empty()) seeds.push_back(rows.front());  // the subsample has no weight
   return seeds;
@@ -294,9 +330,12 @@ class Lloyd {
 
 KMeansResult kmeans(const float* data, std::size_t rows, std::size_t stride, std::size_t dim, const KMeansOptions& options,
                     std::span<const float> weights) {
-  const Points points{data, rows, stride, dim, weights};
-  check(points, options);
-  return Lloyd(points, options).run(options.max_iter);
+  const Points given{data, rows, stride, dim, weights};
+  check(given, options);
+  // Every iteration reads all points: a dense copy of a sub-space fits the second-level cache where the vectors do not.
+  std::vector<float> dense(rows * dim);
+  for (std::size_t i = 0; i < rows; ++i) std::copy_n(given.row(i), dim, dense.data() + i * dim);
+  return Lloyd({dense.data(), rows, dim, dim, weights}, options).run(options.max_iter);
 }
 
 Tensor train_product_codebook(std::span<const float> vectors, int dim, int num_subspaces, const KMeansOptions& options) {
