@@ -28,6 +28,7 @@ class LayerReader {
   explicit LayerReader(Weights& weights) : weights_(weights) {}
 
   mx::array take(const std::string& name, const mx::Shape& shape) { return weights_.take(name, shape); }
+  Matrix take_matrix(const std::string& name, int rows, int columns) { return weights_.take_matrix(name, rows, columns); }
 
   Linear linear(const std::string& name, int out, int in, bool bias) { return joined({{name, out}}, in, bias); }
 
@@ -40,7 +41,7 @@ class LayerReader {
   Linear joined(const std::vector<Map>& maps, int in, bool bias) {
     Linear linear;
     for (const auto& [name, out] : maps) {
-      auto weight = take(name + ".weight", {out, in});
+      auto weight = take_matrix(name + ".weight", out, in);
       linear.add(std::move(weight), bias ? std::optional(take(name + ".bias", {out})) : std::nullopt);
     }
     return linear;
@@ -76,7 +77,7 @@ Model Model::load(const std::filesystem::path& folder) {
   LayerReader reader(weights);
   model.identity_ = make_identity(c, weights);
 
-  model.embedding_ = reader.take("model.embed_tokens.weight", {c.vocab_size, c.hidden_size});
+  model.embedding_ = reader.take_matrix("model.embed_tokens.weight", c.vocab_size, c.hidden_size);
   const int query_size = c.num_heads * c.head_dim, kv_size = c.num_kv_heads * c.head_dim;
   for (int i = 0; i < c.num_layers; ++i) {
     const std::string layer = fmt::format("model.layers.{}.", i), attention = layer + "self_attn.", mlp = layer + "mlp.";
@@ -99,17 +100,17 @@ Model Model::load(const std::filesystem::path& folder) {
   }
   model.final_norm_ = reader.take("model.norm.weight", {c.hidden_size});
   if (c.tie_word_embeddings.value_or(!weights.has("lm_head.weight"))) {
-    model.head_ = model.embedding_;
+    model.head_.add(*model.embedding_, std::nullopt);
     weights.skip("lm_head.weight");
   } else {
-    model.head_ = reader.take("lm_head.weight", {c.vocab_size, c.hidden_size});
+    model.head_.add(reader.take_matrix("lm_head.weight", c.vocab_size, c.hidden_size), std::nullopt);
   }
   weights.expect_all_taken();
   return model;
 }
 
 mx::array Model::embed(const mx::array& tokens) const {
-  return mx::take(*embedding_, tokens, 0);
+  return veloxquant::embed(*embedding_, tokens);
 }
 
 mx::array Model::attention(const Layer& layer, const mx::array& x, AttentionCache& cache) const {
@@ -135,7 +136,7 @@ mx::array Model::layer(int index, const mx::array& hidden, AttentionCache& cache
 }
 
 mx::array Model::logits(const mx::array& hidden) const {
-  return mx::matmul(rms_norm(hidden, *final_norm_, static_cast<float>(config_.rms_norm_eps)), mx::transpose(*head_));
+  return head_(rms_norm(hidden, *final_norm_, static_cast<float>(config_.rms_norm_eps)));
 }
 
 int Model::logit_rows() const {
@@ -147,7 +148,7 @@ mx::array Model::hidden_gradient(const mx::array& hidden, const mx::array& gradi
   const auto norm = [this](const std::vector<mx::array>& x) {
     return std::vector<mx::array>{rms_norm(x[0], *final_norm_, static_cast<float>(config_.rms_norm_eps))};
   };
-  return mx::vjp(norm, {hidden}, {mx::matmul(gradient, *head_)}).second[0];
+  return mx::vjp(norm, {hidden}, {head_.backward(gradient)}).second[0];
 }
 
 mx::array Model::forward(const mx::array& tokens, const AttentionCaches& caches) const {

@@ -11,6 +11,7 @@
 #include "veloxquant/model/attention_cache.h"
 #include "veloxquant/model/config.h"
 #include "veloxquant/model/device.h"
+#include "veloxquant/model/ops.h"
 #include "veloxquant/plan/model_identity.h"
 
 namespace veloxquant {
@@ -64,7 +65,9 @@ class Model {
   ModelIdentity identity_;
   Rope rope_;
   std::vector<Layer> layers_;
-  std::optional<mx::array> embedding_, final_norm_, head_;
+  std::optional<Matrix> embedding_;
+  std::optional<mx::array> final_norm_;
+  Linear head_;
 };
 
 }  // namespace veloxquant

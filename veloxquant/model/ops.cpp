@@ -1,5 +1,6 @@
 #include "veloxquant/model/ops.h"
 
+#include <algorithm>
 #include <numeric>
 #include <stdexcept>
 
@@ -27,30 +28,23 @@ mx::Shape with_last(mx::Shape shape, int size) {
   throw std::logic_error(std::string(operation) + " has no gradient by its weights");
 }
 
-// The maps of inputs: x, then weights, then for each of `biased` a bias.
-std::vector<LinearMap> maps_of(const std::vector<mx::array>& inputs, const std::vector<bool>& biased) {
+// Biases are the inputs from the second one on, for those maps that have one.
+std::vector<LinearMap> maps_of(const std::vector<Matrix>& weights, const std::vector<bool>& biased, const std::vector<mx::array>& inputs) {
   std::vector<LinearMap> maps;
-  std::size_t bias = 1 + biased.size();
-  for (std::size_t i = 0; i < biased.size(); ++i) {
-    const auto& weight = inputs[1 + i];
-    maps.push_back({weight.data<float>(), biased[i] ? inputs[bias++].data<float>() : nullptr, static_cast<std::size_t>(weight.shape(0))});
-  }
+  std::size_t bias = 1;
+  for (std::size_t i = 0; i < weights.size(); ++i)
+    maps.push_back(
+        {weights[i].data(), biased[i] ? inputs[bias++].data<float>() : nullptr, static_cast<std::size_t>(weights[i].rows())});
   return maps;
 }
 
-mx::array linear_backward(const std::vector<mx::array>& inputs, std::size_t num_maps, const mx::array& gradient) {
-  std::vector<mx::array> read = {mx::contiguous(gradient)};
-  read.insert(read.end(), inputs.begin() + 1, inputs.begin() + 1 + static_cast<std::ptrdiff_t>(num_maps));
-  return cpu_operation("LinearBackward", std::move(read), {inputs[0].shape()},
-                       [unbiased = std::vector<bool>(num_maps, false)](const auto& in, auto& out) {
-                         linear_backward(in[0].template data<float>(), rows_of(out[0]), static_cast<std::size_t>(out[0].shape(-1)),
-                                         maps_of(in, unbiased), out[0].template data<float>());
-                       })[0];
+int total_rows(const std::vector<Matrix>& weights) {
+  return std::accumulate(weights.begin(), weights.end(), 0, [](int sum, const Matrix& weight) { return sum + weight.rows(); });
 }
 
 }  // namespace
 
-void Linear::add(mx::array weight, std::optional<mx::array> bias) {
+void Linear::add(Matrix weight, std::optional<mx::array> bias) {
   weights_.push_back(std::move(weight));
   biases_.push_back(std::move(bias));
 }
@@ -63,28 +57,22 @@ mx::array Linear::operator()(const mx::array& x, const std::optional<mx::array>&
   }
   std::vector<mx::array> inputs = {mx::contiguous(x)};
   std::vector<bool> biased;
-  int width = 0;
-  for (const auto& weight : weights_) {
-    inputs.push_back(weight);
-    width += weight.shape(0);
-  }
   for (const auto& bias : biases_) {
     biased.push_back(bias.has_value());
     if (bias) inputs.push_back(*bias);
   }
   if (residual) inputs.push_back(mx::contiguous(*residual));
   return cpu_operation(
-      "Linear", std::move(inputs), {with_last(x.shape(), width)},
-      [biased, has_residual = residual.has_value()](const auto& in, auto& out) {
-        linear(in[0].template data<float>(), rows_of(in[0]), static_cast<std::size_t>(in[0].shape(-1)), maps_of(in, biased),
+      "Linear", std::move(inputs), {with_last(x.shape(), total_rows(weights_))},
+      [weights = weights_, biased, has_residual = residual.has_value()](const auto& in, auto& out) {
+        linear(in[0].template data<float>(), rows_of(in[0]), static_cast<std::size_t>(in[0].shape(-1)), maps_of(weights, biased, in),
                has_residual ? in.back().template data<float>() : nullptr, out[0].template data<float>());
       },
-      [num_maps = weights_.size(), has_residual = residual.has_value()](const auto& in, const auto&, const auto& gradients,
-                                                                        const auto& wanted) {
+      [self = *this, has_residual = residual.has_value()](const auto& in, const auto&, const auto& gradients, const auto& wanted) {
         std::vector<mx::array> results;
         for (const int input : wanted) {
           if (input == 0) {
-            results.push_back(linear_backward(in, num_maps, gradients[0]));
+            results.push_back(self.backward(gradients[0]));
           } else if (has_residual && input == static_cast<int>(in.size()) - 1) {
             results.push_back(gradients[0]);
           } else {
@@ -95,19 +83,45 @@ mx::array Linear::operator()(const mx::array& x, const std::optional<mx::array>&
       })[0];
 }
 
+mx::array Linear::backward(const mx::array& gradient) const {
+  if (!own_kernels()) {
+    std::vector<mx::array> weights;
+    for (const auto& weight : weights_) weights.push_back(weight.array());
+    return mx::matmul(gradient, weights.size() == 1 ? weights[0] : mx::concatenate(weights, 0));
+  }
+  return cpu_operation("LinearBackward", {mx::contiguous(gradient)}, {with_last(gradient.shape(), weights_[0].columns())},
+                       [weights = weights_](const auto& in, auto& out) {
+                         linear_backward(in[0].template data<float>(), rows_of(in[0]), static_cast<std::size_t>(out[0].shape(-1)),
+                                         maps_of(weights, std::vector<bool>(weights.size(), false), in),
+                                         out[0].template data<float>());
+                       })[0];
+}
+
 std::vector<mx::array> Linear::parts(const mx::array& x) const {
-  if (own_kernels() && weights_.size() > 1) {
+  if (own_kernels()) {
+    if (weights_.size() == 1) return {(*this)(x)};
     mx::Shape ends;
-    for (std::size_t i = 0; i + 1 < weights_.size(); ++i) ends.push_back((i > 0 ? ends.back() : 0) + weights_[i].shape(0));
+    for (std::size_t i = 0; i + 1 < weights_.size(); ++i) ends.push_back((i > 0 ? ends.back() : 0) + weights_[i].rows());
     return mx::split((*this)(x), ends, -1);
   }
-  if (own_kernels()) return {(*this)(x)};
   std::vector<mx::array> outputs;
   for (std::size_t i = 0; i < weights_.size(); ++i) {
-    const auto product = mx::matmul(x, mx::transpose(weights_[i]));
+    const auto product = mx::matmul(x, mx::transpose(weights_[i].array()));
     outputs.push_back(biases_[i] ? mx::add(product, *biases_[i]) : product);
   }
   return outputs;
+}
+
+mx::array embed(const Matrix& table, const mx::array& tokens) {
+  if (!own_kernels()) return mx::take(table.array(), tokens, 0);
+  auto shape = tokens.shape();
+  shape.push_back(table.columns());
+  return cpu_operation("Embed", {mx::contiguous(tokens)}, {shape}, [table](const auto& in, auto& out) {
+    const std::int32_t* token = in[0].template data<std::int32_t>();
+    float* row = out[0].template data<float>();
+    for (std::size_t i = 0; i < in[0].size(); ++i, row += table.columns())
+      std::copy_n(table.data() + static_cast<std::ptrdiff_t>(token[i]) * table.columns(), table.columns(), row);
+  })[0];
 }
 
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps) {

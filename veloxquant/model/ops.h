@@ -5,16 +5,15 @@
 #include <vector>
 
 #include "mlx/array.h"
+#include "veloxquant/model/matrix.h"
 
 namespace veloxquant {
-
-namespace mx = mlx::core;
 
 /// Linear maps y = x·Wᵀ + b that share their input x.
 class Linear {
  public:
   /// weight [out, in] as checkpoints hold it, bias [out] or none.
-  void add(mx::array weight, std::optional<mx::array> bias);
+  void add(Matrix weight, std::optional<mx::array> bias);
 
   /// x [..., in] → the outputs of all maps beside each other, [..., Σ out].  `residual` of that shape is added.
   mx::array operator()(const mx::array& x, const std::optional<mx::array>& residual = std::nullopt) const;
@@ -22,10 +21,16 @@ class Linear {
   /// x [..., in] → the output of each map, [..., out].
   std::vector<mx::array> parts(const mx::array& x) const;
 
+  /// What a loss gains by x when it gains `gradient` by (*this)(x): [..., Σ out] → [..., in].
+  mx::array backward(const mx::array& gradient) const;
+
  private:
-  std::vector<mx::array> weights_;
+  std::vector<Matrix> weights_;
   std::vector<std::optional<mx::array>> biases_;
 };
+
+/// Rows of `table` [rows, dim] by tokens [..] int32 in [0, rows) → [.., dim].
+mx::array embed(const Matrix& table, const mx::array& tokens);
 
 /// x / rms(x) · weight over the last axis (arXiv 1910.07467).
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps);

@@ -12,8 +12,8 @@ mx::array draw_graph(const mx::array& probabilities, const mx::array& uniforms) 
   const auto cumulated = mx::cumsum(probabilities, -1);
   const auto last = mx::max(cumulated, -1, true);
   // Of what is cumulated, so that rounding never leaves a number beyond it.
-  const auto exceeds = mx::greater(cumulated, mx::multiply(mx::expand_dims(uniforms, -1), last));
-  return mx::astype(mx::argmax(exceeds, -1), mx::int32);
+  const auto before = mx::less_equal(cumulated, mx::multiply(mx::expand_dims(uniforms, -1), last));
+  return mx::sum(mx::astype(before, mx::int32), -1);
 }
 
 using Kernel = void (*)(const float* logits, const float* uniforms, std::size_t rows, std::size_t vocabulary, float* out);

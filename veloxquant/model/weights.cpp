@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <set>
+#include <span>
 
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/hash.h"
@@ -38,6 +40,15 @@ std::vector<fs::path> weight_files(const fs::path& folder) {
   return files;
 }
 
+void check_finite(std::span<const float> values, const std::string& name, const std::string& path) {
+  for (const float value : values)
+    if (!std::isfinite(value)) throw_failure("weights", "{}: tensor {}: expected finite values, got {}", path, name, value);
+}
+
+bool is_aligned_float32(const SafetensorsEntry& entry) {
+  return entry.dtype == "F32" && reinterpret_cast<std::uintptr_t>(entry.data.data()) % alignof(float) == 0;
+}
+
 std::string shape_text(const auto& shape) {
   return fmt::format("[{}]", fmt::join(shape, ", "));
 }
@@ -45,9 +56,7 @@ std::string shape_text(const auto& shape) {
 }  // namespace
 
 Weights::Weights(const fs::path& folder) : folder_(folder) {
-  const auto paths = weight_files(folder);
-  files_.reserve(paths.size());  // tensors_ points into the files
-  for (const auto& path : paths) add_file(path);
+  for (const auto& path : weight_files(folder)) add_file(path);
   std::string headers;
   for (const auto& [name, source] : tensors_)
     headers += fmt::format("{} {} {}\n", name, source.entry->dtype, shape_text(source.entry->shape));
@@ -55,26 +64,41 @@ Weights::Weights(const fs::path& folder) : folder_(folder) {
 }
 
 void Weights::add_file(const fs::path& path) {
-  files_.emplace_back(path);
-  for (const auto& [name, entry] : files_.back().tensors()) {
-    const auto [at, added] = tensors_.emplace(name, Source{&entry, path.string()});
-    if (!added) throw_failure("weights", "{}: tensor {} is also in {}", path.string(), name, at->second.file);
+  const auto file = std::make_shared<const SafetensorsFile>(path);
+  for (const auto& [name, entry] : file->tensors()) {
+    const auto [at, added] = tensors_.emplace(name, Source{file, &entry, path.string()});
+    if (!added) throw_failure("weights", "{}: tensor {} is also in {}", path.string(), name, at->second.path);
   }
 }
 
-mx::array Weights::take(const std::string& name, const mx::Shape& shape) {
+Weights::Source Weights::find(const std::string& name, const mx::Shape& shape) {
   const auto found = tensors_.find(name);
   if (found == tensors_.end()) throw_failure("weights", "{}: no tensor {} {}", folder_.string(), name, shape_text(shape));
-  const Source source = found->second;
+  Source source = found->second;
   if (!std::equal(shape.begin(), shape.end(), source.entry->shape.begin(), source.entry->shape.end()))
-    throw_failure("weights", "{}: tensor {}: expected shape {} by config.json, got {}", source.file, name, shape_text(shape),
+    throw_failure("weights", "{}: tensor {}: expected shape {} by config.json, got {}", source.path, name, shape_text(shape),
                   shape_text(source.entry->shape));
   tensors_.erase(found);
+  return source;
+}
 
-  const Tensor tensor = to_float32(*source.entry, name, source.file);
-  for (const float value : tensor.values)
-    if (!std::isfinite(value)) throw_failure("weights", "{}: tensor {}: expected finite values, got {}", source.file, name, value);
+mx::array Weights::take(const std::string& name, const mx::Shape& shape) {
+  const Source source = find(name, shape);
+  const Tensor tensor = to_float32(*source.entry, name, source.path);
+  check_finite(tensor.values, name, source.path);
   return mx::array(tensor.values.data(), shape);
+}
+
+Matrix Weights::take_matrix(const std::string& name, int rows, int columns) {
+  const Source source = find(name, {rows, columns});
+  if (is_aligned_float32(*source.entry)) {
+    const auto* data = reinterpret_cast<const float*>(source.entry->data.data());
+    check_finite({data, source.entry->data.size() / sizeof(float)}, name, source.path);
+    return {source.file, data, rows, columns};
+  }
+  const auto tensor = std::make_shared<const Tensor>(to_float32(*source.entry, name, source.path));
+  check_finite(tensor->values, name, source.path);
+  return {tensor, tensor->values.data(), rows, columns};
 }
 
 void Weights::expect_all_taken() const {

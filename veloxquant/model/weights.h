@@ -3,15 +3,15 @@
 
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "mlx/array.h"
 #include "veloxquant/core/safetensors.h"
+#include "veloxquant/model/matrix.h"
 
 namespace veloxquant {
-
-namespace mx = mlx::core;
 
 /// The safetensors files of a Hugging Face model folder: those that model.safetensors.index.json names, or else every
 /// *.safetensors.  Tensors are taken by name; what nobody takes is an error, so that a checkpoint of another architecture is
@@ -26,6 +26,9 @@ class Weights {
   /// The tensor in float32.  Throws unless it is there, F32, F16 or BF16, of `shape`, and finite everywhere.
   mx::array take(const std::string& name, const mx::Shape& shape);
 
+  /// The same of a matrix [rows, columns], which is not copied where it is stored as float32.
+  Matrix take_matrix(const std::string& name, int rows, int columns);
+
   /// Says that a tensor is known but not needed; one that is not there is fine.
   void skip(const std::string& name) { tensors_.erase(name); }
 
@@ -36,14 +39,15 @@ class Weights {
   const std::string& headers_hash() const { return headers_hash_; }
 
  private:
-  void add_file(const std::filesystem::path& path);
-
   struct Source {
+    std::shared_ptr<const SafetensorsFile> file;
     const SafetensorsEntry* entry;
-    std::string file;
+    std::string path;
   };
 
-  std::vector<SafetensorsFile> files_;
+  void add_file(const std::filesystem::path& path);
+  Source find(const std::string& name, const mx::Shape& shape);
+
   std::map<std::string, Source> tensors_;
   std::string headers_hash_;
   std::filesystem::path folder_;

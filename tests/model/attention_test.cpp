@@ -1,0 +1,53 @@
+// The operation in MLX's graph; the kernel behind it has tests of its own.
+#include "veloxquant/model/attention.h"
+
+#include <gtest/gtest.h>
+
+#include "mlx/ops.h"
+#include "mlx/random.h"
+#include "mlx/transforms.h"
+#include "veloxquant/model/cpu_operation.h"
+
+namespace veloxquant {
+namespace {
+
+mx::array normal(const mx::Shape& shape, std::uint64_t seed) {
+  return mx::random::normal(shape, mx::float32, mx::random::key(seed));
+}
+
+float largest_difference(const mx::array& a, const mx::array& b) {
+  return mx::max(mx::abs(mx::subtract(a, b))).item<float>();
+}
+
+// Values and gradients of our kernels against MLX's operations and their autograd.
+void expect_equals_mlx(const AttentionSpec& spec, int queries, int keys) {
+  SCOPED_TRACE(::testing::Message() << "T " << queries << " S " << keys << " cap " << spec.soft_cap << " window " << spec.sliding_window
+                                    << " padding " << spec.padding.has_value());
+  const std::vector<mx::array> inputs = {normal({3, 4, queries, 16}, 1), normal({3, 2, keys, 16}, 2), normal({3, 2, keys, 16}, 3)};
+  const auto weights = normal({3, 4, queries, 16}, 4);
+  const auto attention = [&](const std::vector<mx::array>& x) { return std::vector<mx::array>{causal_attention(x[0], x[1], x[2], spec)}; };
+  const auto [ours, our_gradients] = mx::vjp(attention, inputs, {weights});
+  mx::eval(ours);
+  mx::eval(our_gradients);
+  const MlxOperationsScope scope;
+  const auto [theirs, their_gradients] = mx::vjp(attention, inputs, {weights});
+  EXPECT_LE(largest_difference(ours[0], theirs[0]), 1e-5f);
+  for (std::size_t i = 0; i < 3; ++i) EXPECT_LE(largest_difference(our_gradients[i], their_gradients[i]), 3e-5f) << "input " << i;
+}
+
+TEST(AttentionOperation, EqualsMlxInValueAndGradient) {
+  const std::vector<std::int32_t> padding = {0, 5, 70};
+  for (const auto& [queries, keys] : {std::pair{1, 40}, {4, 40}, {70, 70}, {9, 300}}) {
+    for (const float cap : {0.0f, 2.0f}) {
+      for (const int window : {0, 13}) {
+        AttentionSpec spec{.scale = 0.25f, .soft_cap = cap, .sliding_window = window};
+        expect_equals_mlx(spec, queries, keys);
+        spec.padding = mx::array(padding.data(), {3}, mx::int32);
+        expect_equals_mlx(spec, queries, keys);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace veloxquant
