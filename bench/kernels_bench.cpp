@@ -96,7 +96,13 @@ void hadamard_rows(benchmark::State& state) {
 }
 
 BENCHMARK(sgemm)->UseRealTime();
-BENCHMARK(encode)->UseRealTime()->Args({64, 16, 256})->Args({128, 32, 256})->Args({128, 64, 256})->Args({128, 16, 256})->Args({128, 4, 4096});
+BENCHMARK(encode)
+    ->UseRealTime()
+    ->Args({64, 16, 256})
+    ->Args({128, 32, 256})
+    ->Args({128, 64, 256})
+    ->Args({128, 16, 256})
+    ->Args({128, 4, 4096});
 BENCHMARK(train_codebook)->UseRealTime()->Unit(benchmark::kMillisecond);
 BENCHMARK(hadamard_rows)->UseRealTime()->Arg(64)->Arg(128);
 

@@ -4,22 +4,17 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-needed=$(grep -v '^#' scripts/debian-packages.txt)
+# By what the packages hold, so that it is seen wherever that comes from.
 missing=()
-if command -v dpkg-query >/dev/null; then
-  for package in $needed; do
-    dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
-  done
-else
-  echo "setup: no dpkg here, so nothing was installed.  The build needs what these Debian packages hold:" >&2
-  echo "$needed" | sed 's/^/  /' >&2
-fi
+while read -r package probe; do
+  bash -c "$probe" </dev/null >/dev/null 2>&1 || missing+=("$package")
+done < <(grep -v '^#' scripts/debian-packages.txt)
 
 if [ ${#missing[@]} -gt 0 ]; then
   as_root=
   [ "$(id -u)" = 0 ] || as_root=sudo
   if ! command -v apt-get >/dev/null || { [ -n "$as_root" ] && ! command -v sudo >/dev/null; }; then
-    echo "setup: install these packages, then run make again:" >&2
+    echo "setup: install what these Debian packages hold, then run make again:" >&2
     printf '  %s\n' "${missing[@]}" >&2
     exit 1
   fi

@@ -3,7 +3,7 @@
 # usage: test.sh BUILD_FOLDER [PYTEST_MARKERS]    which comparisons to run, "not slow" if nothing is said
 set -uo pipefail
 cd "$(dirname "$0")/.."
-build=$1
+build=$(cd "$1" && pwd) || exit 1
 failed_suites=0
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
@@ -17,7 +17,7 @@ failed=$(sed -nE 's/.*, ([0-9]+) tests? failed out of.*/\1/p' "$log")
 skipped=$(grep -c 'Skipped' "$log")
 
 if [ -z "${VELOXQUANT_SHARED:-}" ] && [ -d ../shared ]; then VELOXQUANT_SHARED=$(cd ../shared && pwd); fi
-export VELOXQUANT_SHARED=${VELOXQUANT_SHARED:-} VELOXQUANT_TOOLS=$PWD/$build/tools VELOXQUANT_PROGRAM=$PWD/$build/bin/veloxquant
+export VELOXQUANT_SHARED=${VELOXQUANT_SHARED:-} VELOXQUANT_TOOLS=$build/tools VELOXQUANT_PROGRAM=$build/bin/veloxquant
 .venv/bin/python -m pytest -q -p no:cacheprovider -m "${2:-not slow}" tests/python 2>&1 | tee "$log"
 [ "${PIPESTATUS[0]}" = 0 ] || failed_suites=$((failed_suites + 1))
 count() { sed -nE "s/(^|.*[^0-9])([0-9]+) ($1).*/\2/p" <(tail -n 1 "$log"); }

@@ -27,7 +27,8 @@ mx::array some_tokens(int sequences, int length) {
 // Attends to keys (before RoPE) and values that are moved by an error, where there is one.
 class MovingCache : public AttentionCache {
  public:
-  MovingCache(std::optional<mx::array> keys, std::optional<mx::array> values) : keys_(std::move(keys)), values_(std::move(values)) {}
+  MovingCache(std::optional<mx::array> keys, std::optional<mx::array> values)
+      : keys_(std::move(keys)), values_(std::move(values)) {}
 
   mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) override {
     offset_ = k.shape(2);
@@ -42,10 +43,10 @@ class MovingCache : public AttentionCache {
   int offset_ = 0;
 };
 
-mx::array logits_with(const mx::array& tokens, int layer, const std::optional<mx::array>& keys, const std::optional<mx::array>& values) {
-  const auto caches = demo_model().make_caches([&](int i) {
-    return std::make_unique<MovingCache>(i == layer ? keys : std::nullopt, i == layer ? values : std::nullopt);
-  });
+mx::array logits_with(const mx::array& tokens, int layer, const std::optional<mx::array>& keys,
+                      const std::optional<mx::array>& values) {
+  const auto caches = demo_model().make_caches(
+      [&](int i) { return std::make_unique<MovingCache>(i == layer ? keys : std::nullopt, i == layer ? values : std::nullopt); });
   const auto logits = demo_model().logits(demo_model().forward(tokens, caches));
   return mx::reshape(logits, {-1, logits.shape(-1)});
 }
@@ -96,13 +97,14 @@ TEST(Gradients, AreTheSlopeOfTheLikelihood) {
   for (const int layer : {0, 5, 11}) {
     for (const bool keys : {true, false}) {
       SCOPED_TRACE(::testing::Message() << "layer " << layer << (keys ? " keys" : " values"));
-      const auto& gradient = keys ? gradients[static_cast<std::size_t>(layer)].keys : gradients[static_cast<std::size_t>(layer)].values;
+      const auto& gradient =
+          keys ? gradients[static_cast<std::size_t>(layer)].keys : gradients[static_cast<std::size_t>(layer)].values;
       const double square = mx::sum(mx::square(gradient)).item<float>();
       const auto step = static_cast<float>(0.05 / std::sqrt(square));
       const auto at = [&](float size) {
         const auto error = mx::multiply(gradient, mx::array(size));
-        return likelihood(logits_with(tokens, layer, keys ? std::optional(error) : std::nullopt,
-                                      keys ? std::nullopt : std::optional(error)));
+        return likelihood(
+            logits_with(tokens, layer, keys ? std::optional(error) : std::nullopt, keys ? std::nullopt : std::optional(error)));
       };
       EXPECT_NEAR((at(step) - at(-step)) / (2 * step * square), 1.0, 0.03);
     }

@@ -183,8 +183,7 @@ TEST(Attention, Padding) {
         problem.expect_equals_reference();
         const auto out = problem.actual();
         const std::size_t sequence = queries * (2 * 12 + 3);
-        for (std::size_t t = 0; t < queries; ++t)
-          EXPECT_EQ(out[sequence + t * (2 * 12 + 3)], 0.0f);
+        for (std::size_t t = 0; t < queries; ++t) EXPECT_EQ(out[sequence + t * (2 * 12 + 3)], 0.0f);
       }
     }
   });

@@ -17,7 +17,11 @@ struct Problem {
   std::vector<float> x, residual, grad_y;
 
   Problem(std::size_t rows, std::size_t in, std::vector<std::size_t> outs)
-      : rows(rows), in(in), outs(std::move(outs)), x(normal_values(rows * in, 1)), residual(normal_values(rows * width(), 2)),
+      : rows(rows),
+        in(in),
+        outs(std::move(outs)),
+        x(normal_values(rows * in, 1)),
+        residual(normal_values(rows * width(), 2)),
         grad_y(normal_values(rows * width(), 3)) {
     for (const std::size_t out : this->outs) {
       weights.push_back(normal_values(out * in, 10 + weights.size()));

@@ -21,11 +21,13 @@ float largest_difference(const mx::array& a, const mx::array& b) {
 
 // Values and gradients of our kernels against MLX's operations and their autograd.
 void expect_equals_mlx(const AttentionSpec& spec, int queries, int keys) {
-  SCOPED_TRACE(::testing::Message() << "T " << queries << " S " << keys << " cap " << spec.soft_cap << " window " << spec.sliding_window
-                                    << " padding " << spec.padding.has_value());
+  SCOPED_TRACE(::testing::Message() << "T " << queries << " S " << keys << " cap " << spec.soft_cap << " window "
+                                    << spec.sliding_window << " padding " << spec.padding.has_value());
   const std::vector<mx::array> inputs = {normal({3, 4, queries, 16}, 1), normal({3, 2, keys, 16}, 2), normal({3, 2, keys, 16}, 3)};
   const auto weights = normal({3, 4, queries, 16}, 4);
-  const auto attention = [&](const std::vector<mx::array>& x) { return std::vector<mx::array>{causal_attention(x[0], x[1], x[2], spec)}; };
+  const auto attention = [&](const std::vector<mx::array>& x) {
+    return std::vector<mx::array>{causal_attention(x[0], x[1], x[2], spec)};
+  };
   const auto [ours, our_gradients] = mx::vjp(attention, inputs, {weights});
   mx::eval(ours);
   mx::eval(our_gradients);

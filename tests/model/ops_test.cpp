@@ -28,7 +28,8 @@ float largest_difference(const mx::array& a, const mx::array& b) {
   return mx::max(mx::abs(mx::subtract(a, b))).item<float>();
 }
 
-void expect_equals_mlx(const std::vector<mx::array>& inputs, const std::function<mx::array(const std::vector<mx::array>&)>& operation) {
+void expect_equals_mlx(const std::vector<mx::array>& inputs,
+                       const std::function<mx::array(const std::vector<mx::array>&)>& operation) {
   const auto as_list = [&](const std::vector<mx::array>& x) { return std::vector<mx::array>{operation(x)}; };
   const auto shape = operation(inputs).shape();
   const auto weights = normal(shape, 99);
@@ -38,7 +39,8 @@ void expect_equals_mlx(const std::vector<mx::array>& inputs, const std::function
   const MlxOperationsScope scope;
   const auto [theirs, their_gradients] = mx::vjp(as_list, inputs, {weights});
   EXPECT_LE(largest_difference(ours[0], theirs[0]), 1e-4f);
-  for (std::size_t i = 0; i < inputs.size(); ++i) EXPECT_LE(largest_difference(our_gradients[i], their_gradients[i]), 1e-4f) << "input " << i;
+  for (std::size_t i = 0; i < inputs.size(); ++i)
+    EXPECT_LE(largest_difference(our_gradients[i], their_gradients[i]), 1e-4f) << "input " << i;
 }
 
 TEST(Ops, RmsNorm) {
@@ -77,7 +79,8 @@ TEST(Ops, SiluGate) {
 
 TEST(Ops, Rope) {
   const Rope rope({.theta = 100.0}, 16);
-  for (const int offset : {0, 77}) expect_equals_mlx({normal({2, 3, 50, 16}, 1)}, [&](const auto& x) { return rope(x[0], offset); });
+  for (const int offset : {0, 77})
+    expect_equals_mlx({normal({2, 3, 50, 16}, 1)}, [&](const auto& x) { return rope(x[0], offset); });
 }
 
 TEST(Ops, Embed) {

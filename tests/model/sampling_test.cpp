@@ -23,7 +23,7 @@ TEST(SamplingOperation, EqualsMlxOperations) {
   const auto same = mx::equal(tokens, sample_tokens(logits, uniforms));
   EXPECT_GE(mx::sum(mx::astype(same, mx::int32)).item<int>(), kRows * 95 / 100);
   const auto difference = mx::max(mx::abs(mx::subtract(score, sampled_score(logits, uniforms))), -1);
-  EXPECT_LE(mx::max(mx::where(same, difference, mx::array(0.0f))).item<float>(), 1e-6f);
+  EXPECT_LE(mx::max(mx::where(same, difference, mx::array(0.0f))).item<float>(), 2e-5f);
 }
 
 }  // namespace

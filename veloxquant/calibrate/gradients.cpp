@@ -50,7 +50,8 @@ mx::array head_gradient(const Model& model, const mx::array& hidden, std::uint64
 
 std::vector<LayerGradients> likelihood_gradients(const Model& model, const mx::array& tokens, std::uint64_t seed) {
   const ModelConfig& config = model.config();
-  const mx::array probe = mx::broadcast_to(mx::array(0.0f), {tokens.shape(0), config.num_kv_heads, tokens.shape(1), config.head_dim});
+  const mx::array probe =
+      mx::broadcast_to(mx::array(0.0f), {tokens.shape(0), config.num_kv_heads, tokens.shape(1), config.head_dim});
   const std::vector<mx::array> probes(2 * static_cast<std::size_t>(config.num_layers), probe);
 
   const auto likelihood = [&](const std::vector<mx::array>& taps) {

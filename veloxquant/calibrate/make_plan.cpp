@@ -155,6 +155,7 @@ void check_plan_options(const ModelConfig& config, const PlanOptions& options, i
   if (options.context < 0 || options.context > config.max_position_embeddings)
     throw_invalid("calibrate", "context: expected at most {} (the model's maximum), got {}", config.max_position_embeddings,
                   options.context);
+  check_batch_size(num_samples, length);
   const std::int64_t vectors = std::int64_t{num_samples} * length * config.num_kv_heads;
   if (vectors < method.least_vectors)
     throw_invalid("calibrate", "samples: {} needs at least {} vectors a layer, and {} samples of {} tokens with {} KV heads are {}",

@@ -33,7 +33,7 @@ bool reads_samples(const PlanOptions& options);
 
 /// Throws as make_plan would, before any sample is made: std::invalid_argument if the method cannot store heads of the model's
 /// head_dim, if `bits` lies outside what it offers for them (says the range), if `context` exceeds the model's maximum, or if
-/// `num_samples` of `length` tokens give fewer vectors than the method has to be fitted to.
+/// `num_samples` of `length` tokens are more than check_batch_size() accepts, or give fewer vectors than the method is fitted to.
 void check_plan_options(const ModelConfig& config, const PlanOptions& options, int num_samples, int length);
 
 /// Gives bits to units, fits their quantizers to the keys (after RoPE) and values of `samples`, and fills everything of a plan but

@@ -147,7 +147,8 @@ float log_sum(float maximum, float sum) {
 void attend_block(const AttentionShape& shape, const AttentionRule& rule, std::size_t b, std::size_t h, std::size_t first,
                   std::size_t rows, StridedView q, StridedView k, StridedView v, MutableStridedView out, float* log_sums) {
   const std::size_t kv = h / (shape.query_heads / shape.kv_heads);
-  const std::size_t first_key = visible_keys(shape, rule, b, first).begin, last_key = visible_keys(shape, rule, b, first + rows - 1).end;
+  const std::size_t first_key = visible_keys(shape, rule, b, first).begin,
+                    last_key = visible_keys(shape, rule, b, first + rows - 1).end;
   const auto n = static_cast<int>(rows), dim = static_cast<int>(shape.head_dim);
   thread_local std::vector<float> scores(kQueryBlock * kKeyBlock);
   RunningSoftmax softmax(rows);
@@ -168,7 +169,8 @@ void attend_block(const AttentionShape& shape, const AttentionRule& rule, std::s
     float* result = out.at(b, h, first + r);
     if (first_key == last_key) std::fill_n(result, shape.head_dim, 0.0f);
     HWY_DYNAMIC_DISPATCH(scale_vector)(result, shape.head_dim, softmax.inverse_sum(r));
-    if (log_sums) log_sums[(b * shape.query_heads + h) * shape.query_tokens + first + r] = log_sum(softmax.maximum[r], softmax.sum[r]);
+    if (log_sums)
+      log_sums[(b * shape.query_heads + h) * shape.query_tokens + first + r] = log_sum(softmax.maximum[r], softmax.sum[r]);
   }
 }
 

@@ -97,9 +97,20 @@ int stride(const auto& view) {
 class Backward {
  public:
   Backward(const AttentionShape& shape, const AttentionRule& rule, StridedView q, StridedView k, StridedView v, StridedView out,
-           const float* log_sums, StridedView grad_out, MutableStridedView grad_q, MutableStridedView grad_k, MutableStridedView grad_v)
-      : shape_(shape), rule_(rule), q_(q), k_(k), v_(v), out_(out), log_sums_(log_sums), grad_out_(grad_out), grad_q_(grad_q),
-        grad_k_(grad_k), grad_v_(grad_v), group_(shape.query_heads / shape.kv_heads) {
+           const float* log_sums, StridedView grad_out, MutableStridedView grad_q, MutableStridedView grad_k,
+           MutableStridedView grad_v)
+      : shape_(shape),
+        rule_(rule),
+        q_(q),
+        k_(k),
+        v_(v),
+        out_(out),
+        log_sums_(log_sums),
+        grad_out_(grad_out),
+        grad_q_(grad_q),
+        grad_k_(grad_k),
+        grad_v_(grad_v),
+        group_(shape.query_heads / shape.kv_heads) {
     const std::size_t blocks = (shape.key_tokens + kKeyBlock - 1) / kKeyBlock;
     stretch_ = (blocks + kMaxStretches - 1) / kMaxStretches * kKeyBlock;
     stretches_ = (shape.key_tokens + stretch_ - 1) / stretch_;
@@ -133,7 +144,9 @@ class Backward {
   }
 
  private:
-  std::size_t row(std::size_t b, std::size_t h, std::size_t t) const { return (b * shape_.query_heads + h) * shape_.query_tokens + t; }
+  std::size_t row(std::size_t b, std::size_t h, std::size_t t) const {
+    return (b * shape_.query_heads + h) * shape_.query_tokens + t;
+  }
 
   float* partial(std::size_t stretch, std::size_t b, std::size_t h, std::size_t t) {
     return partial_.data() + ((stretch - 1) * rows_ + row(b, h, t)) * shape_.head_dim;
@@ -163,19 +176,24 @@ class Backward {
     }
   }
 
-  void run_block(std::size_t b, std::size_t kv, std::size_t h, std::size_t stretch, KeyRange keys, std::size_t first, std::size_t rows) {
+  void run_block(std::size_t b, std::size_t kv, std::size_t h, std::size_t stretch, KeyRange keys, std::size_t first,
+                 std::size_t rows) {
     if (visible_keys(shape_, rule_, b, first).begin >= keys.end) return;
-    const auto n = static_cast<int>(rows), columns = static_cast<int>(keys.end - keys.begin), dim = static_cast<int>(shape_.head_dim);
+    const auto n = static_cast<int>(rows), columns = static_cast<int>(keys.end - keys.begin),
+               dim = static_cast<int>(shape_.head_dim);
     thread_local std::vector<float> weights(kQueryBlock * kKeyBlock), gains(kQueryBlock * kKeyBlock);
-    const float *q = q_.at(b, h, first), *k = k_.at(b, kv, keys.begin), *v = v_.at(b, kv, keys.begin), *g = grad_out_.at(b, h, first);
+    const float *q = q_.at(b, h, first), *k = k_.at(b, kv, keys.begin), *v = v_.at(b, kv, keys.begin),
+                *g = grad_out_.at(b, h, first);
     gemm(false, true, n, columns, dim, rule_.scale, q, stride(q_), k, stride(k_), 0.0f, weights.data(), columns);
     gemm(false, true, n, columns, dim, 1.0f, g, stride(grad_out_), v, stride(v_), 0.0f, gains.data(), columns);
     for (std::size_t r = 0; r < rows; ++r) weigh(b, h, first + r, keys, weights.data() + r * columns, gains.data() + r * columns);
     gemm(true, false, columns, dim, n, 1.0f, weights.data(), columns, g, stride(grad_out_), 1.0f, grad_v_.at(b, kv, keys.begin),
          stride(grad_v_));
-    gemm(true, false, columns, dim, n, 1.0f, gains.data(), columns, q, stride(q_), 1.0f, grad_k_.at(b, kv, keys.begin), stride(grad_k_));
+    gemm(true, false, columns, dim, n, 1.0f, gains.data(), columns, q, stride(q_), 1.0f, grad_k_.at(b, kv, keys.begin),
+         stride(grad_k_));
     float* grad_q = stretch == 0 ? grad_q_.at(b, h, first) : partial(stretch, b, h, first);
-    gemm(false, false, n, dim, columns, 1.0f, gains.data(), columns, k, stride(k_), 1.0f, grad_q, stretch == 0 ? stride(grad_q_) : dim);
+    gemm(false, false, n, dim, columns, 1.0f, gains.data(), columns, k, stride(k_), 1.0f, grad_q,
+         stretch == 0 ? stride(grad_q_) : dim);
   }
 
   // A row of scores and of g·v: what the query sees becomes weights and gains, the rest zero.

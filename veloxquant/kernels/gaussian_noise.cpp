@@ -41,7 +41,8 @@ void add_noise(const float* x, std::size_t first, std::size_t count, float devia
     const auto h1 = finalise(du, hn::Add(place, hn::Set(du, salt1))), h2 = finalise(du, hn::Add(place, hn::Set(du, salt2)));
     place = hn::Add(place, step);
     // 24 bits are exact in float.
-    const auto uniform = hn::MulAdd(hn::ConvertTo(d, hn::BitCast(di, hn::ShiftRight<8>(h1))), hn::Set(d, 0x1p-24f), hn::Set(d, 0x1p-25f));
+    const auto uniform =
+        hn::MulAdd(hn::ConvertTo(d, hn::BitCast(di, hn::ShiftRight<8>(h1))), hn::Set(d, 0x1p-24f), hn::Set(d, 0x1p-25f));
     const auto radius = hn::Sqrt(hn::Mul(hn::Set(d, -2.0f), hn::Log(d, uniform)));
     // Signed, an angle lies in [−π, π): the same turn.
     const auto angle = hn::Mul(hn::ConvertTo(d, hn::BitCast(di, h2)), hn::Set(d, 1.4629180792671596e-9f));
@@ -71,7 +72,8 @@ std::uint32_t noise_salt(std::uint64_t seed, int number) {
 void add_gaussian_noise(const float* x, std::size_t count, float deviation, std::uint64_t seed, float* out) {
   constexpr std::size_t kBlock = 1 << 15;
   parallel_for(count, kBlock, [&](std::size_t begin, std::size_t end) {
-    HWY_DYNAMIC_DISPATCH(add_noise)(x + begin, begin, end - begin, deviation, noise_salt(seed, 1), noise_salt(seed, 2), out + begin);
+    HWY_DYNAMIC_DISPATCH(add_noise)
+    (x + begin, begin, end - begin, deviation, noise_salt(seed, 1), noise_salt(seed, 2), out + begin);
   });
 }
 

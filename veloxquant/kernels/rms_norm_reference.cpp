@@ -24,8 +24,7 @@ void rms_norm_backward(const float* x, const float* weight, const float* grad_ou
     }
     const double scale = 1 / std::sqrt(squares / static_cast<double>(dim) + eps);
     const double shrink = scale * scale * scale * products / static_cast<double>(dim);
-    for (std::size_t i = 0; i < dim; ++i)
-      grad_x[i] = static_cast<float>(scale * grad_out[i] * weight[i] - shrink * x[i]);
+    for (std::size_t i = 0; i < dim; ++i) grad_x[i] = static_cast<float>(scale * grad_out[i] * weight[i] - shrink * x[i]);
   }
 }
 

@@ -14,8 +14,7 @@ mx::array seen_keys(int queries, int keys, const AttentionSpec& spec) {
   const auto key = mx::reshape(mx::arange(keys), {1, 1, 1, keys});
   const auto query = mx::reshape(mx::arange(keys - queries, keys, mx::int32), {1, 1, queries, 1});
   auto seen = mx::less_equal(key, query);
-  if (spec.sliding_window > 0)
-    seen = mx::logical_and(seen, mx::greater(key, mx::subtract(query, mx::array(spec.sliding_window))));
+  if (spec.sliding_window > 0) seen = mx::logical_and(seen, mx::greater(key, mx::subtract(query, mx::array(spec.sliding_window))));
   if (spec.padding) seen = mx::logical_and(seen, mx::greater_equal(key, mx::reshape(*spec.padding, {-1, 1, 1, 1})));
   return seen;
 }
@@ -24,11 +23,11 @@ mx::array seen_keys(int queries, int keys, const AttentionSpec& spec) {
 mx::array attention_graph(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) {
   const bool plain = spec.sliding_window == 0 && !spec.padding;
   if (spec.soft_cap == 0 && plain) return mx::fast::scaled_dot_product_attention(q, k, v, spec.scale, "causal");
-  const int batch = q.shape(0), heads = q.shape(1), kv_heads = k.shape(1), queries = q.shape(2), keys = k.shape(2), dim = q.shape(3);
+  const int batch = q.shape(0), heads = q.shape(1), kv_heads = k.shape(1), queries = q.shape(2), keys = k.shape(2),
+            dim = q.shape(3);
   const auto grouped = mx::reshape(q, {batch, kv_heads, heads / kv_heads, queries, dim});
   auto scores = mx::multiply(mx::matmul(grouped, mx::swapaxes(mx::expand_dims(k, 2), -1, -2)), mx::array(spec.scale));
-  if (spec.soft_cap > 0)
-    scores = mx::multiply(mx::tanh(mx::divide(scores, mx::array(spec.soft_cap))), mx::array(spec.soft_cap));
+  if (spec.soft_cap > 0) scores = mx::multiply(mx::tanh(mx::divide(scores, mx::array(spec.soft_cap))), mx::array(spec.soft_cap));
   const auto seen = mx::expand_dims(seen_keys(queries, keys, spec), 2);
   // Finite, so that a query that sees nothing has weights, which the mask then takes away.
   const auto weights = mx::softmax(mx::where(seen, scores, mx::array(-1e30f)), -1, /* precise= */ true);
@@ -53,14 +52,15 @@ std::vector<mx::array> attention_backward(const std::vector<mx::array>& inputs, 
                                           const mx::array& gradient, const AttentionSpec& spec) {
   auto read = inputs;
   read.insert(read.begin() + 3, {outputs[0], outputs[1], mx::contiguous(gradient)});
-  auto gradients = cpu_operation(
-      "CausalAttentionBackward", std::move(read),
-      {token_major_shape(inputs[0]), token_major_shape(inputs[1]), token_major_shape(inputs[2])}, [spec](const auto& in, auto& out) {
-        const StridedInput q(in[0]), k(in[1]), v(in[2]);
-        causal_attention_backward(shape_of(in[0], in[1]), rule_of(spec, in, 6), q.view(), k.view(), v.view(),
-                                  token_major_view(in[3]), in[4].template data<float>(), token_major_view(in[5]),
-                                  token_major_view(out[0]), token_major_view(out[1]), token_major_view(out[2]));
-      });
+  auto gradients =
+      cpu_operation("CausalAttentionBackward", std::move(read),
+                    {token_major_shape(inputs[0]), token_major_shape(inputs[1]), token_major_shape(inputs[2])},
+                    [spec](const auto& in, auto& out) {
+                      const StridedInput q(in[0]), k(in[1]), v(in[2]);
+                      causal_attention_backward(shape_of(in[0], in[1]), rule_of(spec, in, 6), q.view(), k.view(), v.view(),
+                                                token_major_view(in[3]), in[4].template data<float>(), token_major_view(in[5]),
+                                                token_major_view(out[0]), token_major_view(out[1]), token_major_view(out[2]));
+                    });
   for (auto& x : gradients) x = from_token_major(x);
   return gradients;
 }

@@ -14,10 +14,10 @@ namespace veloxquant {
 
 /// What a layer asks of attention beyond its queries, keys and values.
 struct AttentionSpec {
-  float scale = 1.0f;                // of q·k, before the softmax
-  const Rope* rope = nullptr;        // never null in a call; turns queries and keys by their positions
-  float soft_cap = 0.0f;             // c > 0: a score s becomes c·tanh(s / c)
-  int sliding_window = 0;            // n > 0: a query sees only the last n tokens up to itself
+  float scale = 1.0f;                               // of q·k, before the softmax
+  const Rope* rope = nullptr;                       // never null in a call; turns queries and keys by their positions
+  float soft_cap = 0.0f;                            // c > 0: a score s becomes c·tanh(s / c)
+  int sliding_window = 0;                           // n > 0: a query sees only the last n tokens up to itself
   std::optional<mx::array> padding = std::nullopt;  // int32 [B]: so many tokens at a sequence's begin that nobody sees
 };
 

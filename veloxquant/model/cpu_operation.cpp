@@ -37,15 +37,16 @@ class CpuOperation : public mx::Primitive {
       encoder.set_output_array(output);
       written.push_back(mx::array::unsafe_weak_copy(output));
     }
-    encoder.dispatch([kernel = kernel_, read = std::move(read), written = std::move(written)]() mutable { (*kernel)(read, written); });
+    encoder.dispatch(
+        [kernel = kernel_, read = std::move(read), written = std::move(written)]() mutable { (*kernel)(read, written); });
   }
 
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
     throw std::logic_error(std::string(name_) + " is an operation of the CPU");
   }
 
-  std::vector<mx::array> vjp(const std::vector<mx::array>& inputs, const std::vector<mx::array>& gradients, const std::vector<int>& wanted,
-                             const std::vector<mx::array>& outputs) override {
+  std::vector<mx::array> vjp(const std::vector<mx::array>& inputs, const std::vector<mx::array>& gradients,
+                             const std::vector<int>& wanted, const std::vector<mx::array>& outputs) override {
     if (!gradient_) throw std::logic_error(std::string(name_) + " has no gradient");
     return gradient_(inputs, outputs, gradients, wanted);
   }
@@ -60,8 +61,8 @@ class CpuOperation : public mx::Primitive {
 
 }  // namespace
 
-std::vector<mx::array> cpu_operation(const char* name, std::vector<mx::array> inputs, std::vector<mx::Shape> shapes, CpuKernel kernel,
-                                     CpuGradient gradient) {
+std::vector<mx::array> cpu_operation(const char* name, std::vector<mx::array> inputs, std::vector<mx::Shape> shapes,
+                                     CpuKernel kernel, CpuGradient gradient) {
   const auto primitive =
       std::make_shared<CpuOperation>(mx::default_stream(mx::Device::cpu), name, std::move(kernel), std::move(gradient));
   const std::vector<mx::Dtype> types(shapes.size(), mx::float32);

@@ -11,8 +11,8 @@
 
 namespace veloxquant {
 
-/// An immutable float32 matrix [rows, columns], row-major.  Our CPU kernels read it where it lies: in the mapped file if it is stored
-/// as float32 there, else in memory of its own.  Copies share it.
+/// An immutable float32 matrix [rows, columns], row-major.  Our CPU kernels read it where it lies: in the mapped file if it is
+/// stored as float32 there, else in memory of its own.  Copies share it.
 class Matrix {
  public:
   /// `data` lives as long as `owner`.

@@ -93,7 +93,8 @@ Model Model::load(const std::filesystem::path& folder) {
         .query_norm = head_norm("q_norm.weight"),
         .key_norm = head_norm("k_norm.weight"),
         .mlp_norm = reader.take(layer + "post_attention_layernorm.weight", {c.hidden_size}),
-        .gate_up = reader.joined({{mlp + "gate_proj", c.intermediate_size}, {mlp + "up_proj", c.intermediate_size}}, c.hidden_size, c.mlp_bias),
+        .gate_up = reader.joined({{mlp + "gate_proj", c.intermediate_size}, {mlp + "up_proj", c.intermediate_size}}, c.hidden_size,
+                                 c.mlp_bias),
         .down = reader.linear(mlp + "down_proj", c.hidden_size, c.intermediate_size, c.mlp_bias),
     });
     weights.skip(attention + "rotary_emb.inv_freq");  // old checkpoints carry what the config implies

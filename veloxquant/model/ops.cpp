@@ -29,7 +29,8 @@ mx::Shape with_last(mx::Shape shape, int size) {
 }
 
 // Biases are the inputs from the second one on, for those maps that have one.
-std::vector<LinearMap> maps_of(const std::vector<Matrix>& weights, const std::vector<bool>& biased, const std::vector<mx::array>& inputs) {
+std::vector<LinearMap> maps_of(const std::vector<Matrix>& weights, const std::vector<bool>& biased,
+                               const std::vector<mx::array>& inputs) {
   std::vector<LinearMap> maps;
   std::size_t bias = 1;
   for (std::size_t i = 0; i < weights.size(); ++i)
@@ -65,8 +66,9 @@ mx::array Linear::operator()(const mx::array& x, const std::optional<mx::array>&
   return cpu_operation(
       "Linear", std::move(inputs), {with_last(x.shape(), total_rows(weights_))},
       [weights = weights_, biased, has_residual = residual.has_value()](const auto& in, auto& out) {
-        linear(in[0].template data<float>(), rows_of(in[0]), static_cast<std::size_t>(in[0].shape(-1)), maps_of(weights, biased, in),
-               has_residual ? in.back().template data<float>() : nullptr, out[0].template data<float>());
+        linear(in[0].template data<float>(), rows_of(in[0]), static_cast<std::size_t>(in[0].shape(-1)),
+               maps_of(weights, biased, in), has_residual ? in.back().template data<float>() : nullptr,
+               out[0].template data<float>());
       },
       [self = *this, has_residual = residual.has_value()](const auto& in, const auto&, const auto& gradients, const auto& wanted) {
         std::vector<mx::array> results;
@@ -127,16 +129,17 @@ mx::array embed(const Matrix& table, const mx::array& tokens) {
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps) {
   if (!own_kernels()) return mx::fast::rms_norm(x, weight, eps);
   const auto backward = [eps](const mx::array& input, const mx::array& scale, const mx::array& gradient) {
-    return cpu_operation("RmsNormBackward", {input, scale, mx::contiguous(gradient)}, {input.shape()}, [eps](const auto& in, auto& out) {
-      rms_norm_backward(in[0].template data<float>(), in[1].template data<float>(), in[2].template data<float>(),
-                        out[0].template data<float>(), rows_of(in[0]), in[1].size(), eps);
-    })[0];
+    return cpu_operation(
+        "RmsNormBackward", {input, scale, mx::contiguous(gradient)}, {input.shape()}, [eps](const auto& in, auto& out) {
+          rms_norm_backward(in[0].template data<float>(), in[1].template data<float>(), in[2].template data<float>(),
+                            out[0].template data<float>(), rows_of(in[0]), in[1].size(), eps);
+        })[0];
   };
   return cpu_operation(
       "RmsNorm", {mx::contiguous(x), weight}, {x.shape()},
       [eps](const auto& in, auto& out) {
-        rms_norm(in[0].template data<float>(), in[1].template data<float>(), out[0].template data<float>(), rows_of(in[0]), in[1].size(),
-                 eps);
+        rms_norm(in[0].template data<float>(), in[1].template data<float>(), out[0].template data<float>(), rows_of(in[0]),
+                 in[1].size(), eps);
       },
       [backward](const auto& in, const auto&, const auto& gradients, const auto& wanted) {
         if (wanted != std::vector<int>{0}) refuse_weight_gradient("RmsNorm");
@@ -158,10 +161,12 @@ mx::array silu_gate(const Linear& gate_up, const mx::array& x) {
                          static_cast<std::size_t>(out[0].shape(-1)));
       },
       [](const auto& in, const auto&, const auto& gradients, const auto&) {
-        return cpu_operation("SiluGateBackward", {in[0], mx::contiguous(gradients[0])}, {in[0].shape()}, [](const auto& read, auto& out) {
-          silu_gate_joined_backward(read[0].template data<float>(), read[1].template data<float>(), out[0].template data<float>(),
-                                    rows_of(read[1]), static_cast<std::size_t>(read[1].shape(-1)));
-        });
+        return cpu_operation("SiluGateBackward", {in[0], mx::contiguous(gradients[0])}, {in[0].shape()},
+                             [](const auto& read, auto& out) {
+                               silu_gate_joined_backward(read[0].template data<float>(), read[1].template data<float>(),
+                                                         out[0].template data<float>(), rows_of(read[1]),
+                                                         static_cast<std::size_t>(read[1].shape(-1)));
+                             });
       })[0];
 }
 

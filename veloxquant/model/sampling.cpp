@@ -19,11 +19,11 @@ mx::array draw_graph(const mx::array& probabilities, const mx::array& uniforms) 
 using Kernel = void (*)(const float* logits, const float* uniforms, std::size_t rows, std::size_t vocabulary, float* out);
 
 mx::array by_kernel(const char* name, const mx::array& logits, const mx::array& uniforms, mx::Shape shape, Kernel kernel) {
-  return cpu_operation(name, {mx::contiguous(logits), mx::contiguous(uniforms)}, {std::move(shape)},
-                       [kernel](const auto& in, auto& out) {
-                         kernel(in[0].template data<float>(), in[1].template data<float>(), static_cast<std::size_t>(in[0].shape(0)),
-                                static_cast<std::size_t>(in[0].shape(1)), out[0].template data<float>());
-                       })[0];
+  return cpu_operation(
+      name, {mx::contiguous(logits), mx::contiguous(uniforms)}, {std::move(shape)}, [kernel](const auto& in, auto& out) {
+        kernel(in[0].template data<float>(), in[1].template data<float>(), static_cast<std::size_t>(in[0].shape(0)),
+               static_cast<std::size_t>(in[0].shape(1)), out[0].template data<float>());
+      })[0];
 }
 
 }  // namespace

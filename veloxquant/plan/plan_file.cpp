@@ -101,7 +101,7 @@ Json provenance_json(const Provenance& provenance) {
 }
 
 std::string one_of(const JsonObject& json, std::string_view field, const std::vector<std::string>& words) {
-  const std::string word = json.string(field);
+  std::string word = json.string(field);
   if (std::find(words.begin(), words.end(), word) == words.end())
     json.refuse(field, fmt::format("one of {}", fmt::join(words, ", ")));
   return word;
