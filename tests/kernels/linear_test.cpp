@@ -54,8 +54,9 @@ struct Problem {
   }
 };
 
+// Around the borders of the few rows' own product (48), of blocks and of tiles.
 TEST(Linear, EqualsReferenceAtOddSizes) {
-  for (const std::size_t rows : {1, 2, 31, 127, 128, 129, 255, 256, 257, 600}) {
+  for (const std::size_t rows : {1, 2, 3, 31, 47, 48, 127, 128, 129, 255, 256, 257, 600}) {
     for (const auto& outs : {std::vector<std::size_t>{1}, {130}, {64, 32, 33}}) {
       const Problem problem(rows, 37, outs);
       for (const bool biased : {false, true})
@@ -65,6 +66,17 @@ TEST(Linear, EqualsReferenceAtOddSizes) {
       testing::expect_near(problem.gradient(linear_backward), problem.gradient(reference::linear_backward), 4e-5, 1e-6);
     }
   }
+}
+
+TEST(Linear, FewRowsOnEveryTarget) {
+  testing::for_each_target([] {
+    for (const std::size_t rows : {1, 3, 4, 7, 32, 47}) {
+      for (const std::size_t in : {1, 15, 16, 17, 64, 100}) {
+        const Problem problem(rows, in, {5, 130});
+        testing::expect_near(problem.mapped(linear, true, true), problem.mapped(reference::linear, true, true), 2e-5, 1e-6);
+      }
+    }
+  });
 }
 
 TEST(Linear, SameBitsOnAnyThreads) {

@@ -6,12 +6,92 @@
 #include "veloxquant/core/parallel.h"
 #include "veloxquant/kernels/gemm.h"
 
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "veloxquant/kernels/linear.cpp"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
 namespace veloxquant {
+namespace HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+using F = hn::ScalableTag<float>;
+using V = hn::Vec<F>;
+
+// A tile has as many inner products as a vector has lanes, so that a tree of additions turns the sums of all into one vector:
+// kRows rows of x by kOuts rows of the weight.
+constexpr std::size_t kTile = hn::MaxLanes(F());
+constexpr std::size_t kTileRows = kTile >= 8 ? 4 : kTile >= 4 ? 2 : 1, kTileOuts = kTile / kTileRows;
+
+// sums[0 … n): vectors, n a power of two.  Afterwards neighbouring lanes of sums[0] are the sums of the vectors, in order.
+template <std::size_t n>
+void sum_vectors([[maybe_unused]] V* sums) {
+#if HWY_TARGET != HWY_SCALAR  // where a vector is its own sum, and Highway has no shuffles
+  const F d;
+  for (std::size_t i = 0; i < n / 2; ++i) {
+    const V a = sums[2 * i], b = sums[2 * i + 1];
+    sums[i] = hn::Add(hn::ConcatEven(d, b, a), hn::ConcatOdd(d, b, a));
+  }
+  if constexpr (n > 2) sum_vectors<n / 2>(sums);
+#endif
+}
+
+// y [rows, outs], `width` apart, += x [rows, in] · weight [outs, in] transposed.  The weight passes by once, without the copy that
+// a matrix product makes of it, which is worth it for many rows alone.
+void multiply_few_rows(const float* x, std::size_t rows, std::size_t in, const float* weight, std::size_t outs, float* y,
+                       std::size_t width) {
+  const F d;
+  const std::size_t lanes = hn::Lanes(d), whole = in / lanes * lanes;
+  for (std::size_t o = 0; o < outs; o += kTileOuts) {
+    const std::size_t tile_outs = std::min(kTileOuts, outs - o);
+    for (std::size_t r = 0; r < rows; r += kTileRows) {
+      const std::size_t tile_rows = std::min(kTileRows, rows - r);
+      const float *xs[kTileRows], *ws[kTileOuts];
+      for (std::size_t i = 0; i < kTileRows; ++i) xs[i] = x + (r + std::min(i, tile_rows - 1)) * in;
+      for (std::size_t j = 0; j < kTileOuts; ++j) ws[j] = weight + (o + std::min(j, tile_outs - 1)) * in;
+      V sums[kTile];
+      for (V& sum : sums) sum = hn::Zero(d);
+      for (std::size_t k = 0; k < whole; k += lanes) {
+        V w[kTileOuts];
+        for (std::size_t j = 0; j < kTileOuts; ++j) w[j] = hn::LoadU(d, ws[j] + k);
+        for (std::size_t i = 0; i < kTileRows; ++i) {
+          const V v = hn::LoadU(d, xs[i] + k);
+          for (std::size_t j = 0; j < kTileOuts; ++j) sums[i * kTileOuts + j] = hn::MulAdd(v, w[j], sums[i * kTileOuts + j]);
+        }
+      }
+      sum_vectors<kTile>(sums);
+      HWY_ALIGN float tile[kTile];
+      hn::Store(sums[0], d, tile);
+      for (std::size_t i = 0; i < tile_rows; ++i) {
+        for (std::size_t j = 0; j < tile_outs; ++j) {
+          float sum = tile[i * kTileOuts + j];
+          for (std::size_t k = whole; k < in; ++k) sum += xs[i][k] * ws[j][k];
+          y[(r + i) * width + o + j] += sum;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace veloxquant
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace veloxquant {
+
+HWY_EXPORT(multiply_few_rows);
+
 namespace {
 
 // Products are shared out as blocks of rows or, where rows are few, of outputs.  A block of rows keeps its part of x in the
 // second-level cache while the weights pass by; fewer rows make the product too thin.
 constexpr std::size_t kRows = 256, kFewRows = 128, kOutputs = 128;
+
+// Up to here our own product is the faster one.
+constexpr std::size_t kFewestForGemm = 48;
 
 struct Block {
   const LinearMap* map;
@@ -41,20 +121,19 @@ std::size_t total_out(std::span<const LinearMap> maps) {
   return total;
 }
 
-// What y holds before the product is added to it; false if that is nothing.
-bool start_rows(const Block& block, std::size_t width, const float* residual, float* y) {
+// What y holds before the product is added to it.
+void start_rows(const Block& block, std::size_t width, const float* residual, float* y) {
   const float* bias = block.map->bias ? block.map->bias + block.output : nullptr;
-  if (!bias && !residual) return false;
   for (std::size_t r = 0; r < block.rows; ++r, y += width) {
     if (!residual) {
-      std::copy_n(bias, block.outputs, y);
+      if (bias) std::copy_n(bias, block.outputs, y);
+      if (!bias) std::fill_n(y, block.outputs, 0.0f);
       continue;
     }
     std::copy_n(residual, block.outputs, y);
     residual += width;
     if (bias) std::transform(y, y + block.outputs, bias, y, [](float a, float b) { return a + b; });
   }
-  return true;
 }
 
 }  // namespace
@@ -65,10 +144,12 @@ void linear(const float* x, std::size_t rows, std::size_t in, std::span<const Li
   parallel_for(blocks.size(), 1, [&](std::size_t i, std::size_t) {
     const Block& block = blocks[i];
     const std::size_t at = block.row * width + block.column + block.output;
-    const bool started = start_rows(block, width, residual ? residual + at : nullptr, y + at);
-    gemm(false, true, static_cast<int>(block.rows), static_cast<int>(block.outputs), static_cast<int>(in), 1.0f, x + block.row * in,
-         static_cast<int>(in), block.map->weight + block.output * in, static_cast<int>(in), started ? 1.0f : 0.0f, y + at,
-         static_cast<int>(width));
+    const float *rows_of_x = x + block.row * in, *weight = block.map->weight + block.output * in;
+    start_rows(block, width, residual ? residual + at : nullptr, y + at);
+    if (block.rows < kFewestForGemm)
+      return HWY_DYNAMIC_DISPATCH(multiply_few_rows)(rows_of_x, block.rows, in, weight, block.outputs, y + at, width);
+    gemm(false, true, static_cast<int>(block.rows), static_cast<int>(block.outputs), static_cast<int>(in), 1.0f, rows_of_x,
+         static_cast<int>(in), weight, static_cast<int>(in), 1.0f, y + at, static_cast<int>(width));
   });
 }
 
@@ -92,3 +173,4 @@ void linear_backward(const float* grad_y, std::size_t rows, std::size_t in, std:
 }
 
 }  // namespace veloxquant
+#endif

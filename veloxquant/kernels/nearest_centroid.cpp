@@ -137,6 +137,32 @@ void squared_distances(const float* x, std::size_t block, std::size_t dim, const
   }
 }
 
+// Rows of dim floats `stride` apart, less the shift, as columns x [dim, block]; beyond `count` the last row again.
+void to_columns(const float* rows, std::size_t stride, std::size_t count, std::size_t block, std::size_t dim, const float* shift,
+                float* x) {
+  std::size_t done = 0;
+#if HWY_TARGET != HWY_SCALAR  // four rows by four channels at a time
+  const hn::FixedTag<float, 4> d;
+  for (; dim % 4 == 0 && done + 4 <= count; done += 4) {
+    for (std::size_t i = 0; i < dim; i += 4) {
+      const float* at = rows + done * stride + i;
+      const auto offset = hn::LoadU(d, shift + i);
+      const auto row0 = hn::Sub(hn::LoadU(d, at), offset), row1 = hn::Sub(hn::LoadU(d, at + stride), offset);
+      const auto row2 = hn::Sub(hn::LoadU(d, at + 2 * stride), offset), row3 = hn::Sub(hn::LoadU(d, at + 3 * stride), offset);
+      const auto low01 = hn::InterleaveLower(d, row0, row1), low23 = hn::InterleaveLower(d, row2, row3);
+      const auto high01 = hn::InterleaveUpper(d, row0, row1), high23 = hn::InterleaveUpper(d, row2, row3);
+      float* column = x + i * block + done;
+      hn::StoreU(hn::ConcatLowerLower(d, low23, low01), d, column);
+      hn::StoreU(hn::ConcatUpperUpper(d, low23, low01), d, column + block);
+      hn::StoreU(hn::ConcatLowerLower(d, high23, high01), d, column + 2 * block);
+      hn::StoreU(hn::ConcatUpperUpper(d, high23, high01), d, column + 3 * block);
+    }
+  }
+#endif
+  for (std::size_t r = done; r < block; ++r)
+    for (std::size_t i = 0; i < dim; ++i) x[i * block + r] = rows[std::min(r, count - 1) * stride + i] - shift[i];
+}
+
 void nearest_rows(const CentroidsView& centroids, const float* points, std::size_t rows, std::size_t stride, std::uint16_t* codes,
                   std::size_t code_stride, float* distances) {
   constexpr std::size_t kMaxBlock = 3 * hn::MaxLanes(F());
@@ -147,10 +173,7 @@ void nearest_rows(const CentroidsView& centroids, const float* points, std::size
   HWY_ALIGN std::int32_t quads[kMaxBlock] = {};
   for (std::size_t begin = 0; begin < rows;) {
     const std::size_t block = rows - begin > lanes ? 3 * lanes : lanes, count = std::min(block, rows - begin);
-    for (std::size_t r = 0; r < block; ++r) {
-      const float* point = points + (begin + std::min(r, count - 1)) * stride;
-      for (std::size_t i = 0; i < dim; ++i) x[i * block + r] = point[i] - centroids.shift[i];
-    }
+    to_columns(points + begin * stride, stride, count, block, dim, centroids.shift, x);
     if (block == lanes) {
       best_quads_of_dim<1>(x, centroids, {scores, quads});
     } else {
