@@ -7,9 +7,13 @@
 #include <limits>
 #include <set>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "tests/quantize/samples.h"
 #include "veloxquant/core/parallel.h"
+#include "veloxquant/core/random.h"
+#include "veloxquant/core/warning.h"
 #include "veloxquant/kernels/nearest_centroid.h"
 
 namespace veloxquant {
@@ -114,6 +118,19 @@ TEST(KMeans, ManyCopiesOfFewPoints) {
   EXPECT_EQ(distinct.size(), 40u) << "an unused centroid is none of the points";
   const auto fewer = kmeans(points.data(), rows, 2, 2, {.num_centroids = 32, .max_iter = 1, .seed = 1});
   EXPECT_EQ(fewer.used_centroids, 32) << "no cell may be empty while there are more points than centroids";
+}
+
+TEST(ProductCodebook, SaysWhereCentroidsAreUnused) {
+  Random random(3);
+  std::vector<float> points(300 * 4, 2.5f);
+  for (std::size_t i = 0; i < points.size(); ++i)
+    if (i % 4 < 2) points[i] = static_cast<float>(random.normal());
+  std::vector<std::string> warnings;
+  set_warning_handler([&](std::string_view message) { warnings.emplace_back(message); });
+  train_product_codebook(points, 4, 2, {.num_centroids = 64, .seed = 1});
+  train_product_codebook(std::span(points).first(4 * 64), 4, 1, {.num_centroids = 64, .seed = 1});
+  set_warning_handler({});
+  EXPECT_EQ(warnings, (std::vector<std::string>{"codebook: sub-space 1 of 2 has 1 distinct points; 1 of 64 centroids are used"}));
 }
 
 TEST(KMeans, AllPointsEqual) {

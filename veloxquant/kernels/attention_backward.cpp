@@ -111,9 +111,9 @@ class Backward {
         grad_k_(grad_k),
         grad_v_(grad_v),
         group_(shape.query_heads / shape.kv_heads) {
-    const std::size_t blocks = (shape.key_tokens + kKeyBlock - 1) / kKeyBlock;
+    const std::size_t blocks = std::max<std::size_t>(1, (shape.key_tokens + kKeyBlock - 1) / kKeyBlock);
     stretch_ = (blocks + kMaxStretches - 1) / kMaxStretches * kKeyBlock;
-    stretches_ = (shape.key_tokens + stretch_ - 1) / stretch_;
+    stretches_ = std::max<std::size_t>(1, (shape.key_tokens + stretch_ - 1) / stretch_);
     rows_ = shape.batch * shape.query_heads * shape.query_tokens;
     expected_.resize(rows_);
     partial_.resize((stretches_ - 1) * rows_ * shape.head_dim);

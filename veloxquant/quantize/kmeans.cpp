@@ -11,6 +11,7 @@
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/parallel.h"
 #include "veloxquant/core/random.h"
+#include "veloxquant/core/warning.h"
 #include "veloxquant/kernels/nearest_centroid.h"
 
 namespace veloxquant {
@@ -348,6 +349,7 @@ Tensor train_product_codebook(std::span<const float> vectors, int dim, int num_s
   Tensor codebook{{num_subspaces, options.num_centroids, subspace_dim}, {}};
   const std::size_t size = static_cast<std::size_t>(std::max(options.num_centroids, 0)) * static_cast<std::size_t>(subspace_dim);
   codebook.values.resize(static_cast<std::size_t>(num_subspaces) * size);
+  std::vector<int> used(static_cast<std::size_t>(num_subspaces));
   parallel_for(static_cast<std::size_t>(num_subspaces), 1, [&](std::size_t begin, std::size_t) {
     KMeansOptions own = options;
     own.seed = Random(options.seed, begin).next();
@@ -355,7 +357,12 @@ Tensor train_product_codebook(std::span<const float> vectors, int dim, int num_s
                                static_cast<std::size_t>(subspace_dim), own);
     std::copy(result.centroids.begin(), result.centroids.end(),
               codebook.values.begin() + static_cast<std::ptrdiff_t>(begin * size));
+    used[begin] = result.used_centroids;
   });
+  const auto fewest = std::min_element(used.begin(), used.end());
+  if (*fewest < options.num_centroids)
+    warn(fmt::format("codebook: sub-space {} of {} has {} distinct points; {} of {} centroids are used", fewest - used.begin(),
+                     num_subspaces, *fewest, *fewest, options.num_centroids));
   return codebook;
 }
 

@@ -33,7 +33,8 @@ KMeansResult kmeans(const float* points, std::size_t rows, std::size_t stride, s
                     std::span<const float> weights = {});
 
 /// One codebook per sub-space: vectors [rows, dim] in num_subspaces pieces of dim / num_subspaces neighbouring channels →
-/// [num_subspaces, num_centroids, dim / num_subspaces].  Sub-spaces are trained in parallel.
+/// [num_subspaces, num_centroids, dim / num_subspaces].  Sub-spaces are trained in parallel.  Warns where a sub-space has fewer
+/// distinct points than centroids.
 /// Throws std::invalid_argument unless num_subspaces divides dim, and as kmeans does.
 Tensor train_product_codebook(std::span<const float> vectors, int dim, int num_subspaces, const KMeansOptions& options);
 
