@@ -29,7 +29,7 @@ mx::array ObservingCache::attend(const mx::array& q, const mx::array& k, const m
   return causal_attention(*queries_, *keys_, v, spec);
 }
 
-LayerObservation join_observations(int layer, const std::vector<mx::array>& keys, const std::vector<mx::array>& values) {
+LayerObservation join_observations(int layer, std::vector<mx::array> keys, std::vector<mx::array> values) {
   LayerObservation observation{mx::contiguous(mx::concatenate(keys, 0)), mx::contiguous(mx::concatenate(values, 0))};
   mx::eval(observation.keys, observation.values);
   check_finite(observation, layer);
@@ -66,7 +66,7 @@ void observe_layers(const Model& model, const TokenBatch& samples, const std::fu
       mx::eval(keys.back(), values.back());
       stage.advance();
     }
-    visit(layer, join_observations(layer, keys, values));
+    visit(layer, join_observations(layer, std::move(keys), std::move(values)));
   }
 }
 

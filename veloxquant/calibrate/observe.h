@@ -40,7 +40,7 @@ class ObservingCache : public AttentionCache {
 
 /// One array of the pieces [samples, num_kv_heads, length, head_dim] of each.  Throws std::runtime_error that names the layer if
 /// there is a value that is not finite.
-LayerObservation join_observations(int layer, const std::vector<mx::array>& keys, const std::vector<mx::array>& values);
+LayerObservation join_observations(int layer, std::vector<mx::array> keys, std::vector<mx::array> values);
 
 /// Runs all samples through layer 0, calls `visit`, then through layer 1, and so on: one layer's keys and values are in memory at a
 /// time.  Throws std::runtime_error if a layer gives a value that is not finite.

@@ -107,7 +107,7 @@ class Streams {
       mx::eval(observed[i].queries(), keys.back(), values.back());
       stage.advance();
     }
-    const Deviations noise = measure(join_observations(layer, keys, values));
+    const Deviations noise = measure(join_observations(layer, std::move(keys), std::move(values)));
     for (std::size_t stream = 1; stream <= static_cast<std::size_t>(layer); ++stream) {
       for (std::size_t i = stream * steps_; i < (stream + 1) * steps_; ++i) {
         FullCache cache;
