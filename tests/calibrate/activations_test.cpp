@@ -27,7 +27,11 @@ TEST(Activations, GiveBackWhatWasPutIn) {
     Activations activations(limit);
     for (std::uint64_t i = 0; i < 5; ++i) activations.add(some(i));
     ASSERT_EQ(activations.size(), 5u);
-    for (std::uint64_t i = 0; i < 5; ++i) EXPECT_TRUE(same(activations.get(i), some(i))) << "limit " << limit << ", array " << i;
+    for (std::uint64_t i = 0; i < 5; ++i) {
+      EXPECT_TRUE(same(activations.get(i), some(i))) << "limit " << limit << ", array " << i;
+      for (int row = 0; row < 3; ++row)
+        EXPECT_TRUE(same(activations.get_row(i, row), mx::slice(some(i), {row, 0, 0}, {row + 1, 5, 7}))) << "row " << row;
+    }
     activations.set(1, some(11));
     activations.set(4, mx::transpose(some(12), {0, 1, 2}));
     EXPECT_TRUE(same(activations.get(1), some(11)));

@@ -11,7 +11,8 @@
 
 namespace veloxquant {
 
-/// A list of float32 arrays.  What goes beyond the limit lies in a temporary file without a name, which is gone with this object.
+/// A list of float32 arrays.  What goes beyond the limit lies in a temporary file without a name in TMPDIR (or /tmp; one in memory
+/// would win nothing), which is gone with this object.
 class Activations {
  public:
   explicit Activations(std::size_t memory_limit = std::size_t{512} << 20) : memory_limit_(memory_limit) {}
@@ -27,6 +28,9 @@ class Activations {
 
   mx::array get(std::size_t index) const;
 
+  /// Row `row` along the first axis of array `index`, as [1, …]: reads no more of a file than that.
+  mx::array get_row(std::size_t index, int row) const;
+
   std::size_t size() const { return slots_.size(); }
 
  private:
@@ -37,6 +41,7 @@ class Activations {
   using Slot = std::variant<mx::array, InFile>;
 
   void open_file();
+  mx::array read(const mx::Shape& shape, std::size_t offset) const;
   void write(const InFile& place, const mx::array& x);
 
   std::vector<Slot> slots_;

@@ -10,35 +10,36 @@
 #include "veloxquant/model/attention.h"
 
 namespace veloxquant {
-namespace {
-
-void check_finite(const LayerObservation& observation, int layer) {
-  for (const Side side : {Side::kKeys, Side::kValues})
-    for (const float value : observation.span(side))
-      if (!std::isfinite(value))
-        throw_failure("observe", "layer_{}: the model's {} hold {}: its weights are damaged or overflow float32", layer,
-                      to_string(side), value);
-}
-
-}  // namespace
 
 mx::array ObservingCache::attend(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) {
-  queries_ = (*spec.rope)(q, 0);
   keys_ = (*spec.rope)(k, 0);
   values_ = v;
-  return causal_attention(*queries_, *keys_, v, spec);
+  return causal_attention((*spec.rope)(q, 0), *keys_, v, spec);
 }
 
-LayerObservation join_observations(int layer, std::vector<mx::array> keys, std::vector<mx::array> values) {
-  LayerObservation observation{mx::contiguous(mx::concatenate(keys, 0)), mx::contiguous(mx::concatenate(values, 0))};
-  mx::eval(observation.keys, observation.values);
-  check_finite(observation, layer);
-  return observation;
+LayerObservation::LayerObservation(int layer, std::size_t values_of_a_side) : layer_(layer) {
+  keys_.reserve(values_of_a_side);
+  values_.reserve(values_of_a_side);
 }
 
-std::span<const float> LayerObservation::span(Side side) const {
-  const mx::array& x = side == Side::kKeys ? keys : values;
-  return {x.data<float>(), x.size()};
+void LayerObservation::add(const ObservingCache& cache) {
+  const auto append = [this](const mx::array& x, Side side, std::vector<float>& to) {
+    const auto row_major = mx::contiguous(x);
+    mx::eval(row_major);
+    const std::span<const float> values(row_major.data<float>(), row_major.size());
+    for (const float value : values)
+      if (!std::isfinite(value))
+        throw_failure("observe", "layer_{}: the model's {} hold {}: its weights are damaged or overflow float32", layer_,
+                      to_string(side), value);
+    to.insert(to.end(), values.begin(), values.end());
+  };
+  append(cache.keys(), Side::kKeys, keys_);
+  append(cache.values(), Side::kValues, values_);
+}
+
+std::size_t observed_elements(const Model& model, const TokenBatch& samples) {
+  return samples.tokens.size() * static_cast<std::size_t>(model.config().num_kv_heads) *
+         static_cast<std::size_t>(model.config().head_dim);
 }
 
 mx::array token_array(const TokenBatch& samples, int begin, int end) {
@@ -57,16 +58,14 @@ void observe_layers(const Model& model, const TokenBatch& samples, const std::fu
     hidden.add(model.embed(token_array(samples, begin, std::min(begin + step, samples.count))));
   ProgressStage stage(progress, "observing keys and values", hidden.size() * num_layers);
   for (int layer = 0; layer < num_layers; ++layer) {
-    std::vector<mx::array> keys, values;
+    LayerObservation observation(layer, observed_elements(model, samples));
     for (std::size_t i = 0; i < hidden.size(); ++i) {
       ObservingCache cache;
       hidden.set(i, model.layer(layer, hidden.get(i), cache));
-      keys.push_back(cache.keys());
-      values.push_back(cache.values());
-      mx::eval(keys.back(), values.back());
+      observation.add(cache);
       stage.advance();
     }
-    visit(layer, join_observations(layer, std::move(keys), std::move(values)));
+    visit(layer, observation);
   }
 }
 

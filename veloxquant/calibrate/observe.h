@@ -15,32 +15,37 @@
 
 namespace veloxquant {
 
-/// Keys (after RoPE) and values of one layer: float32 [num_samples, num_kv_heads, length, head_dim], row-contiguous and evaluated,
-/// so that spans of them may be taken.
-struct LayerObservation {
-  mx::array keys, values;
-
-  std::span<const float> span(Side side) const;
-};
-
-/// Attends at full precision and keeps what it was given, keys and queries after RoPE: one call, at position 0.
+/// Attends at full precision and keeps what a layer stores, keys after RoPE: one call, at position 0.
 class ObservingCache : public AttentionCache {
  public:
   mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) override;
   int offset() const override { return keys_ ? keys_->shape(2) : 0; }
   std::size_t nbytes() const override { return keys_ ? keys_->nbytes() + values_->nbytes() : 0; }
 
-  const mx::array& queries() const { return *queries_; }
   const mx::array& keys() const { return *keys_; }
   const mx::array& values() const { return *values_; }
 
  private:
-  std::optional<mx::array> queries_, keys_, values_;
+  std::optional<mx::array> keys_, values_;
 };
 
-/// One array of the pieces [samples, num_kv_heads, length, head_dim] of each.  Throws std::runtime_error that names the layer if
-/// there is a value that is not finite.
-LayerObservation join_observations(int layer, std::vector<mx::array> keys, std::vector<mx::array> values);
+/// Keys (after RoPE) and values of one layer, [samples, num_kv_heads, length, head_dim].
+class LayerObservation {
+ public:
+  LayerObservation(int layer, std::size_t values_of_a_side);
+
+  /// Appends what `cache` kept of the next samples.  Throws std::runtime_error that names the layer if a value is not finite.
+  void add(const ObservingCache& cache);
+
+  std::span<const float> span(Side side) const { return side == Side::kKeys ? keys_ : values_; }
+
+ private:
+  int layer_;
+  std::vector<float> keys_, values_;
+};
+
+/// Elements of the keys that a layer stores for all samples; its values are as many.
+std::size_t observed_elements(const Model& model, const TokenBatch& samples);
 
 /// Runs all samples through layer 0, calls `visit`, then through layer 1, and so on: one layer's keys and values are in memory at a
 /// time.  Throws std::runtime_error if a layer gives a value that is not finite.

@@ -21,27 +21,25 @@ struct Deviations {
   float keys, values;
 };
 
-// Attends to what was observed, with Gaussian noise on keys (after RoPE) and values.  What the layer hands over is the same again
-// and never computed.
+// Attends to keys (after RoPE) and values with Gaussian noise on them.
 class PerturbingCache : public AttentionCache {
  public:
-  PerturbingCache(const ObservingCache& observed, Deviations noise, std::uint64_t seed)
-      : observed_(observed), noise_(noise), seed_(seed) {}
+  PerturbingCache(Deviations noise, std::uint64_t seed) : noise_(noise), seed_(seed) {}
 
-  mx::array attend(const mx::array&, const mx::array&, const mx::array&, const AttentionSpec& spec) override {
-    const auto perturbed = [&](const mx::array& x, float deviation, std::uint64_t stream) {
+  mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) override {
+    offset_ = k.shape(2);
+    const auto perturbed = [this](const mx::array& x, float deviation, std::uint64_t stream) {
       return add_gaussian_noise(x, deviation, Random(seed_, stream).next());
     };
-    return causal_attention(observed_.queries(), perturbed(observed_.keys(), noise_.keys, 0),
-                            perturbed(observed_.values(), noise_.values, 1), spec);
+    return causal_attention((*spec.rope)(q, 0), perturbed((*spec.rope)(k, 0), noise_.keys, 0), perturbed(v, noise_.values, 1), spec);
   }
-  int offset() const override { return observed_.offset(); }
-  std::size_t nbytes() const override { return observed_.nbytes(); }
+  int offset() const override { return offset_; }
+  std::size_t nbytes() const override { return 0; }
 
  private:
-  const ObservingCache& observed_;
   Deviations noise_;
   std::uint64_t seed_;
+  int offset_ = 0;
 };
 
 double standard_deviation(std::span<const float> x) {
@@ -83,9 +81,10 @@ void check_change(std::size_t layer, double change) {
 // Hidden states of all samples, a few samples together: stream 0 is the clean one, stream s + 1 has noise in layer s.
 class Streams {
  public:
-  Streams(const Model& model, const TokenBatch& samples) : model_(model), step_(samples_per_step(samples)) {
-    for (int begin = 0; begin < samples.count; begin += step_, ++steps_)
-      hidden_.add(model.embed(token_array(samples, begin, std::min(begin + step_, samples.count))));
+  Streams(const Model& model, const TokenBatch& samples) : model_(model), samples_(samples), hidden_(kHiddenBytes) {
+    const int step = samples_per_step(samples);
+    for (int begin = 0; begin < samples.count; begin += step, ++steps_)
+      hidden_.add(model.embed(token_array(samples, begin, std::min(begin + step, samples.count))));
   }
 
   // Runs of a layer over the samples of one step that run_layer() makes for all layers.
@@ -97,17 +96,15 @@ class Streams {
   // `measure` sees the layer's keys and values before noise is put into it, and says how much.
   void run_layer(int layer, std::uint64_t seed, const std::function<Deviations(const LayerObservation&)>& measure,
                  ProgressStage& stage) {
-    std::vector<ObservingCache> observed(steps_);
-    std::vector<mx::array> keys, values;
-    Activations clean;
+    LayerObservation observation(layer, observed_elements(model_, samples_));
+    Activations clean(kHiddenBytes / 4);
     for (std::size_t i = 0; i < steps_; ++i) {
-      clean.add(model_.layer(layer, hidden_.get(i), observed[i]));
-      keys.push_back(observed[i].keys());
-      values.push_back(observed[i].values());
-      mx::eval(observed[i].queries(), keys.back(), values.back());
+      ObservingCache cache;
+      clean.add(model_.layer(layer, hidden_.get(i), cache));
+      observation.add(cache);
       stage.advance();
     }
-    const Deviations noise = measure(join_observations(layer, std::move(keys), std::move(values)));
+    const Deviations noise = measure(observation);
     for (std::size_t stream = 1; stream <= static_cast<std::size_t>(layer); ++stream) {
       for (std::size_t i = stream * steps_; i < (stream + 1) * steps_; ++i) {
         FullCache cache;
@@ -116,7 +113,7 @@ class Streams {
       }
     }
     for (std::size_t i = 0; i < steps_; ++i) {
-      PerturbingCache cache(observed[i], noise, Random(seed, (static_cast<std::uint64_t>(layer) << 32) + i).next());
+      PerturbingCache cache(noise, Random(seed, (static_cast<std::uint64_t>(layer) << 32) + i).next());
       hidden_.add(model_.layer(layer, hidden_.get(i), cache));
       hidden_.set(i, clean.get(i));
       stage.advance();
@@ -128,19 +125,17 @@ class Streams {
     std::vector<std::vector<double>> changes(hidden_.size() / steps_ - 1);
     ProgressStage stage(progress, "measuring output changes", steps_);
     for (std::size_t i = 0; i < steps_; ++i) {
-      std::vector<mx::array> streams;
-      for (std::size_t at = i; at < hidden_.size(); at += steps_) streams.push_back(hidden_.get(at));
-      for (int sample = 0; sample < streams[0].shape(0); ++sample) add_changes(streams, sample, changes);
+      const int count = std::min(samples_per_step(samples_), samples_.count - static_cast<int>(i) * samples_per_step(samples_));
+      for (int sample = 0; sample < count; ++sample) add_changes(i, sample, changes);
       stage.advance();
     }
     return changes;
   }
 
  private:
-  void add_changes(const std::vector<mx::array>& streams, int sample, std::vector<std::vector<double>>& changes) const {
+  void add_changes(std::size_t step, int sample, std::vector<std::vector<double>>& changes) const {
     std::vector<mx::array> hidden;
-    for (const auto& stream : streams)
-      hidden.push_back(mx::slice(stream, {sample, 0, 0}, {sample + 1, stream.shape(1), stream.shape(2)}));
+    for (std::size_t at = step; at < hidden_.size(); at += steps_) hidden.push_back(hidden_.get_row(at, sample));
     const auto scores = score_hidden(model_, hidden, {});
     for (std::size_t layer = 0; layer < changes.size(); ++layer) {
       double sum = 0;
@@ -150,8 +145,11 @@ class Streams {
     }
   }
 
+  // In memory; the rest lies in a file.
+  static constexpr std::size_t kHiddenBytes = std::size_t{512} << 20;
+
   const Model& model_;
-  int step_;
+  const TokenBatch& samples_;
   std::size_t steps_ = 0;
   Activations hidden_;  // [stream, step]
 };

@@ -31,7 +31,7 @@ struct KeyRange {
 inline KeyRange visible_keys(const AttentionShape& shape, const AttentionRule& rule, std::size_t b, std::size_t t) {
   const std::size_t end = shape.key_tokens - shape.query_tokens + t + 1;
   std::size_t begin = rule.window > 0 && end > rule.window ? end - rule.window : 0;
-  if (rule.padding) begin = std::max(begin, std::min(static_cast<std::size_t>(rule.padding[b]), end));
+  if (rule.padding) begin = std::max(begin, std::min(static_cast<std::size_t>(std::max(rule.padding[b], 0)), end));
   return {begin, end};
 }
 

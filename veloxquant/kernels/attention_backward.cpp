@@ -86,9 +86,9 @@ namespace {
 // As in the forward pass; weights and gains together take 256 KiB.
 constexpr std::size_t kQueryBlock = 128, kKeyBlock = 256;
 
-// Stretches of keys that are worked on in parallel.  Each but the first has an array of its own for the gradient of the queries,
-// hence not more.
-constexpr std::size_t kMaxStretches = 8;
+// Tasks for threads to share: heads of all sequences where there are so many, else stretches of their keys as well.  Each stretch
+// but the first needs an array of its own for the gradient of the queries, hence not more.
+constexpr std::size_t kTasks = 8;
 
 int stride(const auto& view) {
   return static_cast<int>(view.token_stride);
@@ -112,7 +112,8 @@ class Backward {
         grad_v_(grad_v),
         group_(shape.query_heads / shape.kv_heads) {
     const std::size_t blocks = std::max<std::size_t>(1, (shape.key_tokens + kKeyBlock - 1) / kKeyBlock);
-    stretch_ = (blocks + kMaxStretches - 1) / kMaxStretches * kKeyBlock;
+    const std::size_t heads = std::max<std::size_t>(1, shape.batch * shape.kv_heads), most = std::max<std::size_t>(1, kTasks / heads);
+    stretch_ = (blocks + most - 1) / most * kKeyBlock;
     stretches_ = std::max<std::size_t>(1, (shape.key_tokens + stretch_ - 1) / stretch_);
     rows_ = shape.batch * shape.query_heads * shape.query_tokens;
     expected_.resize(rows_);

@@ -86,9 +86,9 @@ HWY_EXPORT(multiply_few_rows);
 
 namespace {
 
-// Products are shared out as blocks of rows or, where rows are few, of outputs.  A block of rows keeps its part of x in the
-// second-level cache while the weights pass by; fewer rows make the product too thin.
-constexpr std::size_t kRows = 256, kFewRows = 128, kOutputs = 128;
+// Products are shared out as blocks of rows, which keep their part of x in the second-level cache while the weights pass by, and
+// where these are few, of outputs too: for many threads, yet not so small that a product gets thin.
+constexpr std::size_t kRows = 256, kFewBlocks = 8, kFewestOutputs = 128;
 
 // Up to here our own product is the faster one.
 constexpr std::size_t kFewestForGemm = 48;
@@ -100,25 +100,25 @@ struct Block {
   std::size_t column;           // of y, where the map's outputs begin
 };
 
-std::vector<Block> blocks_of(std::span<const LinearMap> maps, std::size_t rows) {
-  const std::size_t row_step = rows < 2 * kFewRows ? rows : std::min(kRows, (rows + 1) / 2);
-  std::vector<Block> blocks;
-  for (std::size_t row = 0; row < rows; row += row_step) {
-    std::size_t column = 0;
-    for (const auto& map : maps) {
-      const std::size_t step = row_step < kFewRows ? kOutputs : map.out;
-      for (std::size_t output = 0; output < map.out; output += step)
-        blocks.push_back({&map, row, std::min(row_step, rows - row), output, std::min(step, map.out - output), column});
-      column += map.out;
-    }
-  }
-  return blocks;
-}
-
 std::size_t total_out(std::span<const LinearMap> maps) {
   std::size_t total = 0;
   for (const auto& map : maps) total += map.out;
   return total;
+}
+
+std::vector<Block> blocks_of(std::span<const LinearMap> maps, std::size_t rows) {
+  const std::size_t row_blocks = (rows + kRows - 1) / kRows, share = (kFewBlocks + row_blocks - 1) / std::max<std::size_t>(row_blocks, 1);
+  const std::size_t outputs = std::max(kFewestOutputs, (total_out(maps) + share - 1) / share);
+  std::vector<Block> blocks;
+  for (std::size_t row = 0; row < rows; row += kRows) {
+    std::size_t column = 0;
+    for (const auto& map : maps) {
+      for (std::size_t output = 0; output < map.out; output += outputs)
+        blocks.push_back({&map, row, std::min(kRows, rows - row), output, std::min(outputs, map.out - output), column});
+      column += map.out;
+    }
+  }
+  return blocks;
 }
 
 // What y holds before the product is added to it.

@@ -89,13 +89,13 @@ Draw draw(const float* logits, float uniform, std::size_t vocabulary, float* wei
   std::size_t block = 0;
   while (block + 1 < sums.size() && left >= sums[block]) left -= sums[block++];
   // Rounding may leave a rest behind the last token that has a probability at all.
-  std::size_t token = 0;
+  while (block > 0 && sums[block] <= 0) --block;
+  std::size_t token = block * kBlock;
   for (std::size_t i = block * kBlock; i < vocabulary && left >= 0; ++i) {
     if (weights[i] <= 0) continue;
     token = i;
     left -= weights[i];
   }
-  if (weights[token] <= 0) token = static_cast<std::size_t>(std::find(logits, logits + vocabulary, top) - logits);
   return {token, total};
 }
 

@@ -70,7 +70,7 @@ std::vector<mx::array> attention_backward(const std::vector<mx::array>& inputs, 
 mx::array causal_attention(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) {
   if (!own_kernels()) return attention_graph(q, k, v, spec);
   std::vector<mx::array> inputs = {q, k, v};
-  if (spec.padding) inputs.push_back(mx::contiguous(*spec.padding));
+  if (spec.padding) inputs.push_back(mx::contiguous(mx::astype(*spec.padding, mx::int32)));
   const auto outputs = cpu_operation(
       "CausalAttention", std::move(inputs), {token_major_shape(q), {q.shape(0), q.shape(1), q.shape(2)}},
       [spec](const auto& in, auto& out) {

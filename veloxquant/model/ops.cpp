@@ -87,9 +87,16 @@ mx::array Linear::operator()(const mx::array& x, const std::optional<mx::array>&
 
 mx::array Linear::backward(const mx::array& gradient) const {
   if (!own_kernels()) {
-    std::vector<mx::array> weights;
-    for (const auto& weight : weights_) weights.push_back(weight.array());
-    return mx::matmul(gradient, weights.size() == 1 ? weights[0] : mx::concatenate(weights, 0));
+    std::optional<mx::array> sum;
+    int begin = 0;
+    for (const auto& weight : weights_) {
+      mx::Shape first(gradient.ndim(), 0), last = gradient.shape();
+      first.back() = begin;
+      last.back() = begin += weight.rows();
+      const auto part = mx::matmul(mx::slice(gradient, first, last), weight.array());
+      sum = sum ? mx::add(*sum, part) : part;
+    }
+    return *sum;
   }
   return cpu_operation("LinearBackward", {mx::contiguous(gradient)}, {with_last(gradient.shape(), weights_[0].columns())},
                        [weights = weights_](const auto& in, auto& out) {

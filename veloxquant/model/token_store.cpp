@@ -24,9 +24,10 @@ std::pair<mx::array, mx::array> TokenStore::append(const mx::array& k, const mx:
   const bool fits_exactly = begin == 0 && k.shape(2) > 1;  // a whole sequence in one go, as measuring does: nothing to grow
   size_ = end;
   if (fits_exactly) {
-    keys_ = k;
-    values_ = v;
-    return {k, v};
+    // A part of a larger array would keep all of it.
+    keys_ = mx::contiguous(k);
+    values_ = mx::contiguous(v);
+    return {*keys_, *values_};
   }
   reserve(keys_, k, end);
   reserve(values_, v, end);

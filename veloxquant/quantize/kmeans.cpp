@@ -25,6 +25,9 @@ constexpr std::size_t kSeedRows = 8192, kSeedRowsPerCentroid = 4;
 
 constexpr double kLeastProgress = 1e-4;
 
+// Iterations by exact distances, which take many times as long.
+constexpr int kExactIterations = 5;
+
 struct Points {
   const float* data;
   std::size_t rows, stride, dim;
@@ -189,7 +192,7 @@ class Lloyd {
     iterate(max_iter, result.iterations);
     if (!every_cell_holds_a_point()) {
       exact_ = true;
-      iterate(max_iter, result.iterations);
+      iterate(std::min(max_iter, result.iterations + kExactIterations), result.iterations);
       // Without updates a cell that was filled keeps the point that it was filled with, so that this ends.
       while (empty_cells() > 0 && fill_empty_cells()) assign();
     }
@@ -361,7 +364,7 @@ Tensor train_product_codebook(std::span<const float> vectors, int dim, int num_s
   });
   const auto fewest = std::min_element(used.begin(), used.end());
   if (*fewest < options.num_centroids)
-    warn(fmt::format("codebook: sub-space {} of {} has {} distinct points; {} of {} centroids are used", fewest - used.begin(),
+    warn(fmt::format("codebook: sub-space {} of {} has {} distinct points that count; {} of {} centroids are used", fewest - used.begin(),
                      num_subspaces, *fewest, *fewest, options.num_centroids));
   return codebook;
 }
