@@ -130,7 +130,8 @@ TEST(ProductCodebook, SaysWhereCentroidsAreUnused) {
   train_product_codebook(points, 4, 2, {.num_centroids = 64, .seed = 1});
   train_product_codebook(std::span(points).first(4 * 64), 4, 1, {.num_centroids = 64, .seed = 1});
   set_warning_handler({});
-  EXPECT_EQ(warnings, (std::vector<std::string>{"codebook: sub-space 1 of 2 has 1 distinct points that count; 1 of 64 centroids are used"}));
+  EXPECT_EQ(warnings,
+            (std::vector<std::string>{"codebook: sub-space 1 of 2 has 1 distinct points that count; 1 of 64 centroids are used"}));
 }
 
 TEST(KMeans, AllPointsEqual) {

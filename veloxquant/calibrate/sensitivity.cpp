@@ -31,7 +31,8 @@ class PerturbingCache : public AttentionCache {
     const auto perturbed = [this](const mx::array& x, float deviation, std::uint64_t stream) {
       return add_gaussian_noise(x, deviation, Random(seed_, stream).next());
     };
-    return causal_attention((*spec.rope)(q, 0), perturbed((*spec.rope)(k, 0), noise_.keys, 0), perturbed(v, noise_.values, 1), spec);
+    return causal_attention((*spec.rope)(q, 0), perturbed((*spec.rope)(k, 0), noise_.keys, 0), perturbed(v, noise_.values, 1),
+                            spec);
   }
   int offset() const override { return offset_; }
   std::size_t nbytes() const override { return 0; }

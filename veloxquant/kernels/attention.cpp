@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "veloxquant/core/parallel.h"
+#include "veloxquant/kernels/attention_blocks.h"
 #include "veloxquant/kernels/gemm.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -14,6 +15,7 @@
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "hwy/contrib/math/math-inl.h"
+#include "veloxquant/kernels/rows-inl.h"
 // clang-format on
 
 HWY_BEFORE_NAMESPACE();
@@ -37,12 +39,7 @@ void cap_scores(float* scores, std::size_t count, float cap) {
 float softmax_step(float* scores, std::size_t count, float& maximum, float& sum) {
   const hn::ScalableTag<float> d;
   const std::size_t lanes = hn::Lanes(d), whole = count / lanes * lanes;
-  float top = maximum;
-  auto tops = hn::Set(d, maximum);
-  for (std::size_t i = 0; i < whole; i += lanes) tops = hn::Max(tops, hn::LoadU(d, scores + i));
-  top = hn::GetLane(hn::MaxOfLanes(d, tops));
-  for (std::size_t i = whole; i < count; ++i) top = std::max(top, scores[i]);
-
+  const float top = row_maximum(scores, count, maximum);
   auto sums = hn::Zero(d);
   const auto vtop = hn::Set(d, top);
   for (std::size_t i = 0; i < whole; i += lanes) {
@@ -60,25 +57,13 @@ float softmax_step(float* scores, std::size_t count, float& maximum, float& sum)
 }
 
 void scale_vector(float* x, std::size_t dim, float factor) {
-  const hn::ScalableTag<float> d;
-  const std::size_t lanes = hn::Lanes(d), whole = dim / lanes * lanes;
-  const auto vfactor = hn::Set(d, factor);
-  for (std::size_t i = 0; i < whole; i += lanes) hn::StoreU(hn::Mul(hn::LoadU(d, x + i), vfactor), d, x + i);
-  for (std::size_t i = whole; i < dim; ++i) x[i] *= factor;
+  scale_row(x, dim, factor);
 }
 
 // scores[s] = scale · q·k[s] for keys that lie token_stride apart.
 void score_keys(const float* q, const float* k, std::ptrdiff_t token_stride, std::size_t count, std::size_t dim, float scale,
                 float* scores) {
-  const hn::ScalableTag<float> d;
-  const std::size_t lanes = hn::Lanes(d), whole = dim / lanes * lanes;
-  for (std::size_t s = 0; s < count; ++s, k += token_stride) {
-    auto sum = hn::Zero(d);
-    for (std::size_t i = 0; i < whole; i += lanes) sum = hn::MulAdd(hn::LoadU(d, q + i), hn::LoadU(d, k + i), sum);
-    float dot = hn::GetLane(hn::SumOfLanes(d, sum));
-    for (std::size_t i = whole; i < dim; ++i) dot += q[i] * k[i];
-    scores[s] = scale * dot;
-  }
+  for (std::size_t s = 0; s < count; ++s, k += token_stride) scores[s] = scale * row_dot(q, k, dim);
 }
 
 // out += Σ weights[s] · v[s].
@@ -108,9 +93,6 @@ HWY_EXPORT(add_values);
 
 namespace {
 
-// Blocks whose scores (128 KiB) stay in the second-level cache beside the keys and values that they meet.
-constexpr std::size_t kQueryBlock = 128, kKeyBlock = 256;
-
 // Up to here a matrix product is too thin to pay for packing its operands.
 constexpr std::size_t kFewQueries = 4;
 
@@ -127,8 +109,7 @@ struct RunningSoftmax {
 // far shrinks.
 float weigh_scores(const AttentionRule& rule, float* scores, std::size_t count, KeyRange seen, std::size_t begin, float& maximum,
                    float& sum) {
-  const std::size_t first = std::min(std::max(seen.begin, begin) - begin, count),
-                    last = std::max(first, std::min(std::max(seen.end, begin) - begin, count));
+  const auto [first, last] = seen_of_block(seen, begin, count);
   float shrink = 1.0f;
   if (last > first) {
     if (rule.soft_cap > 0) HWY_DYNAMIC_DISPATCH(cap_scores)(scores + first, last - first, rule.soft_cap);

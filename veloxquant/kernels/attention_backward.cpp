@@ -4,6 +4,7 @@
 
 #include "veloxquant/core/parallel.h"
 #include "veloxquant/kernels/attention.h"
+#include "veloxquant/kernels/attention_blocks.h"
 #include "veloxquant/kernels/gemm.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -12,6 +13,7 @@
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "hwy/contrib/math/math-inl.h"
+#include "veloxquant/kernels/rows-inl.h"
 // clang-format on
 
 HWY_BEFORE_NAMESPACE();
@@ -21,13 +23,7 @@ namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
 float dot_product(const float* a, const float* b, std::size_t dim) {
-  const hn::ScalableTag<float> d;
-  const std::size_t lanes = hn::Lanes(d), whole = dim / lanes * lanes;
-  auto sum = hn::Zero(d);
-  for (std::size_t i = 0; i < whole; i += lanes) sum = hn::MulAdd(hn::LoadU(d, a + i), hn::LoadU(d, b + i), sum);
-  float dot = hn::GetLane(hn::SumOfLanes(d, sum));
-  for (std::size_t i = whole; i < dim; ++i) dot += a[i] * b[i];
-  return dot;
+  return row_dot(a, b, dim);
 }
 
 // Of one query: scores [count] become weights p, gains [count] (g·v) become ∂/∂(q·k) = p·(g·v − g·o)·scale, with a soft cap times
@@ -83,9 +79,6 @@ HWY_EXPORT(weights_and_gains_of_rule);
 
 namespace {
 
-// As in the forward pass; weights and gains together take 256 KiB.
-constexpr std::size_t kQueryBlock = 128, kKeyBlock = 256;
-
 // Tasks for threads to share: heads of all sequences where there are so many, else stretches of their keys as well.  Each stretch
 // but the first needs an array of its own for the gradient of the queries, hence not more.
 constexpr std::size_t kTasks = 8;
@@ -112,7 +105,8 @@ class Backward {
         grad_v_(grad_v),
         group_(shape.query_heads / shape.kv_heads) {
     const std::size_t blocks = std::max<std::size_t>(1, (shape.key_tokens + kKeyBlock - 1) / kKeyBlock);
-    const std::size_t heads = std::max<std::size_t>(1, shape.batch * shape.kv_heads), most = std::max<std::size_t>(1, kTasks / heads);
+    const std::size_t heads = std::max<std::size_t>(1, shape.batch * shape.kv_heads),
+                      most = std::max<std::size_t>(1, kTasks / heads);
     stretch_ = (blocks + most - 1) / most * kKeyBlock;
     stretches_ = std::max<std::size_t>(1, (shape.key_tokens + stretch_ - 1) / stretch_);
     rows_ = shape.batch * shape.query_heads * shape.query_tokens;
@@ -199,9 +193,8 @@ class Backward {
 
   // A row of scores and of g·v: what the query sees becomes weights and gains, the rest zero.
   void weigh(std::size_t b, std::size_t h, std::size_t t, KeyRange keys, float* weights, float* gains) {
-    const KeyRange seen = visible_keys(shape_, rule_, b, t);
-    const std::size_t count = keys.end - keys.begin, first = std::min(std::max(seen.begin, keys.begin) - keys.begin, count),
-                      last = std::max(first, std::min(std::max(seen.end, keys.begin) - keys.begin, count));
+    const std::size_t count = keys.end - keys.begin;
+    const auto [first, last] = seen_of_block(visible_keys(shape_, rule_, b, t), keys.begin, count);
     HWY_DYNAMIC_DISPATCH(weights_and_gains_of_rule)
     (weights + first, gains + first, last - first, log_sums_[row(b, h, t)], expected_[row(b, h, t)], rule_);
     for (float* x : {weights, gains}) {

@@ -29,6 +29,7 @@ struct Sums {
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "hwy/contrib/math/math-inl.h"
+#include "veloxquant/kernels/rows-inl.h"
 // clang-format on
 
 HWY_BEFORE_NAMESPACE();
@@ -38,13 +39,7 @@ namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
 float maximum(const float* x, std::size_t n) {
-  const hn::ScalableTag<float> d;
-  const std::size_t lanes = hn::Lanes(d), whole = n / lanes * lanes;
-  auto tops = hn::Set(d, x[0]);
-  for (std::size_t i = 0; i < whole; i += lanes) tops = hn::Max(tops, hn::LoadU(d, x + i));
-  float top = hn::GetLane(hn::MaxOfLanes(d, tops));
-  for (std::size_t i = whole; i < n; ++i) top = std::max(top, x[i]);
-  return top;
+  return row_maximum(x, n, x[0]);
 }
 
 // Adds a block of n logits, a multiple of the lanes.  Both exponentials come from the larger one and Expm1 of what lies between, so

@@ -107,7 +107,8 @@ std::size_t total_out(std::span<const LinearMap> maps) {
 }
 
 std::vector<Block> blocks_of(std::span<const LinearMap> maps, std::size_t rows) {
-  const std::size_t row_blocks = (rows + kRows - 1) / kRows, share = (kFewBlocks + row_blocks - 1) / std::max<std::size_t>(row_blocks, 1);
+  const std::size_t row_blocks = (rows + kRows - 1) / kRows,
+                    share = (kFewBlocks + row_blocks - 1) / std::max<std::size_t>(row_blocks, 1);
   const std::size_t outputs = std::max(kFewestOutputs, (total_out(maps) + share - 1) / share);
   std::vector<Block> blocks;
   for (std::size_t row = 0; row < rows; row += kRows) {

@@ -13,6 +13,7 @@
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "hwy/contrib/math/math-inl.h"
+#include "veloxquant/kernels/rows-inl.h"
 // clang-format on
 
 HWY_BEFORE_NAMESPACE();
@@ -22,13 +23,7 @@ namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
 float top_of(const float* x, std::size_t n) {
-  const hn::ScalableTag<float> d;
-  const std::size_t lanes = hn::Lanes(d), whole = n / lanes * lanes;
-  auto tops = hn::Set(d, x[0]);
-  for (std::size_t i = 0; i < whole; i += lanes) tops = hn::Max(tops, hn::LoadU(d, x + i));
-  float top = hn::GetLane(hn::MaxOfLanes(d, tops));
-  for (std::size_t i = whole; i < n; ++i) top = std::max(top, x[i]);
-  return top;
+  return row_maximum(x, n, x[0]);
 }
 
 // weights [n] = e^(x − top); returns their sum.
@@ -48,11 +43,7 @@ float exponentials(const float* x, std::size_t n, float top, float* weights) {
 }
 
 void multiply(float* x, std::size_t n, float factor) {
-  const hn::ScalableTag<float> d;
-  const std::size_t lanes = hn::Lanes(d), whole = n / lanes * lanes;
-  const auto vfactor = hn::Set(d, factor);
-  for (std::size_t i = 0; i < whole; i += lanes) hn::StoreU(hn::Mul(hn::LoadU(d, x + i), vfactor), d, x + i);
-  for (std::size_t i = whole; i < n; ++i) x[i] *= factor;
+  scale_row(x, n, factor);
 }
 
 }  // namespace HWY_NAMESPACE

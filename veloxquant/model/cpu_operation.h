@@ -10,8 +10,8 @@
 
 namespace veloxquant {
 
-/// Reads evaluated inputs and fills `outputs`, which are float32, row-contiguous and allocated.  Runs on MLX's stream thread; what it
-/// throws comes out of mx::eval.
+/// Reads evaluated inputs and fills `outputs`, which are float32, row-contiguous and allocated.  Runs on MLX's stream thread; what
+/// it throws comes out of mx::eval.
 using CpuKernel = std::function<void(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs)>;
 
 /// Gradients of a loss by the inputs whose indices are `wanted`, in that order, from those by the outputs.

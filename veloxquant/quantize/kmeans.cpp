@@ -364,8 +364,8 @@ Tensor train_product_codebook(std::span<const float> vectors, int dim, int num_s
   });
   const auto fewest = std::min_element(used.begin(), used.end());
   if (*fewest < options.num_centroids)
-    warn(fmt::format("codebook: sub-space {} of {} has {} distinct points that count; {} of {} centroids are used", fewest - used.begin(),
-                     num_subspaces, *fewest, *fewest, options.num_centroids));
+    warn(fmt::format("codebook: sub-space {} of {} has {} distinct points that count; {} of {} centroids are used",
+                     fewest - used.begin(), num_subspaces, *fewest, *fewest, options.num_centroids));
   return codebook;
 }
 
