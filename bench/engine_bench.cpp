@@ -1,9 +1,8 @@
 // Speed of the engine on a model folder.  usage: engine_bench MODEL [Google Benchmark's options]
 // Every benchmark says the floating-point operations of its work, and sgemm what the machine makes of them.
-#include <benchmark/benchmark.h>
-
 #include <cstdio>
 
+#include "bench/common.h"
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
 #include "veloxquant/calibrate/gradients.h"
@@ -14,9 +13,6 @@
 #include "veloxquant/model/attention.h"
 #include "veloxquant/model/divergence.h"
 #include "veloxquant/model/model.h"
-
-extern "C" void cblas_sgemm(int order, int transpose_a, int transpose_b, int m, int n, int k, float alpha, const float* a, int lda,
-                            const float* b, int ldb, float beta, float* c, int ldc);
 
 namespace veloxquant {
 namespace {
@@ -30,26 +26,12 @@ double forward_flops(const ModelConfig& c, double tokens) {
   return 2 * tokens * (c.num_layers * (maps + attention) + static_cast<double>(c.hidden_size) * c.vocab_size);
 }
 
-void say_flops(benchmark::State& state, double flops) {
-  state.counters["flops"] = flops;
-  state.counters["FLOP/s"] = benchmark::Counter(flops, benchmark::Counter::kIsIterationInvariantRate, benchmark::Counter::kIs1000);
-}
-
 TokenBatch random_tokens(const Model& model, int count, int length) {
   TokenBatch batch(count, length);
   Random random(1);
   for (auto& token : batch.tokens)
     token = static_cast<std::int32_t>(random.below(static_cast<std::uint64_t>(model.config().vocab_size)));
   return batch;
-}
-
-void sgemm(benchmark::State& state) {
-  constexpr int kRowMajor = 101, kNoTranspose = 111, kRows = 2048, kIn = 256, kOut = 1024;
-  const std::vector<float> a(kRows * kIn, 0.5f), b(kIn * kOut, 0.25f);
-  std::vector<float> c(kRows * kOut);
-  for (auto _ : state)
-    cblas_sgemm(kRowMajor, kNoTranspose, kNoTranspose, kRows, kOut, kIn, 1.0f, a.data(), kIn, b.data(), kOut, 0.0f, c.data(), kOut);
-  say_flops(state, 2.0 * kRows * kIn * kOut);
 }
 
 void forward(benchmark::State& state, const Model& model) {
@@ -92,7 +74,7 @@ int run(int argc, char** argv) {
     return 2;
   }
   const Model model = Model::load(argv[1]);
-  benchmark::RegisterBenchmark("sgemm", sgemm)->UseRealTime();
+  benchmark::RegisterBenchmark("sgemm", [](benchmark::State& state) { bench_sgemm(state, kTokens, 256, 1024); })->UseRealTime();
   const auto add = [&](const char* name, void (*work)(benchmark::State&, const Model&)) {
     benchmark::RegisterBenchmark(name, [work, &model](benchmark::State& state) { work(state, model); })
         ->UseRealTime()

@@ -1,21 +1,19 @@
 // Speed of the CPU kernels behind product quantisation, beside the matrix product of the same machine.
 // Encoding and training count 2·dim a vector and centroid of each sub-space.
-#include <benchmark/benchmark.h>
 #include <hwy/targets.h>
 
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <string_view>
 #include <vector>
 
+#include "bench/common.h"
 #include "veloxquant/core/random.h"
 #include "veloxquant/kernels/hadamard.h"
 #include "veloxquant/quantize/kmeans.h"
 #include "veloxquant/quantize/vecinfer.h"
-
-extern "C" void cblas_sgemm(int order, int transpose_a, int transpose_b, int m, int n, int k, float alpha, const float* a, int lda,
-                            const float* b, int ldb, float beta, float* c, int ldc);
 
 namespace veloxquant {
 namespace {
@@ -39,19 +37,8 @@ std::vector<float> correlated_values(std::size_t rows, std::size_t dim) {
   return values;
 }
 
-void count_flops(benchmark::State& state, double flops) {
-  state.counters["flops"] = flops;
-  state.counters["FLOP/s"] = benchmark::Counter(flops, benchmark::Counter::kIsIterationInvariantRate, benchmark::Counter::kIs1000);
-}
-
 void sgemm(benchmark::State& state) {
-  constexpr int kRowMajor = 101, kNoTranspose = 111, kSize = 1024;
-  const auto a = normal_values(kSize * kSize), b = a;
-  std::vector<float> c(a.size());
-  for (auto _ : state)
-    cblas_sgemm(kRowMajor, kNoTranspose, kNoTranspose, kSize, kSize, kSize, 1.0f, a.data(), kSize, b.data(), kSize, 0.0f, c.data(),
-                kSize);
-  count_flops(state, 2.0 * kSize * kSize * kSize);
+  bench_sgemm(state, 1024, 1024, 1024);
 }
 
 // Vectors of range(0) channels in range(1) sub-spaces of range(2) centroids.
@@ -64,7 +51,7 @@ void encode(benchmark::State& state) {
   const ProductCodebook codebook(Tensor{{subspaces, centroids, dim / subspaces}, normal_values(size)});
   std::vector<std::uint16_t> codes(kRows * static_cast<std::size_t>(subspaces));
   for (auto _ : state) codebook.encode(vectors, codes);
-  count_flops(state, 2.0 * kRows * static_cast<double>(size));
+  say_flops(state, 2.0 * kRows * static_cast<double>(size));
 }
 
 // The training of a product quantiser of 16 sub-spaces of 256 centroids on 32,768 vectors of 64 channels with unlike variances, 25
@@ -84,7 +71,7 @@ void train_codebook(benchmark::State& state) {
   double error = 0;
   for (std::size_t i = 0; i < vectors.size(); ++i) error += (vectors[i] - decoded[i]) * (vectors[i] - decoded[i]);
   state.counters["error"] = error / kRows;
-  count_flops(state, 2.0 * kRows * kDim * 256 * kIterations);
+  say_flops(state, 2.0 * kRows * kDim * 256 * kIterations);
 }
 
 void hadamard_rows(benchmark::State& state) {
@@ -111,9 +98,18 @@ BENCHMARK(hadamard_rows)->UseRealTime()->Arg(64)->Arg(128);
 
 // VELOXQUANT_BENCH_TARGET, such as AVX2, names the instruction set that our kernels are to use instead of the best.
 int main(int argc, char** argv) {
-  if (const char* name = std::getenv("VELOXQUANT_BENCH_TARGET"))
-    for (const std::int64_t target : hwy::SupportedAndGeneratedTargets())
-      if (std::string_view(name) == hwy::TargetName(target)) hwy::SetSupportedTargetsForTest(target);
+  if (const char* name = std::getenv("VELOXQUANT_BENCH_TARGET")) {
+    bool found = false;
+    for (const std::int64_t target : hwy::SupportedAndGeneratedTargets()) {
+      if (std::string_view(name) != hwy::TargetName(target)) continue;
+      hwy::SetSupportedTargetsForTest(target);
+      found = true;
+    }
+    if (!found) {
+      std::fprintf(stderr, "kernels_bench: VELOXQUANT_BENCH_TARGET: this machine has no %s\n", name);
+      return 2;
+    }
+  }
   benchmark::Initialize(&argc, argv);
   benchmark::RunSpecifiedBenchmarks();
 }

@@ -52,7 +52,7 @@ def correlated_values(rows, dim):
 def run_faiss():
     import faiss
 
-    faiss.omp_set_num_threads(os.cpu_count())
+    faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
     results = {}
     vectors = correlated_values(32768, 64)
     quantizer = faiss.ProductQuantizer(64, 16, 8)
