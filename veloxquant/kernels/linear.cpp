@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "hwy/cache_control.h"
 #include "veloxquant/core/parallel.h"
 #include "veloxquant/kernels/gemm.h"
 
@@ -43,10 +44,15 @@ void sum_vectors([[maybe_unused]] V* sums) {
 void multiply_few_rows(const float* x, std::size_t rows, std::size_t in, const float* weight, std::size_t outs, float* y,
                        std::size_t width) {
   const F d;
+  constexpr std::size_t kLine = 16;  // floats of a cache line
   const std::size_t lanes = hn::Lanes(d), whole = in / lanes * lanes;
+  // What comes next is fetched meanwhile, a share with each tile: rows are too short for the processor to foresee it.
+  const std::size_t tiles = (rows + kTileRows - 1) / kTileRows, share = (kTileOuts * in + tiles - 1) / tiles;
   for (std::size_t o = 0; o < outs; o += kTileOuts) {
     const std::size_t tile_outs = std::min(kTileOuts, outs - o);
+    const float *next = weight + (o + tile_outs) * in, *end = weight + std::min(outs, o + 2 * kTileOuts) * in;
     for (std::size_t r = 0; r < rows; r += kTileRows) {
+      for (const float* stop = std::min(next + share, end); next < stop; next += kLine) hwy::Prefetch(next);
       const std::size_t tile_rows = std::min(kTileRows, rows - r);
       const float *xs[kTileRows], *ws[kTileOuts];
       for (std::size_t i = 0; i < kTileRows; ++i) xs[i] = x + (r + std::min(i, tile_rows - 1)) * in;
