@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "mlx/ops.h"
-#include "mlx/transforms.h"
 #include "veloxquant/calibrate/activations.h"
 #include "veloxquant/calibrate/observe.h"
 #include "veloxquant/core/error.h"
