@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "tests/kernels/every_target.h"
 
@@ -28,7 +29,8 @@ struct Problem {
   AttentionShape shape;
   AttentionRule rule;
   Layout layout;
-  std::vector<float> q, k, v, grad_out;
+  std::vector<float> q, k, v, grad_out, near_k, near_v;
+  NearKeys near;
 
   Problem(const AttentionShape& shape, Layout layout, double spread = 1.0)
       : shape(shape),
@@ -51,11 +53,38 @@ struct Problem {
     return view_of(data, shape.kv_heads, shape.key_tokens, shape.head_dim, layout);
   }
 
+  std::size_t near_size() const { return size_of(shape.batch, shape.kv_heads, near.tokens, shape.head_dim, layout); }
+
+  template <class T>
+  Strided<T> near_view(T* data) const {
+    return view_of(data, shape.kv_heads, near.tokens, shape.head_dim, layout);
+  }
+
+  // Near keys and values unlike the far ones; `more` tokens than are needed.
+  void read_near(std::size_t window, std::size_t more = 0) {
+    near.window = window;
+    near.tokens = std::min(shape.key_tokens, window + shape.query_tokens - 1 + more);
+    near_k = normal_values(near_size(), 5);
+    near_v = normal_values(near_size(), 6);
+    near.k = near_view(std::as_const(near_k).data());
+    near.v = near_view(std::as_const(near_v).data());
+  }
+
+  // Near ones that equal the far ones.
+  void read_far_as_near(std::size_t window) {
+    near.window = window;
+    near.tokens = std::min(shape.key_tokens, window + shape.query_tokens - 1);
+    near.k = key_view(std::as_const(k).data());
+    near.v = key_view(std::as_const(v).data());
+    for (StridedView* x : {&near.k, &near.v}) x->data = x->at(0, 0, shape.key_tokens - near.tokens);
+  }
+
   // The output, then the logarithms of the sums.  Gaps of the output keep the −7 that they start with, or the comparison fails.
   template <class Attention>
   std::vector<float> attend(Attention attention) const {
     std::vector<float> out(query_size(), -7.0f), log_sums(shape.batch * shape.query_heads * shape.query_tokens, -7.0f);
-    attention(shape, rule, query_view(q.data()), key_view(k.data()), key_view(v.data()), query_view(out.data()), log_sums.data());
+    attention(shape, rule, query_view(q.data()), key_view(k.data()), key_view(v.data()), query_view(out.data()), log_sums.data(),
+              near);
     out.insert(out.end(), log_sums.begin(), log_sums.end());
     return out;
   }
@@ -63,23 +92,24 @@ struct Problem {
   std::vector<float> actual() const { return attend(causal_attention); }
   std::vector<float> expected() const { return attend(reference::causal_attention); }
 
-  // The gradients by q, k and v, one after another; gaps as above.
+  // The gradients by q, k, v and near's k and v, one after another; gaps as above.
   template <class Attention>
   std::vector<float> gradients(Attention attention) const {
     const auto out = expected();
-    std::vector<float> by_q(query_size(), -7.0f), by_k(key_size(), -7.0f), by_v(key_size(), -7.0f);
+    std::vector<float> by_q(query_size(), -7.0f), by_k(key_size(), -7.0f), by_v(key_size(), -7.0f), by_near_k(near_size(), -7.0f),
+        by_near_v(near_size(), -7.0f);
     attention(shape, rule, query_view(q.data()), key_view(k.data()), key_view(v.data()), query_view(out.data()),
               out.data() + query_size(), query_view(grad_out.data()), query_view(by_q.data()), key_view(by_k.data()),
-              key_view(by_v.data()));
-    by_q.insert(by_q.end(), by_k.begin(), by_k.end());
-    by_q.insert(by_q.end(), by_v.begin(), by_v.end());
+              key_view(by_v.data()), near, near_view(by_near_k.data()), near_view(by_near_v.data()));
+    for (const auto* by : {&by_k, &by_v, &by_near_k, &by_near_v}) by_q.insert(by_q.end(), by->begin(), by->end());
     return by_q;
   }
 
   void expect_equals_reference(double spread = 1.0) const {
     SCOPED_TRACE(::testing::Message() << "B " << shape.batch << " Hq " << shape.query_heads << " Hkv " << shape.kv_heads << " T "
                                       << shape.query_tokens << " S " << shape.key_tokens << " D " << shape.head_dim << " cap "
-                                      << rule.soft_cap << " window " << rule.window);
+                                      << rule.soft_cap << " window " << rule.window << " near " << near.window << " of "
+                                      << near.tokens);
     // Scores grow with the square of the spread, and their rounding moves weights by as much.
     testing::expect_near(actual(), expected(), 3e-6 * std::max(1.0, spread * spread), 1e-6);
     // A gradient by a key sums over all queries of its group.
@@ -190,8 +220,7 @@ TEST(Attention, Padding) {
 }
 
 // Against differences of the output itself.
-TEST(Attention, GradientIsTheSlope) {
-  Problem problem({1, 2, 1, 5, 9, 3}, Layout::kHeadMajor);
+void expect_gradient_is_slope(Problem& problem) {
   problem.rule.soft_cap = 2.0f;
   const auto loss = [&] {
     const auto out = problem.expected();
@@ -216,6 +245,13 @@ TEST(Attention, GradientIsTheSlope) {
   check(problem.q, 0);
   check(problem.k, problem.query_size());
   check(problem.v, problem.query_size() + problem.key_size());
+  check(problem.near_k, problem.query_size() + 2 * problem.key_size());
+  check(problem.near_v, problem.query_size() + 2 * problem.key_size() + problem.near_k.size());
+}
+
+TEST(Attention, GradientIsTheSlope) {
+  Problem problem({1, 2, 1, 5, 9, 3}, Layout::kHeadMajor);
+  expect_gradient_is_slope(problem);
 }
 
 TEST(Attention, NoQuerySeesLaterTokens) {
@@ -237,6 +273,99 @@ TEST(Attention, NoQuerySeesLaterTokens) {
 TEST(Attention, SameBitsOnAnyThreads) {
   for (const std::size_t queries : {1, 4, 300}) {
     const Problem problem({1, 6, 2, queries, 2100, 24}, Layout::kTokenMajor);
+    testing::expect_same_on_any_threads([&] { return problem.actual(); });
+    testing::expect_same_on_any_threads([&] { return problem.gradients(causal_attention_backward); });
+  }
+}
+
+// Around the borders of the blocks, up to windows that hold every key.
+TEST(NearKeys, EveryWindow) {
+  testing::for_each_target([] {
+    for (const std::size_t window : {1, 2, 31, 127, 128, 129, 256, 257, 1000})
+      for (const std::size_t queries : {1, 4, 5, 130, 301})
+        for (const std::size_t before : {0, 1, 300}) {
+          Problem problem({1, 2, 1, queries, before + queries, 7}, Layout::kHeadMajor);
+          problem.read_near(window, window % 2 * 40);
+          problem.expect_equals_reference();
+        }
+  });
+}
+
+TEST(NearKeys, GroupsOfHeadsAndBatches) {
+  testing::for_each_target([] {
+    for (const std::size_t queries : {1, 70, 300})
+      for (const Layout layout : {Layout::kHeadMajor, Layout::kTokenMajor}) {
+        Problem problem({3, 6, 2, queries, 300, 16}, layout);
+        problem.read_near(32, 9);
+        problem.expect_equals_reference();
+      }
+  });
+}
+
+TEST(NearKeys, LongContext) {
+  testing::for_each_target([] {
+    for (const std::size_t queries : {1, 600}) {
+      Problem problem({1, 2, 1, queries, 2100, 8}, Layout::kTokenMajor);
+      problem.read_near(33);
+      problem.expect_equals_reference();
+    }
+  });
+}
+
+// A sliding window that hides all far keys, that ends among them, and none; sequences that are partly or all padding.
+TEST(NearKeys, WindowsPaddingAndSoftCaps) {
+  const std::int32_t padding[] = {0, 400, 257, 1};
+  testing::for_each_target([&] {
+    for (const std::size_t window : {1, 40, 300})
+      for (const std::size_t sliding : {0, 39, 40, 170})
+        for (const std::size_t queries : {1, 6, 150, 400}) {
+          Problem problem({4, 2, 1, queries, 400, 9}, Layout::kTokenMajor);
+          problem.rule.window = sliding;
+          problem.rule.soft_cap = sliding % 2 == 0 ? 0.0f : 2.0f;
+          problem.rule.padding = queries == 6 ? nullptr : padding;
+          problem.read_near(window);
+          problem.expect_equals_reference();
+        }
+  });
+}
+
+// Copies change nothing: the same output, and gradients that add up to the same.
+TEST(NearKeys, CopiesOfTheFarOnes) {
+  for (const std::size_t window : {1, 32, 300, 1000})
+    for (const std::size_t queries : {1, 200, 700}) {
+      SCOPED_TRACE(::testing::Message() << "window " << window << " T " << queries);
+      Problem problem({2, 4, 2, queries, 700, 16}, Layout::kHeadMajor);
+      const auto plain = problem.actual(), plain_gradients = problem.gradients(causal_attention_backward);
+      problem.read_far_as_near(window);
+      testing::expect_near(problem.actual(), plain, 3e-6, 1e-6);
+
+      auto gradients = problem.gradients(causal_attention_backward);
+      const std::vector<float> of_near(gradients.begin() + static_cast<std::ptrdiff_t>(plain_gradients.size()), gradients.end());
+      gradients.resize(plain_gradients.size());
+      float* far = gradients.data() + problem.query_size();
+      const float* near = of_near.data();
+      for (int i = 0; i < 2; ++i, far += problem.key_size(), near += problem.near_size())
+        for (std::size_t b = 0; b < 2; ++b)
+          for (std::size_t h = 0; h < 2; ++h)
+            for (std::size_t t = 0; t < problem.near.tokens; ++t) {
+              float* sum = problem.key_view(far).at(b, h, 700 - problem.near.tokens + t);
+              const float* more = problem.near_view(near).at(b, h, t);
+              std::transform(sum, sum + 16, more, sum, [](float x, float y) { return x + y; });
+            }
+      testing::expect_near(gradients, plain_gradients, 1e-4, 1e-5);
+    }
+}
+
+TEST(NearKeys, GradientIsTheSlope) {
+  Problem problem({1, 2, 1, 5, 9, 3}, Layout::kHeadMajor);
+  problem.read_near(3, 1);
+  expect_gradient_is_slope(problem);
+}
+
+TEST(NearKeys, SameBitsOnAnyThreads) {
+  for (const std::size_t queries : {1, 300}) {
+    Problem problem({1, 6, 2, queries, 2100, 24}, Layout::kTokenMajor);
+    problem.read_near(40);
     testing::expect_same_on_any_threads([&] { return problem.actual(); });
     testing::expect_same_on_any_threads([&] { return problem.gradients(causal_attention_backward); });
   }

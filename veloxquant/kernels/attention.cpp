@@ -1,6 +1,7 @@
 #include "veloxquant/kernels/attention.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -126,29 +127,32 @@ float log_sum(float maximum, float sum) {
 
 // A block of queries of one head against all keys that they see.
 void attend_block(const AttentionShape& shape, const AttentionRule& rule, std::size_t b, std::size_t h, std::size_t first,
-                  std::size_t rows, StridedView q, StridedView k, StridedView v, MutableStridedView out, float* log_sums) {
+                  std::size_t rows, StridedView q, const std::array<KeyPart, 2>& parts, MutableStridedView out, float* log_sums) {
   const std::size_t kv = h / (shape.query_heads / shape.kv_heads);
-  const std::size_t first_key = visible_keys(shape, rule, b, first).begin,
-                    last_key = visible_keys(shape, rule, b, first + rows - 1).end;
   const auto n = static_cast<int>(rows), dim = static_cast<int>(shape.head_dim);
   thread_local std::vector<float> scores(kQueryBlock * kKeyBlock);
   RunningSoftmax softmax(rows);
-  for (std::size_t begin = first_key; begin < last_key; begin += kKeyBlock) {
-    const std::size_t keys = std::min(kKeyBlock, last_key - begin);
-    const auto columns = static_cast<int>(keys);
-    gemm(false, true, n, columns, dim, rule.scale, q.at(b, h, first), static_cast<int>(q.token_stride), k.at(b, kv, begin),
-         static_cast<int>(k.token_stride), 0.0f, scores.data(), columns);
-    for (std::size_t r = 0; r < rows; ++r) {
-      const float shrink = weigh_scores(rule, scores.data() + r * keys, keys, visible_keys(shape, rule, b, first + r), begin,
-                                        softmax.maximum[r], softmax.sum[r]);
-      if (begin > first_key && shrink != 1.0f) HWY_DYNAMIC_DISPATCH(scale_vector)(out.at(b, h, first + r), shape.head_dim, shrink);
+  bool empty = true;
+  for (const KeyPart& part : parts) {
+    const KeyRange seen = part.seen(shape, rule, b, first, rows);
+    for (std::size_t begin = seen.begin; begin < seen.end; begin += kKeyBlock) {
+      const std::size_t keys = std::min(kKeyBlock, seen.end - begin);
+      const auto columns = static_cast<int>(keys);
+      gemm(false, true, n, columns, dim, rule.scale, q.at(b, h, first), static_cast<int>(q.token_stride),
+           part.k.at(b, kv, begin - part.first), static_cast<int>(part.k.token_stride), 0.0f, scores.data(), columns);
+      for (std::size_t r = 0; r < rows; ++r) {
+        const float shrink = weigh_scores(rule, scores.data() + r * keys, keys, part.seen(shape, rule, b, first + r), begin,
+                                          softmax.maximum[r], softmax.sum[r]);
+        if (!empty && shrink != 1.0f) HWY_DYNAMIC_DISPATCH(scale_vector)(out.at(b, h, first + r), shape.head_dim, shrink);
+      }
+      gemm(false, false, n, dim, columns, 1.0f, scores.data(), columns, part.v.at(b, kv, begin - part.first),
+           static_cast<int>(part.v.token_stride), empty ? 0.0f : 1.0f, out.at(b, h, first), static_cast<int>(out.token_stride));
+      empty = false;
     }
-    gemm(false, false, n, dim, columns, 1.0f, scores.data(), columns, v.at(b, kv, begin), static_cast<int>(v.token_stride),
-         begin > first_key ? 1.0f : 0.0f, out.at(b, h, first), static_cast<int>(out.token_stride));
   }
   for (std::size_t r = 0; r < rows; ++r) {
     float* result = out.at(b, h, first + r);
-    if (first_key == last_key) std::fill_n(result, shape.head_dim, 0.0f);
+    if (empty) std::fill_n(result, shape.head_dim, 0.0f);
     HWY_DYNAMIC_DISPATCH(scale_vector)(result, shape.head_dim, softmax.inverse_sum(r));
     if (log_sums)
       log_sums[(b * shape.query_heads + h) * shape.query_tokens + first + r] = log_sum(softmax.maximum[r], softmax.sum[r]);
@@ -244,15 +248,16 @@ class FewQueries {
 }  // namespace
 
 void causal_attention(const AttentionShape& shape, const AttentionRule& rule, StridedView q, StridedView k, StridedView v,
-                      MutableStridedView out, float* log_sums) {
-  if (shape.query_tokens <= kFewQueries) return FewQueries(shape, rule, q, k, v, out, log_sums).run();
+                      MutableStridedView out, float* log_sums, const NearKeys& near) {
+  if (shape.query_tokens <= kFewQueries && near.window == 0) return FewQueries(shape, rule, q, k, v, out, log_sums).run();
+  const auto parts = key_parts(shape, k, v, near);
   const std::size_t blocks = (shape.query_tokens + kQueryBlock - 1) / kQueryBlock, heads = shape.batch * shape.query_heads;
   parallel_for(heads * blocks, 1, [&](std::size_t begin, std::size_t end) {
     for (std::size_t i = begin; i < end; ++i) {
       // The longest blocks, at the end of the sequence, come first, so that threads finish together.
       const std::size_t block = blocks - 1 - i / heads, head = i % heads, first = block * kQueryBlock;
       attend_block(shape, rule, head / shape.query_heads, head % shape.query_heads, first,
-                   std::min(kQueryBlock, shape.query_tokens - first), q, k, v, out, log_sums);
+                   std::min(kQueryBlock, shape.query_tokens - first), q, parts, out, log_sums);
     }
   });
 }

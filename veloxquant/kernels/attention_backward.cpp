@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <vector>
 
@@ -87,23 +88,25 @@ int stride(const auto& view) {
   return static_cast<int>(view.token_stride);
 }
 
+struct GradientPart {
+  KeyPart keys;
+  MutableStridedView grad_k, grad_v;
+};
+
 class Backward {
  public:
-  Backward(const AttentionShape& shape, const AttentionRule& rule, StridedView q, StridedView k, StridedView v, StridedView out,
-           const float* log_sums, StridedView grad_out, MutableStridedView grad_q, MutableStridedView grad_k,
-           MutableStridedView grad_v)
+  Backward(const AttentionShape& shape, const AttentionRule& rule, StridedView q, StridedView out, const float* log_sums,
+           StridedView grad_out, MutableStridedView grad_q, const std::array<GradientPart, 2>& parts)
       : shape_(shape),
         rule_(rule),
         q_(q),
-        k_(k),
-        v_(v),
         out_(out),
         log_sums_(log_sums),
         grad_out_(grad_out),
         grad_q_(grad_q),
-        grad_k_(grad_k),
-        grad_v_(grad_v),
-        group_(shape.query_heads / shape.kv_heads) {
+        parts_(parts),
+        group_(shape.query_heads / shape.kv_heads),
+        whole_blocks_(parts[1].keys.oldest == 0) {
     const std::size_t blocks = std::max<std::size_t>(1, (shape.key_tokens + kKeyBlock - 1) / kKeyBlock);
     const std::size_t heads = std::max<std::size_t>(1, shape.batch * shape.kv_heads),
                       most = std::max<std::size_t>(1, kTasks / heads);
@@ -158,43 +161,50 @@ class Backward {
 
   void run_stretch(std::size_t b, std::size_t kv, std::size_t stretch) {
     const std::size_t first = stretch * stretch_, last = std::min(first + stretch_, shape_.key_tokens);
-    for (std::size_t begin = first; begin < last; begin += kKeyBlock) {
-      const std::size_t end = std::min(begin + kKeyBlock, last);
-      for (std::size_t s = begin; s < end; ++s) {
-        std::fill_n(grad_k_.at(b, kv, s), shape_.head_dim, 0.0f);
-        std::fill_n(grad_v_.at(b, kv, s), shape_.head_dim, 0.0f);
-      }
-      const std::size_t before = shape_.key_tokens - shape_.query_tokens, from = begin > before ? begin - before : 0;
-      for (std::size_t h = kv * group_; h < (kv + 1) * group_; ++h)
-        for (std::size_t t = from / kQueryBlock * kQueryBlock; t < shape_.query_tokens; t += kQueryBlock)
-          run_block(b, kv, h, stretch, {begin, end}, t, std::min(kQueryBlock, shape_.query_tokens - t));
-    }
+    for (const GradientPart& part : parts_)
+      for (std::size_t begin = std::max(first, part.keys.first); begin < last; begin += kKeyBlock)
+        run_keys(part, b, kv, stretch, {begin, std::min(begin + kKeyBlock, last)});
   }
 
-  void run_block(std::size_t b, std::size_t kv, std::size_t h, std::size_t stretch, KeyRange keys, std::size_t first,
-                 std::size_t rows) {
-    if (visible_keys(shape_, rule_, b, first).begin >= keys.end) return;
+  void run_keys(const GradientPart& part, std::size_t b, std::size_t kv, std::size_t stretch, KeyRange keys) {
+    for (std::size_t s = keys.begin; s < keys.end; ++s)
+      for (const MutableStridedView& gradient : {part.grad_k, part.grad_v})
+        std::fill_n(gradient.at(b, kv, s - part.keys.first), shape_.head_dim, 0.0f);
+    const std::size_t before = shape_.key_tokens - shape_.query_tokens, from = keys.begin > before ? keys.begin - before : 0;
+    for (std::size_t h = kv * group_; h < (kv + 1) * group_; ++h)
+      for (std::size_t t = from / kQueryBlock * kQueryBlock; t < shape_.query_tokens; t += kQueryBlock) {
+        const std::size_t rows = std::min(kQueryBlock, shape_.query_tokens - t);
+        const KeyRange seen = part.keys.seen(shape_, rule_, b, t, rows);
+        const KeyRange both = {std::max(keys.begin, seen.begin), std::min(keys.end, seen.end)};
+        if (both.begin < both.end) run_block(part, b, kv, h, stretch, whole_blocks_ ? keys : both, t, rows);
+      }
+  }
+
+  void run_block(const GradientPart& part, std::size_t b, std::size_t kv, std::size_t h, std::size_t stretch, KeyRange keys,
+                 std::size_t first, std::size_t rows) {
+    const KeyPart& from = part.keys;
     const auto n = static_cast<int>(rows), columns = static_cast<int>(keys.end - keys.begin),
                dim = static_cast<int>(shape_.head_dim);
     thread_local std::vector<float> weights(kQueryBlock * kKeyBlock), gains(kQueryBlock * kKeyBlock);
-    const float *q = q_.at(b, h, first), *k = k_.at(b, kv, keys.begin), *v = v_.at(b, kv, keys.begin),
-                *g = grad_out_.at(b, h, first);
-    gemm(false, true, n, columns, dim, rule_.scale, q, stride(q_), k, stride(k_), 0.0f, weights.data(), columns);
-    gemm(false, true, n, columns, dim, 1.0f, g, stride(grad_out_), v, stride(v_), 0.0f, gains.data(), columns);
-    for (std::size_t r = 0; r < rows; ++r) weigh(b, h, first + r, keys, weights.data() + r * columns, gains.data() + r * columns);
-    gemm(true, false, columns, dim, n, 1.0f, weights.data(), columns, g, stride(grad_out_), 1.0f, grad_v_.at(b, kv, keys.begin),
-         stride(grad_v_));
-    gemm(true, false, columns, dim, n, 1.0f, gains.data(), columns, q, stride(q_), 1.0f, grad_k_.at(b, kv, keys.begin),
-         stride(grad_k_));
+    const float *q = q_.at(b, h, first), *k = from.k.at(b, kv, keys.begin - from.first),
+                *v = from.v.at(b, kv, keys.begin - from.first), *g = grad_out_.at(b, h, first);
+    gemm(false, true, n, columns, dim, rule_.scale, q, stride(q_), k, stride(from.k), 0.0f, weights.data(), columns);
+    gemm(false, true, n, columns, dim, 1.0f, g, stride(grad_out_), v, stride(from.v), 0.0f, gains.data(), columns);
+    for (std::size_t r = 0; r < rows; ++r)
+      weigh(from, b, h, first + r, keys, weights.data() + r * columns, gains.data() + r * columns);
+    gemm(true, false, columns, dim, n, 1.0f, weights.data(), columns, g, stride(grad_out_), 1.0f,
+         part.grad_v.at(b, kv, keys.begin - from.first), stride(part.grad_v));
+    gemm(true, false, columns, dim, n, 1.0f, gains.data(), columns, q, stride(q_), 1.0f,
+         part.grad_k.at(b, kv, keys.begin - from.first), stride(part.grad_k));
     float* grad_q = stretch == 0 ? grad_q_.at(b, h, first) : partial(stretch, b, h, first);
-    gemm(false, false, n, dim, columns, 1.0f, gains.data(), columns, k, stride(k_), 1.0f, grad_q,
+    gemm(false, false, n, dim, columns, 1.0f, gains.data(), columns, k, stride(from.k), 1.0f, grad_q,
          stretch == 0 ? stride(grad_q_) : dim);
   }
 
   // A row of scores and of g·v: what the query sees becomes weights and gains, the rest zero.
-  void weigh(std::size_t b, std::size_t h, std::size_t t, KeyRange keys, float* weights, float* gains) {
+  void weigh(const KeyPart& part, std::size_t b, std::size_t h, std::size_t t, KeyRange keys, float* weights, float* gains) {
     const std::size_t count = keys.end - keys.begin;
-    const auto [first, last] = seen_of_block(visible_keys(shape_, rule_, b, t), keys.begin, count);
+    const auto [first, last] = seen_of_block(part.seen(shape_, rule_, b, t), keys.begin, count);
     HWY_DYNAMIC_DISPATCH(weights_and_gains_of_rule)
     (weights + first, gains + first, last - first, log_sums_[row(b, h, t)], expected_[row(b, h, t)], rule_);
     for (float* x : {weights, gains}) {
@@ -205,11 +215,13 @@ class Backward {
 
   const AttentionShape& shape_;
   const AttentionRule& rule_;
-  StridedView q_, k_, v_, out_;
+  StridedView q_, out_;
   const float* log_sums_;
   StridedView grad_out_;
-  MutableStridedView grad_q_, grad_k_, grad_v_;
+  MutableStridedView grad_q_;
+  std::array<GradientPart, 2> parts_;
   std::size_t group_, stretch_, stretches_, rows_;
+  bool whole_blocks_;            // or only what is seen of a block of keys, which of near ones is little
   std::vector<float> expected_;  // g·o of each query
   std::vector<float> partial_;   // [stretches − 1, batch, query_heads, query_tokens, head_dim]: gradients of queries
 };
@@ -218,8 +230,11 @@ class Backward {
 
 void causal_attention_backward(const AttentionShape& shape, const AttentionRule& rule, StridedView q, StridedView k, StridedView v,
                                StridedView out, const float* log_sums, StridedView grad_out, MutableStridedView grad_q,
-                               MutableStridedView grad_k, MutableStridedView grad_v) {
-  Backward(shape, rule, q, k, v, out, log_sums, grad_out, grad_q, grad_k, grad_v).run();
+                               MutableStridedView grad_k, MutableStridedView grad_v, const NearKeys& near,
+                               MutableStridedView grad_near_k, MutableStridedView grad_near_v) {
+  const auto [far_keys, near_keys] = key_parts(shape, k, v, near);
+  Backward(shape, rule, q, out, log_sums, grad_out, grad_q, {{{far_keys, grad_k, grad_v}, {near_keys, grad_near_k, grad_near_v}}})
+      .run();
 }
 
 }  // namespace veloxquant
