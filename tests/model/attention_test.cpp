@@ -3,6 +3,11 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <optional>
+#include <stdexcept>
+#include <utility>
+
 #include "mlx/ops.h"
 #include "mlx/random.h"
 #include "mlx/transforms.h"
@@ -20,13 +25,18 @@ float largest_difference(const mx::array& a, const mx::array& b) {
 }
 
 // Values and gradients of our kernels against MLX's operations and their autograd.
-void expect_equals_mlx(const AttentionSpec& spec, int queries, int keys) {
+void expect_equals_mlx(const AttentionSpec& spec, int queries, int keys, int near_window = 0) {
   SCOPED_TRACE(::testing::Message() << "T " << queries << " S " << keys << " cap " << spec.soft_cap << " window "
-                                    << spec.sliding_window << " padding " << spec.padding.has_value());
-  const std::vector<mx::array> inputs = {normal({3, 4, queries, 16}, 1), normal({3, 2, keys, 16}, 2), normal({3, 2, keys, 16}, 3)};
+                                    << spec.sliding_window << " padding " << spec.padding.has_value() << " near " << near_window);
+  std::vector<mx::array> inputs = {normal({3, 4, queries, 16}, 1), normal({3, 2, keys, 16}, 2), normal({3, 2, keys, 16}, 3)};
+  if (near_window > 0) {
+    const int tokens = std::min(keys, near_window + queries);  // one more than needed
+    inputs.insert(inputs.end(), {normal({3, 2, tokens, 16}, 5), normal({3, 2, tokens, 16}, 6)});
+  }
   const auto weights = normal({3, 4, queries, 16}, 4);
   const auto attention = [&](const std::vector<mx::array>& x) {
-    return std::vector<mx::array>{causal_attention(x[0], x[1], x[2], spec)};
+    const auto near = near_window > 0 ? std::optional(NearTokens{near_window, x[3], x[4]}) : std::nullopt;
+    return std::vector<mx::array>{causal_attention(x[0], x[1], x[2], spec, near)};
   };
   const auto [ours, our_gradients] = mx::vjp(attention, inputs, {weights});
   mx::eval(ours);
@@ -34,7 +44,8 @@ void expect_equals_mlx(const AttentionSpec& spec, int queries, int keys) {
   const MlxOperationsScope scope;
   const auto [theirs, their_gradients] = mx::vjp(attention, inputs, {weights});
   EXPECT_LE(largest_difference(ours[0], theirs[0]), 1e-5f);
-  for (std::size_t i = 0; i < 3; ++i) EXPECT_LE(largest_difference(our_gradients[i], their_gradients[i]), 3e-5f) << "input " << i;
+  for (std::size_t i = 0; i < inputs.size(); ++i)
+    EXPECT_LE(largest_difference(our_gradients[i], their_gradients[i]), 3e-5f) << "input " << i;
 }
 
 TEST(AttentionOperation, EqualsMlxInValueAndGradient) {
@@ -42,13 +53,28 @@ TEST(AttentionOperation, EqualsMlxInValueAndGradient) {
   for (const auto& [queries, keys] : {std::pair{1, 40}, {4, 40}, {70, 70}, {9, 300}}) {
     for (const float cap : {0.0f, 2.0f}) {
       for (const int window : {0, 13}) {
-        AttentionSpec spec{.scale = 0.25f, .soft_cap = cap, .sliding_window = window};
-        expect_equals_mlx(spec, queries, keys);
-        spec.padding = mx::array(padding.data(), {3}, mx::int32);
-        expect_equals_mlx(spec, queries, keys);
+        for (const int near : {0, 1, 20, 500}) {
+          AttentionSpec spec{.scale = 0.25f, .soft_cap = cap, .sliding_window = window};
+          expect_equals_mlx(spec, queries, keys, near);
+          spec.padding = mx::array(padding.data(), {3}, mx::int32);
+          expect_equals_mlx(spec, queries, keys, near);
+        }
       }
     }
   }
+}
+
+TEST(AttentionOperation, RefusesNearTokensOutsideTheirRange) {
+  const auto q = normal({1, 4, 5, 16}, 1), k = normal({1, 2, 30, 16}, 2);
+  const auto attend = [&](int window, int tokens, int value_tokens) {
+    causal_attention(q, k, k, {}, NearTokens{window, normal({1, 2, tokens, 16}, 3), normal({1, 2, value_tokens, 16}, 4)});
+  };
+  EXPECT_NO_THROW(attend(8, 12, 12));
+  EXPECT_NO_THROW(attend(1000, 30, 30));
+  EXPECT_THROW(attend(0, 12, 12), std::invalid_argument);
+  EXPECT_THROW(attend(8, 11, 11), std::invalid_argument);
+  EXPECT_THROW(attend(8, 12, 13), std::invalid_argument);
+  EXPECT_THROW(attend(8, 31, 31), std::invalid_argument);
 }
 
 }  // namespace

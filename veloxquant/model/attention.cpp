@@ -1,7 +1,13 @@
 #include "veloxquant/model/attention.h"
 
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <iterator>
+
 #include "mlx/fast.h"
 #include "mlx/ops.h"
+#include "veloxquant/core/error.h"
 #include "veloxquant/kernels/attention.h"
 #include "veloxquant/model/cpu_operation.h"
 
@@ -9,30 +15,47 @@ namespace veloxquant {
 
 namespace {
 
-// Which of S keys each of T queries sees: bool [B or 1, 1, T, S].
-mx::array seen_keys(int queries, int keys, const AttentionSpec& spec) {
-  const auto key = mx::reshape(mx::arange(keys), {1, 1, 1, keys});
+// How far each of S keys lies behind each of T queries: int32 [1, 1, T, S], negative for later keys.
+mx::array distances(int queries, int keys) {
   const auto query = mx::reshape(mx::arange(keys - queries, keys, mx::int32), {1, 1, queries, 1});
-  auto seen = mx::less_equal(key, query);
-  if (spec.sliding_window > 0) seen = mx::logical_and(seen, mx::greater(key, mx::subtract(query, mx::array(spec.sliding_window))));
-  if (spec.padding) seen = mx::logical_and(seen, mx::greater_equal(key, mx::reshape(*spec.padding, {-1, 1, 1, 1})));
+  return mx::subtract(query, mx::reshape(mx::arange(keys), {1, 1, 1, keys}));
+}
+
+// Which keys each query sees: bool [B or 1, 1, T, S].
+mx::array seen_keys(const mx::array& distance, const AttentionSpec& spec) {
+  auto seen = mx::greater_equal(distance, mx::array(0));
+  if (spec.sliding_window > 0) seen = mx::logical_and(seen, mx::less(distance, mx::array(spec.sliding_window)));
+  if (spec.padding)
+    seen = mx::logical_and(seen, mx::greater_equal(mx::arange(distance.shape(-1)), mx::reshape(*spec.padding, {-1, 1, 1, 1})));
   return seen;
 }
 
 // By MLX's operations, on any device.
-mx::array attention_graph(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) {
-  const bool plain = spec.sliding_window == 0 && !spec.padding;
+mx::array attention_graph(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec,
+                          const std::optional<NearTokens>& near) {
+  const bool plain = spec.sliding_window == 0 && !spec.padding && !near;
   if (spec.soft_cap == 0 && plain) return mx::fast::scaled_dot_product_attention(q, k, v, spec.scale, "causal");
   const int batch = q.shape(0), heads = q.shape(1), kv_heads = k.shape(1), queries = q.shape(2), keys = k.shape(2),
             dim = q.shape(3);
   const auto grouped = mx::reshape(q, {batch, kv_heads, heads / kv_heads, queries, dim});
-  auto scores = mx::multiply(mx::matmul(grouped, mx::swapaxes(mx::expand_dims(k, 2), -1, -2)), mx::array(spec.scale));
+  const auto products = [&](const mx::array& k) { return mx::matmul(grouped, mx::swapaxes(mx::expand_dims(k, 2), -1, -2)); };
+  const auto distance = distances(queries, keys);
+  const auto is_near = mx::expand_dims(mx::less(distance, mx::array(near ? near->window : 0)), 2);
+  // Near keys stand where the far ones that they replace do.
+  const auto at_end = [&](const mx::array& x) { return mx::pad(x, {{0, 0}, {0, 0}, {keys - x.shape(2), 0}, {0, 0}}); };
+  auto scores = products(k);
+  if (near) scores = mx::where(is_near, products(at_end(near->k)), scores);
+  scores = mx::multiply(scores, mx::array(spec.scale));
   if (spec.soft_cap > 0) scores = mx::multiply(mx::tanh(mx::divide(scores, mx::array(spec.soft_cap))), mx::array(spec.soft_cap));
-  const auto seen = mx::expand_dims(seen_keys(queries, keys, spec), 2);
+  const auto seen = mx::expand_dims(seen_keys(distance, spec), 2);
   // Finite, so that a query that sees nothing has weights, which the mask then takes away.
   const auto weights = mx::softmax(mx::where(seen, scores, mx::array(-1e30f)), -1, /* precise= */ true);
-  const auto out = mx::matmul(mx::where(seen, weights, mx::array(0.0f)), mx::expand_dims(v, 2));
-  return mx::reshape(out, q.shape());
+  const auto sum = [&](const mx::array& which, const mx::array& v) {
+    return mx::matmul(mx::where(which, weights, mx::array(0.0f)), mx::expand_dims(v, 2));
+  };
+  if (!near) return mx::reshape(sum(seen, v), q.shape());
+  const auto far_sum = sum(mx::logical_and(seen, mx::logical_not(is_near)), v);
+  return mx::reshape(mx::add(far_sum, sum(mx::logical_and(seen, is_near), at_end(near->v))), q.shape());
 }
 
 AttentionShape shape_of(const mx::array& q, const mx::array& k) {
@@ -40,46 +63,79 @@ AttentionShape shape_of(const mx::array& q, const mx::array& k) {
   return {size(q, 0), size(q, 1), size(k, 1), size(q, 2), size(k, 2), size(q, 3)};
 }
 
-// `padding`: the index of the input that holds it, if any does.
-AttentionRule rule_of(const AttentionSpec& spec, const std::vector<mx::array>& inputs, std::size_t padding) {
+// Padding is the last of the inputs, if it is one.
+AttentionRule rule_of(const AttentionSpec& spec, const std::vector<mx::array>& inputs) {
   return {.scale = spec.scale,
           .soft_cap = spec.soft_cap,
           .window = static_cast<std::size_t>(spec.sliding_window),
-          .padding = spec.padding ? inputs[padding].data<std::int32_t>() : nullptr};
+          .padding = spec.padding ? inputs.back().data<std::int32_t>() : nullptr};
+}
+
+// The inputs begin with q, k and v; with a window for near keys, near's k and v follow.
+std::ptrdiff_t differentiable(int near_window) {
+  return near_window > 0 ? 5 : 3;
+}
+
+std::vector<StridedInput> strided(const std::vector<mx::array>& inputs, int near_window) {
+  return {inputs.begin(), inputs.begin() + differentiable(near_window)};
+}
+
+NearKeys near_of(const std::vector<mx::array>& inputs, const std::vector<StridedInput>& strided, int near_window) {
+  if (near_window == 0) return {};
+  return {static_cast<std::size_t>(near_window), static_cast<std::size_t>(inputs[3].shape(2)), strided[3].view(),
+          strided[4].view()};
 }
 
 std::vector<mx::array> attention_backward(const std::vector<mx::array>& inputs, const std::vector<mx::array>& outputs,
-                                          const mx::array& gradient, const AttentionSpec& spec) {
+                                          const mx::array& gradient, const AttentionSpec& spec, int near_window) {
+  const auto count = differentiable(near_window);
   auto read = inputs;
-  read.insert(read.begin() + 3, {outputs[0], outputs[1], mx::contiguous(gradient)});
-  auto gradients =
-      cpu_operation("CausalAttentionBackward", std::move(read),
-                    {token_major_shape(inputs[0]), token_major_shape(inputs[1]), token_major_shape(inputs[2])},
-                    [spec](const auto& in, auto& out) {
-                      const StridedInput q(in[0]), k(in[1]), v(in[2]);
-                      causal_attention_backward(shape_of(in[0], in[1]), rule_of(spec, in, 6), q.view(), k.view(), v.view(),
-                                                token_major_view(in[3]), in[4].template data<float>(), token_major_view(in[5]),
-                                                token_major_view(out[0]), token_major_view(out[1]), token_major_view(out[2]));
-                    });
+  read.insert(read.begin() + count, {outputs[0], outputs[1], mx::contiguous(gradient)});
+  std::vector<mx::Shape> shapes;
+  std::transform(inputs.begin(), inputs.begin() + count, std::back_inserter(shapes), token_major_shape);
+  auto gradients = cpu_operation(
+      "CausalAttentionBackward", std::move(read), std::move(shapes), [spec, near_window, count](const auto& in, auto& out) {
+        const auto x = strided(in, near_window);
+        const mx::array* more = in.data() + count;
+        std::vector<MutableStridedView> by(5);  // near's stay empty where there are none
+        std::transform(out.begin(), out.end(), by.begin(), [](mx::array& y) { return token_major_view(y); });
+        causal_attention_backward(shape_of(in[0], in[1]), rule_of(spec, in), x[0].view(), x[1].view(), x[2].view(),
+                                  token_major_view(more[0]), more[1].data<float>(), token_major_view(more[2]), by[0], by[1], by[2],
+                                  near_of(in, x, near_window), by[3], by[4]);
+      });
   for (auto& x : gradients) x = from_token_major(x);
   return gradients;
 }
 
+void check(const NearTokens& near, const mx::array& q, const mx::array& k) {
+  if (near.window < 1) throw_invalid("attention", "expected a window of at least 1 near token, got {}", near.window);
+  const int keys = k.shape(2), least = std::min(keys, std::min(near.window, keys) + q.shape(2) - 1);
+  for (const auto& x : {near.k, near.v})
+    if (x.ndim() != 4 || x.shape(0) != k.shape(0) || x.shape(1) != k.shape(1) || x.shape(2) < least || x.shape(2) > keys ||
+        x.shape(2) != near.k.shape(2) || x.shape(3) != k.shape(3))
+      throw_invalid("attention", "expected near keys and values of shape [{}, {}, {} to {}, {}], got [{}]", k.shape(0), k.shape(1),
+                    least, keys, k.shape(3), fmt::join(x.shape(), ", "));
+}
+
 }  // namespace
 
-mx::array causal_attention(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) {
-  if (!own_kernels()) return attention_graph(q, k, v, spec);
+mx::array causal_attention(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec,
+                           const std::optional<NearTokens>& near) {
+  if (near) check(*near, q, k);
+  if (!own_kernels()) return attention_graph(q, k, v, spec, near);
+  const int near_window = near ? near->window : 0;
   std::vector<mx::array> inputs = {q, k, v};
+  if (near) inputs.insert(inputs.end(), {near->k, near->v});
   if (spec.padding) inputs.push_back(mx::contiguous(mx::astype(*spec.padding, mx::int32)));
   const auto outputs = cpu_operation(
       "CausalAttention", std::move(inputs), {token_major_shape(q), {q.shape(0), q.shape(1), q.shape(2)}},
-      [spec](const auto& in, auto& out) {
-        const StridedInput q(in[0]), k(in[1]), v(in[2]);
-        causal_attention(shape_of(in[0], in[1]), rule_of(spec, in, 3), q.view(), k.view(), v.view(), token_major_view(out[0]),
-                         out[1].template data<float>());
+      [spec, near_window](const auto& in, auto& out) {
+        const auto x = strided(in, near_window);
+        causal_attention(shape_of(in[0], in[1]), rule_of(spec, in), x[0].view(), x[1].view(), x[2].view(), token_major_view(out[0]),
+                         out[1].template data<float>(), near_of(in, x, near_window));
       },
-      [spec](const auto& in, const auto& out, const auto& gradients, const auto& wanted) {
-        const auto all = attention_backward(in, out, gradients[0], spec);
+      [spec, near_window](const auto& in, const auto& out, const auto& gradients, const auto& wanted) {
+        const auto all = attention_backward(in, out, gradients[0], spec, near_window);
         std::vector<mx::array> results;
         for (const int input : wanted) results.push_back(all.at(static_cast<std::size_t>(input)));
         return results;

@@ -1,16 +1,27 @@
 // Attention over full-precision keys and values.
 #pragma once
 
+#include <optional>
+
 #include "mlx/array.h"
 #include "veloxquant/model/attention_cache.h"
 #include "veloxquant/model/token_store.h"
 
 namespace veloxquant {
 
+/// Other copies of the newest tokens' keys and values: a query reads the last `window` ≥ 1 tokens up to itself here, those before
+/// from the ordinary k and v.
+struct NearTokens {
+  int window;
+  mx::array k, v;  // [B, Hkv, N, D] of the last N tokens, min(S, window + T − 1) ≤ N ≤ S
+};
+
 /// Causal grouped-query attention whose queries stand at the end of the keys: query t of T sees keys 0 … S − T + t.
 /// q [B, Hq, T, D], k and v [B, Hkv, S, D] with S ≥ T and Hkv a divisor of Hq → [B, Hq, T, D].  On the CPU our own kernel in
-/// float32, without a [T, S] array; on a GPU MLX's.
-mx::array causal_attention(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec);
+/// float32, without a [T, S] array; on a GPU MLX's.  Has gradients by q, k, v and near's k and v.  Throws std::invalid_argument for
+/// a window or arrays of near outside their ranges.
+mx::array causal_attention(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec,
+                           const std::optional<NearTokens>& near = std::nullopt);
 
 /// A cache that stores keys (after RoPE) and values as they are.
 class FullCache : public AttentionCache {
