@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "veloxquant/core/error.h"
+#include "veloxquant/core/random.h"
 
 namespace veloxquant {
 namespace {
@@ -62,6 +63,19 @@ void check_vectors(std::string_view method, std::span<const float> vectors, int 
     throw_invalid(method, "expected rows of {} values, got {} values", dim, vectors.size());
   for (const float value : vectors)
     if (!std::isfinite(value)) throw_invalid(method, "expected finite values, got {}", value);
+}
+
+std::vector<float> spread_rows(std::span<const float> vectors, int dim, std::size_t most, std::uint64_t seed) {
+  const auto width = static_cast<std::size_t>(dim), rows = vectors.size() / width, kept = std::min(rows, most);
+  std::vector<float> result;
+  result.reserve(kept * width);
+  Random random(seed);
+  for (std::size_t i = 0; i < kept; ++i) {
+    const std::size_t begin = rows * i / kept, end = rows * (i + 1) / kept;
+    const auto row = vectors.subspan((begin + random.below(end - begin)) * width, width);
+    result.insert(result.end(), row.begin(), row.end());
+  }
+  return result;
 }
 
 }  // namespace veloxquant

@@ -1,4 +1,4 @@
-// Checks of what quantizers are made from.
+// What quantizers share: checks of what they are made from, rows to train on.
 #pragma once
 
 #include <cstdint>
@@ -27,5 +27,8 @@ int whole_bits(std::string_view method, int dim, double width);
 
 /// Throws std::invalid_argument unless vectors are whole rows of dim finite values.
 void check_vectors(std::string_view method, std::span<const float> vectors, int dim);
+
+/// At most `most` rows of vectors [rows, dim], one drawn from each stretch of the data.
+std::vector<float> spread_rows(std::span<const float> vectors, int dim, std::size_t most, std::uint64_t seed);
 
 }  // namespace veloxquant

@@ -5,6 +5,7 @@
 #include "veloxquant/core/error.h"
 #include "veloxquant/quantize/affine.h"
 #include "veloxquant/quantize/kivi.h"
+#include "veloxquant/quantize/rotated_pq.h"
 #include "veloxquant/quantize/turboquant.h"
 #include "veloxquant/quantize/vecinfer.h"
 
@@ -15,7 +16,8 @@ std::string_view to_string(Side side) {
 }
 
 std::span<const QuantizerMethod> quantizer_methods() {
-  static const QuantizerMethod table[] = {affine_method(), kivi_method(), turboquant_method(), vecinfer_method()};
+  static const QuantizerMethod table[] = {affine_method(), kivi_method(), turboquant_method(), vecinfer_method(),
+                                          rotated_pq_method()};
   return table;
 }
 

@@ -62,10 +62,13 @@ struct QuantizerMethod {
   /// Vectors that fitting needs at least; 0: it looks at none (scalar quantizers).
   std::int64_t least_vectors;
 
+  /// Whether keys are stored as the model's linear map gives them, to be turned by RoPE when they are read.
+  bool keys_before_rope = false;
+
   bool learns() const { return least_vectors > 0; }
 };
 
-/// affine, kivi, turboquant, vecinfer.
+/// affine, kivi, turboquant, vecinfer, rotated_pq.
 std::span<const QuantizerMethod> quantizer_methods();
 
 /// Throws std::invalid_argument that lists the names there are.

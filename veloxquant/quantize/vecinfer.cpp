@@ -47,25 +47,11 @@ double rate(int dim, double width) {
 // Vectors that are encoded together: their sub-spaces are found in the cache.
 constexpr std::size_t kBlockRows = 384;
 
-// At most kTrainingRows rows, one drawn from each stretch of the data.
-std::vector<float> training_rows(std::span<const float> vectors, int dim, std::uint64_t seed) {
-  const auto width = static_cast<std::size_t>(dim), rows = vectors.size() / width, kept = std::min(rows, kTrainingRows);
-  std::vector<float> result;
-  result.reserve(kept * width);
-  Random random(seed);
-  for (std::size_t i = 0; i < kept; ++i) {
-    const std::size_t begin = rows * i / kept, end = rows * (i + 1) / kept;
-    const auto row = vectors.subspan((begin + random.below(end - begin)) * width, width);
-    result.insert(result.end(), row.begin(), row.end());
-  }
-  return result;
-}
-
 QuantizerParameters fit(std::span<const float> vectors, int dim, const FitOptions& options) {
   check_vectors("vecinfer", vectors, dim);
   const int subspaces = subspaces_of(dim, options.width);
   std::vector<float> factors = options.side == Side::kKeys ? smooth_factors(vectors, dim) : std::vector<float>{};
-  std::vector<float> rows = training_rows(vectors, dim, options.seed);
+  std::vector<float> rows = spread_rows(vectors, dim, kTrainingRows, options.seed);
   if (!factors.empty()) transform_keys(rows, factors);
   Tensor codebook = train_product_codebook(rows, dim, subspaces,
                                            {.num_centroids = kNumCentroids, .max_iter = options.max_iter, .seed = options.seed});

@@ -1,0 +1,453 @@
+#include "veloxquant/quantize/rotated_pq.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "veloxquant/core/error.h"
+#include "veloxquant/core/parallel.h"
+#include "veloxquant/core/random.h"
+#include "veloxquant/kernels/gemm.h"
+#include "veloxquant/quantize/half.h"
+#include "veloxquant/quantize/parameters.h"
+
+namespace veloxquant {
+namespace {
+
+constexpr const char* kName = "rotated_pq";
+constexpr int kMaxCentroids = 256, kCodeBits = 8, kMaxPatches = 64;
+constexpr int kPatchBits = 4;
+constexpr float kPatchCentre = 7.5f;  // of codes 0 … 15
+constexpr double kRidge = 0.01;       // of the metric's mean diagonal
+
+// Vectors that K-means looks at: 128 a centroid, as for vecinfer.
+constexpr std::size_t kTrainingRows = 32768;
+
+// Fewer do not fill pairs of tables: training on them is learnt by heart.
+constexpr std::size_t kRowsOfTwoStages = 8192;
+
+// Of one sub-space: its columns of the rotated vector and its codes of the encoded one.
+struct Subspace {
+  int begin, width, first_code, codes;
+};
+
+// `codes` codes over `dim` columns, `stages` a sub-space, the last one the rest.  Widths are in proportion to codes, so that those
+// of equal codes differ by one at most.
+std::vector<Subspace> layout(int dim, int codes, int stages) {
+  std::vector<Subspace> subspaces;
+  for (int first = 0; first < codes; first += stages) {
+    const int own = std::min(stages, codes - first), begin = dim * first / codes;
+    subspaces.push_back({begin, dim * (first + own) / codes - begin, first, own});
+  }
+  return subspaces;
+}
+
+// In columns of the rotated vector: kPlane cuts between planes of two.
+std::vector<Subspace> layout(int dim, int codes, int stages, Rotation rotation) {
+  if (rotation == Rotation::kFull) return layout(dim, codes, stages);
+  auto subspaces = layout(dim / 2, codes, stages);
+  for (auto& subspace : subspaces) subspace.begin *= 2, subspace.width *= 2;
+  return subspaces;
+}
+
+int most_codes(int dim, Rotation rotation) {
+  return rotation == Rotation::kFull ? dim : dim / 2;
+}
+
+// The water level θ at which Σ ½·log₂(variance / θ) over variances above it is `bits` (Cover and Thomas, Theorem 10.3.3).
+double log_water_level(const std::vector<double>& log_variances, double bits) {
+  std::vector<double> sorted = log_variances;
+  std::sort(sorted.rbegin(), sorted.rend());
+  double sum = 0, level = 0;
+  for (std::size_t n = 1; n <= sorted.size(); ++n) {
+    sum += sorted[n - 1];
+    level = (sum - 2 * std::log(2.0) * bits) / static_cast<double>(n);
+    if (n == sorted.size() || level >= sorted[n]) break;
+  }
+  return level;
+}
+
+// Which item goes to which place, so that what sub-spaces have to describe above the water level is even over their codes.
+std::vector<int> balance(const std::vector<double>& variances, const std::vector<Subspace>& subspaces, int codes) {
+  const double largest = *std::max_element(variances.begin(), variances.end());
+  std::vector<double> logs;
+  for (const double variance : variances) logs.push_back(std::log(std::max(variance, 1e-12 * std::max(largest, 1e-300))));
+  const double level = log_water_level(logs, 1.0 * codes * kCodeBits);
+  std::vector<int> order(variances.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int a, int b) { return logs[static_cast<std::size_t>(a)] > logs[static_cast<std::size_t>(b)]; });
+  std::vector<double> load(subspaces.size());
+  std::vector<std::vector<int>> members(subspaces.size());
+  for (const int item : order) {
+    std::size_t best = subspaces.size();
+    for (std::size_t s = 0; s < subspaces.size(); ++s)
+      if (static_cast<int>(members[s].size()) < subspaces[s].width && (best == subspaces.size() || load[s] < load[best])) best = s;
+    members[best].push_back(item);
+    load[best] += std::max(0.0, logs[static_cast<std::size_t>(item)] - level) / subspaces[best].codes;
+  }
+  std::vector<int> places;
+  for (const auto& some : members) places.insert(places.end(), some.begin(), some.end());
+  return places;
+}
+
+// y [rows, dim] = (x − mean) · matrix.
+void rotate(const float* x, std::size_t rows, std::span<const float> mean, std::span<const float> matrix, float* y) {
+  const std::size_t dim = mean.size();
+  std::vector<float> centred(rows * dim);
+  for (std::size_t i = 0; i < centred.size(); ++i) centred[i] = x[i] - mean[i % dim];
+  const int n = static_cast<int>(rows), d = static_cast<int>(dim);
+  gemm(false, false, n, d, d, 1.0f, centred.data(), d, matrix.data(), d, 0.0f, y, d);
+}
+
+std::vector<float> to_float(std::span<const double> x) {
+  return {x.begin(), x.end()};
+}
+
+// Of a block of tokens.
+std::size_t patches_of(std::size_t patches, std::size_t tokens) {
+  return (patches * tokens + RotatedPqQuantizer::kBlockTokens - 1) / RotatedPqQuantizer::kBlockTokens;
+}
+
+// Place, scale and residuals.
+std::size_t patch_bytes(std::size_t dim) {
+  return 3 + (dim * kPatchBits + 7) / 8;
+}
+
+Tensor matrix_tensor(const SquareMatrix& matrix, std::size_t dim) {
+  const auto size = static_cast<std::int64_t>(dim);
+  return {{size, size}, to_float(matrix)};
+}
+
+}  // namespace
+
+RotatedPqFitter::RotatedPqFitter(std::span<const float> vectors, int dim, ErrorMetric metric, Rotation rotation)
+    : vectors_(vectors),
+      dim_(static_cast<std::size_t>(dim)),
+      rotation_(rotation),
+      weights_(std::move(metric.weights)),
+      metric_(std::move(metric.matrix)) {
+  check_vectors(kName, vectors, dim);
+  const std::size_t rows = vectors.size() / dim_;
+  if (rows == 0) throw_invalid(kName, "0 vectors to fit to are too few; expected at least one");
+  if (rotation == Rotation::kPlane && dim % 2 != 0) throw_invalid(kName, "plane: expected an even dim, got {}", dim);
+  if (!metric_.empty() && metric_.size() != dim_ * dim_)
+    throw_invalid(kName, "metric: expected {} by {} values, got {}", dim, dim, metric_.size());
+  if (!weights_.empty() && weights_.size() != rows) throw_invalid(kName, "weights: expected {}, got {}", rows, weights_.size());
+  for (const float weight : weights_)
+    if (!(weight >= 0) || !std::isfinite(weight)) throw_invalid(kName, "weights: expected numbers from 0, got {}", weight);
+  for (const double value : metric_)
+    if (!std::isfinite(value)) throw_invalid(kName, "metric: expected finite values, got {}", value);
+
+  // A unit that the model does not listen to has neither a metric nor weights of its own.
+  double trace = 0, total = 0;
+  for (std::size_t i = 0; i < dim_ && !metric_.empty(); ++i) trace += metric_[i * dim_ + i];
+  if (trace <= 0) {
+    metric_.assign(dim_ * dim_, 0.0);
+    trace = 0;
+  }
+  for (double& value : metric_) value *= trace > 0 ? static_cast<double>(dim) / trace : 0.0;
+  for (std::size_t i = 0; i < dim_; ++i) metric_[i * dim_ + i] += trace > 0 ? kRidge : 1.0;
+  for (const float weight : weights_) total += weight;
+  if (!(total > 0)) weights_.assign(rows, 1.0f), total = static_cast<double>(rows);
+
+  mean_.assign(dim_, 0.0);
+  for (std::size_t i = 0; i < rows; ++i)
+    for (std::size_t j = 0; j < dim_; ++j) mean_[j] += weights_[i] / total * vectors[i * dim_ + j];
+  std::vector<float> centred(rows * dim_);
+  for (std::size_t i = 0; i < rows; ++i)
+    for (std::size_t j = 0; j < dim_; ++j)
+      centred[i * dim_ + j] = static_cast<float>(std::sqrt(weights_[i] / total) * (vectors[i * dim_ + j] - mean_[j]));
+  std::vector<float> covariance(dim_ * dim_);
+  gemm(true, false, dim, dim, static_cast<int>(rows), 1.0f, centred.data(), dim, centred.data(), dim, 0.0f, covariance.data(), dim);
+  covariance_.assign(covariance.begin(), covariance.end());
+  if (rotation == Rotation::kPlane) return;
+  const auto root = symmetric_power(metric_, dim_, 0.5);
+  const auto eigen = symmetric_eigen(multiply(multiply(root, covariance_, dim_), root, dim_), dim_);
+  SquareMatrix columns(dim_ * dim_);  // LAPACK's vectors are rows
+  for (std::size_t i = 0; i < dim_; ++i)
+    for (std::size_t j = 0; j < dim_; ++j) columns[j * dim_ + i] = eigen.vectors[i * dim_ + j];
+  whitening_ = multiply(root, columns, dim_);
+  variances_ = eigen.values;
+}
+
+namespace {
+
+SquareMatrix permuted_columns(const SquareMatrix& matrix, const std::vector<int>& places) {
+  const std::size_t dim = places.size();
+  SquareMatrix result(dim * dim);
+  for (std::size_t i = 0; i < dim; ++i)
+    for (std::size_t j = 0; j < dim; ++j) result[i * dim + j] = matrix[i * dim + static_cast<std::size_t>(places[j])];
+  return result;
+}
+
+SquareMatrix block_of(const SquareMatrix& matrix, std::size_t dim, std::span<const std::size_t> indices) {
+  SquareMatrix block;
+  for (const std::size_t i : indices)
+    for (const std::size_t j : indices) block.push_back(matrix[i * dim + j]);
+  return block;
+}
+
+double determinant_of_two(const SquareMatrix& m) {
+  return std::max(m[0] * m[3] - m[1] * m[2], 0.0);
+}
+
+// A block G^½ for each sub-space, over the planes that fall into it.
+SquareMatrix plane_transform(const SquareMatrix& metric, const SquareMatrix& covariance, std::size_t dim,
+                             const std::vector<Subspace>& subspaces, int codes) {
+  const std::size_t half = dim / 2;
+  std::vector<double> variances;
+  for (std::size_t i = 0; i < half; ++i) {
+    const std::size_t plane[] = {i, i + half};
+    variances.push_back(determinant_of_two(block_of(metric, dim, plane)) * determinant_of_two(block_of(covariance, dim, plane)));
+  }
+  std::vector<Subspace> planes = subspaces;
+  for (auto& subspace : planes) subspace.begin /= 2, subspace.width /= 2;
+  const auto places = balance(variances, planes, codes);
+  SquareMatrix transform(dim * dim);
+  for (const auto& subspace : planes) {
+    std::vector<std::size_t> indices;
+    for (int i = subspace.begin; i < subspace.begin + subspace.width; ++i) {
+      const auto plane = static_cast<std::size_t>(places[static_cast<std::size_t>(i)]);
+      indices.insert(indices.end(), {plane, plane + half});
+    }
+    const auto root = symmetric_power(block_of(metric, dim, indices), indices.size(), 0.5);
+    for (std::size_t i = 0; i < indices.size(); ++i)
+      for (std::size_t j = 0; j < indices.size(); ++j)
+        transform[indices[i] * dim + 2 * static_cast<std::size_t>(subspace.begin) + j] = root[i * indices.size() + j];
+  }
+  return transform;
+}
+
+void check_options(int dim, Rotation rotation, const RotatedPqOptions& options) {
+  const auto check = [](const char* what, int value, int least, int most) {
+    if (value < least || value > most) throw_invalid(kName, "{}: expected {} to {}, got {}", what, least, most, value);
+  };
+  check("codes", options.codes, 1, most_codes(dim, rotation));
+  check("stages", options.stages, 1, AdditiveCodebook::kMaxStages);
+  check("patches", options.patches, 0, kMaxPatches);
+}
+
+}  // namespace
+
+QuantizerParameters RotatedPqFitter::fit(Side side, const RotatedPqOptions& options) const {
+  const int dim = static_cast<int>(dim_);
+  check_options(dim, rotation_, options);
+  const auto subspaces = layout(dim, options.codes, options.stages, rotation_);
+  const auto transform = rotation_ == Rotation::kFull ? permuted_columns(whitening_, balance(variances_, subspaces, options.codes))
+                                                      : plane_transform(metric_, covariance_, dim_, subspaces, options.codes);
+  const std::size_t rows = vectors_.size() / dim_;
+  const auto mean = to_float(mean_), matrix = to_float(transform);
+  std::vector<float> z(rows * dim_);
+  rotate(vectors_.data(), rows, mean, matrix, z.data());
+
+  const int centroids = static_cast<int>(std::min<std::size_t>(kMaxCentroids, rows));
+  const auto table = static_cast<std::size_t>(centroids) * dim_;
+  Tensor codebook{{options.stages, centroids, dim}, std::vector<float>(static_cast<std::size_t>(options.stages) * table)};
+  for (const auto& [begin, width, first_code, codes] : subspaces) {
+    const auto trained = AdditiveCodebook::train(z.data() + begin, rows, dim_, width, weights_,
+                                                 {.stages = codes,
+                                                  .num_centroids = centroids,
+                                                  .max_iter = options.max_iter,
+                                                  .seed = Random(options.seed, static_cast<std::uint64_t>(first_code)).next()});
+    for (int stage = 0; stage < codes; ++stage)
+      for (std::size_t c = 0; c < static_cast<std::size_t>(centroids); ++c)
+        std::copy_n(
+            trained.entry(stage, c), width,
+            codebook.values.begin() + static_cast<std::ptrdiff_t>(static_cast<std::size_t>(stage) * table + c * dim_) + begin);
+  }
+  QuantizerParameters parameters{.method = kName, .side = side, .dim = dim, .numbers = {}, .tensors = {}};
+  parameters.numbers = {{"codes", options.codes},
+                        {"stages", options.stages},
+                        {"num_centroids", centroids},
+                        {"patches", options.patches},
+                        {"plane", rotation_ == Rotation::kPlane ? 1 : 0}};
+  parameters.tensors.emplace("mean", Tensor{{dim}, mean});
+  parameters.tensors.emplace("transform", matrix_tensor(transform, dim_));
+  parameters.tensors.emplace("codebook", std::move(codebook));
+  return parameters;
+}
+
+RotatedPqQuantizer::RotatedPqQuantizer(const QuantizerParameters& parameters) {
+  expect_parameters(parameters, {"codes", "stages", "num_centroids", "patches", "plane"}, {"mean", "transform", "codebook"});
+  const int dim = parameters.dim;
+  const auto number = [&](const char* name, std::int64_t least, std::int64_t most) {
+    return static_cast<int>(number_in(parameters, name, least, most));
+  };
+  const Rotation rotation = number("plane", 0, 1) == 1 ? Rotation::kPlane : Rotation::kFull;
+  if (rotation == Rotation::kPlane && dim % 2 != 0) throw_invalid(kName, "plane: expected an even dim, got {}", dim);
+  const int codes = number("codes", 1, most_codes(dim, rotation)), stages = number("stages", 1, AdditiveCodebook::kMaxStages),
+            centroids = number("num_centroids", 1, kMaxCentroids);
+  dim_ = static_cast<std::size_t>(dim);
+  codes_ = static_cast<std::size_t>(codes);
+  patches_ = static_cast<std::size_t>(number("patches", 0, kMaxPatches));
+  mean_ = tensor_of(parameters, "mean", {dim}).values;
+  transform_ = tensor_of(parameters, "transform", {dim, dim}).values;
+  try {
+    inverse_ = to_float(veloxquant::inverse(SquareMatrix(transform_.begin(), transform_.end()), dim_));
+  } catch (const std::runtime_error& error) {
+    throw_invalid(kName, "transform: {}", error.what());
+  }
+  const auto& codebook = tensor_of(parameters, "codebook", {stages, centroids, dim}).values;
+  const auto count = static_cast<std::size_t>(centroids);
+  for (const auto& subspace : layout(dim, codes, stages, rotation)) {
+    std::vector<float> tables;
+    for (std::size_t row = 0; row < static_cast<std::size_t>(subspace.codes) * count; ++row) {
+      const auto begin = codebook.begin() + static_cast<std::ptrdiff_t>(row * dim_) + subspace.begin;
+      tables.insert(tables.end(), begin, begin + subspace.width);
+    }
+    subspaces_.emplace_back(std::move(tables), subspace.codes, centroids, subspace.width);
+  }
+}
+
+std::size_t RotatedPqQuantizer::encoded_bytes(std::size_t tokens) const {
+  return rotated_pq_bytes(dim(), static_cast<int>(codes_), static_cast<int>(patches_), tokens);
+}
+
+void RotatedPqQuantizer::encode(std::span<const float> vectors, std::span<std::uint8_t> encoded) const {
+  const std::size_t tokens = vectors.size() / dim_;
+  std::vector<float> z(std::min(tokens, kBlockTokens) * dim_), restored(patches_ > 0 ? z.size() : 0);
+  std::vector<std::uint16_t> codes(kBlockTokens);
+  std::uint8_t* out = encoded.data();
+  for (std::size_t begin = 0; begin < tokens; begin += kBlockTokens) {
+    const std::size_t block = std::min(kBlockTokens, tokens - begin);
+    rotate(vectors.data() + begin * dim_, block, mean_, transform_, z.data());
+    std::vector<std::uint16_t> wide(block * codes_);
+    std::size_t column = 0, code = 0;
+    for (const auto& subspace : subspaces_) {
+      subspace.encode(z.data() + column, block, dim_, wide.data() + code, codes_);
+      column += static_cast<std::size_t>(subspace.dim());
+      code += static_cast<std::size_t>(subspace.stages());
+    }
+    std::copy(wide.begin(), wide.end(), out);
+    if (patches_ > 0) {
+      look_up(out, block, restored.data());
+      write_patches(z.data(), restored.data(), block, out + block * codes_);
+    }
+    out += encoded_bytes(block);
+  }
+}
+
+void RotatedPqQuantizer::decode(std::span<const std::uint8_t> encoded, std::span<float> vectors) const {
+  const std::size_t tokens = vectors.size() / dim_;
+  std::vector<float> z(std::min(tokens, kBlockTokens) * dim_);
+  const std::uint8_t* in = encoded.data();
+  const int d = static_cast<int>(dim_);
+  for (std::size_t begin = 0; begin < tokens; begin += kBlockTokens) {
+    const std::size_t block = std::min(kBlockTokens, tokens - begin);
+    look_up(in, block, z.data());
+    add_patches(in + block * codes_, block, z.data());
+    float* out = vectors.data() + begin * dim_;
+    for (std::size_t t = 0; t < block; ++t) std::copy(mean_.begin(), mean_.end(), out + t * dim_);
+    gemm(false, false, static_cast<int>(block), d, d, 1.0f, z.data(), d, inverse_.data(), d, 1.0f, out, d);
+    in += encoded_bytes(block);
+  }
+}
+
+void RotatedPqQuantizer::look_up(const std::uint8_t* codes, std::size_t tokens, float* z) const {
+  // Bytes of a damaged file may be no codes.
+  const auto entry = [](const AdditiveCodebook& subspace, int stage, std::uint8_t code) {
+    return subspace.entry(stage, std::min<std::size_t>(code, static_cast<std::size_t>(subspace.num_centroids() - 1)));
+  };
+  for (std::size_t t = 0; t < tokens; ++t, z += dim_) {
+    float* out = z;
+    for (const auto& subspace : subspaces_) {
+      const auto width = static_cast<std::size_t>(subspace.dim());
+      std::copy_n(entry(subspace, 0, *codes++), width, out);
+      for (int stage = 1; stage < subspace.stages(); ++stage) {
+        const float* more = entry(subspace, stage, *codes++);
+        for (std::size_t i = 0; i < width; ++i) out[i] += more[i];
+      }
+      out += width;
+    }
+  }
+}
+
+void RotatedPqQuantizer::write_patches(const float* z, const float* restored, std::size_t tokens, std::uint8_t* bytes) const {
+  std::vector<float> errors(tokens);
+  for (std::size_t t = 0; t < tokens; ++t)
+    for (std::size_t i = t * dim_; i < (t + 1) * dim_; ++i) errors[t] += (z[i] - restored[i]) * (z[i] - restored[i]);
+  std::vector<std::size_t> worst(tokens);
+  std::iota(worst.begin(), worst.end(), std::size_t{0});
+  const auto count = static_cast<std::ptrdiff_t>(patches_of(patches_, tokens));
+  std::partial_sort(worst.begin(), worst.begin() + count, worst.end(),
+                    [&](std::size_t a, std::size_t b) { return errors[a] != errors[b] ? errors[a] > errors[b] : a < b; });
+  std::sort(worst.begin(), worst.begin() + count);
+  std::vector<float> rest(dim_);
+  for (auto t = worst.begin(); t != worst.begin() + count; ++t, bytes += patch_bytes(dim_)) {
+    float largest = 0;
+    for (std::size_t i = 0; i < dim_; ++i) {
+      rest[i] = z[*t * dim_ + i] - restored[*t * dim_ + i];
+      largest = std::max(largest, std::abs(rest[i]));
+    }
+    bytes[0] = static_cast<std::uint8_t>(*t);
+    store_half(largest / kPatchCentre, bytes + 1);
+    const float scale = load_half(bytes + 1);
+    std::fill(bytes + 3, bytes + patch_bytes(dim_), std::uint8_t{0});
+    for (std::size_t i = 0; i < dim_; ++i) {
+      const float code = scale > 0 ? std::clamp(std::nearbyint(rest[i] / scale + kPatchCentre), 0.0f, 2 * kPatchCentre) : 0.0f;
+      bytes[3 + i / 2] |= static_cast<std::uint8_t>(static_cast<unsigned>(code) << (i % 2 * kPatchBits));
+    }
+  }
+}
+
+void RotatedPqQuantizer::add_patches(const std::uint8_t* bytes, std::size_t tokens, float* z) const {
+  for (std::size_t p = 0; p < patches_of(patches_, tokens); ++p, bytes += patch_bytes(dim_)) {
+    float* row = z + std::min<std::size_t>(bytes[0], tokens - 1) * dim_;
+    const float scale = load_half(bytes + 1);
+    for (std::size_t i = 0; i < dim_; ++i)
+      row[i] += scale * (static_cast<float>(bytes[3 + i / 2] >> (i % 2 * kPatchBits) & 15) - kPatchCentre);
+  }
+}
+
+std::size_t rotated_pq_bytes(int dim, int codes, int patches, std::size_t tokens) {
+  const auto of_block = [&](std::size_t block) {
+    return block * static_cast<std::size_t>(codes) +
+           patches_of(static_cast<std::size_t>(patches), block) * patch_bytes(static_cast<std::size_t>(dim));
+  };
+  constexpr std::size_t kBlock = RotatedPqQuantizer::kBlockTokens;
+  return tokens / kBlock * of_block(kBlock) + of_block(tokens % kBlock);
+}
+
+namespace {
+
+std::vector<double> widths(int dim) {
+  std::vector<double> result;
+  for (int codes = 1; codes <= dim && codes * kCodeBits <= 8 * dim; ++codes)
+    result.push_back(static_cast<double>(codes * kCodeBits) / dim);
+  return result;
+}
+
+int codes_of(int dim, double width) {
+  check_dim(quantizer_method(kName), dim);
+  const double codes = dim * width / kCodeBits;
+  if (!(codes >= 1 && codes <= dim) || codes != std::floor(codes))
+    throw_invalid(kName, "{} bits are not a whole number of 8-bit codes for {} values; possible are multiples of {} up to 8", width,
+                  dim, 1.0 * kCodeBits / dim);
+  return static_cast<int>(codes);
+}
+
+double rate(int dim, double width) {
+  return 1.0 * codes_of(dim, width) * kCodeBits / dim;
+}
+
+QuantizerParameters fit(std::span<const float> vectors, int dim, const FitOptions& options) {
+  check_vectors(kName, vectors, dim);
+  const int codes = codes_of(dim, options.width);
+  const auto rows = spread_rows(vectors, dim, kTrainingRows, options.seed);
+  const int stages = rows.size() / static_cast<std::size_t>(dim) >= kRowsOfTwoStages ? 2 : 1;
+  return RotatedPqFitter(rows, dim, {}, Rotation::kFull)
+      .fit(options.side, {.codes = codes, .stages = stages, .max_iter = options.max_iter, .seed = options.seed});
+}
+
+std::unique_ptr<const Quantizer> make(const QuantizerParameters& parameters) {
+  return std::make_unique<RotatedPqQuantizer>(parameters);
+}
+
+}  // namespace
+
+QuantizerMethod rotated_pq_method() {
+  return {kName, "at least 1", widths, rate, fit, make, /* least_vectors= */ 1, /* keys_before_rope= */ true};
+}
+
+}  // namespace veloxquant

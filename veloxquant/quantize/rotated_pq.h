@@ -1,0 +1,102 @@
+// Method "rotated_pq": product quantisation in a basis in which errors cost alike.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "veloxquant/quantize/additive_codebook.h"
+#include "veloxquant/quantize/linear_algebra.h"
+#include "veloxquant/quantize/registry.h"
+
+namespace veloxquant {
+
+/// What errors of the vectors of a unit cost (adjoint prediction, docs/design.md): G = E[g gᵀ] over the gradients g of the
+/// vectors, and how much each vector counts, gG⁻¹gᵀ.
+struct ErrorMetric {
+  SquareMatrix matrix;         // [dim, dim]; empty: the identity
+  std::vector<float> weights;  // [rows], ≥ 0; empty: all 1
+};
+
+/// How sub-spaces may mix dimensions.
+enum class Rotation {
+  kFull,   // any with any
+  kPlane,  // whole RoPE planes only, dimensions i and i + dim/2: pieces can be turned by RoPE as they are decoded
+};
+
+struct RotatedPqOptions {
+  int codes = 16;     // of 8 bits, a vector: 1 to dim, with Rotation::kPlane to dim / 2
+  int stages = 2;     // codes of a sub-space; an odd code has one of its own
+  int patches = 0;    // vectors of each 256 whose residual is stored as well: 0 to 64
+  int max_iter = 12;  // of K-means
+  std::uint64_t seed = 0;
+};
+
+/// Fits rotated_pq to vectors, at several numbers of codes.
+///
+/// Row vectors: z = (x − μ)·A is cut into sub-spaces of 8-bit codes.  A = G^½·U·P: G the metric with 1 % of its mean diagonal
+/// added, U the eigenvectors of the data's covariance in that metric, P a permutation that evens out the product of variances over
+/// the sub-spaces (OPQ, parametric: Ge et al. 2013).  Mean, covariance and K-means are weighted.  Rotation::kPlane: A has a block
+/// G^½ of its own for each sub-space.
+class RotatedPqFitter {
+ public:
+  /// vectors [rows, dim] must outlive this.  Throws std::invalid_argument for values that are not finite, a metric or weights of
+  /// other sizes, and kPlane with an odd dim.
+  RotatedPqFitter(std::span<const float> vectors, int dim, ErrorMetric metric, Rotation rotation);
+
+  /// With fewer vectors than 256 as many centroids as vectors.  Throws std::invalid_argument for options out of range.
+  QuantizerParameters fit(Side side, const RotatedPqOptions& options) const;
+
+ private:
+  std::span<const float> vectors_;
+  std::size_t dim_;
+  Rotation rotation_;
+  std::vector<float> weights_;
+  SquareMatrix metric_, covariance_;
+  std::vector<double> mean_;
+  SquareMatrix whitening_;         // kFull: G^½·U, columns by ascending variance
+  std::vector<double> variances_;  // kFull: of those columns
+};
+
+/// Encoded: in blocks of 256 tokens, the codes [tokens, codes] of one byte, then ⌈patches · tokens / 256⌉ patches of those vectors
+/// of the block that lost most by the metric: place in the block (1 byte), scale (half), and 4-bit residuals in the metric's basis.
+class RotatedPqQuantizer : public Quantizer {
+ public:
+  static constexpr std::size_t kBlockTokens = 256;
+  static constexpr int kBeam = static_cast<int>(AdditiveCodebook::kBeam);
+
+  explicit RotatedPqQuantizer(const QuantizerParameters& parameters);
+
+  int dim() const override { return static_cast<int>(dim_); }
+  int token_group() const override { return patches_ > 0 ? static_cast<int>(kBlockTokens) : 1; }
+
+  // For other implementations of the same: patches of each 256 tokens, μ [dim], A and A⁻¹ [dim, dim], sub-spaces in the order of
+  // the columns of A.
+  int patches() const { return static_cast<int>(patches_); }
+  const std::vector<float>& mean() const { return mean_; }
+  const std::vector<float>& transform() const { return transform_; }
+  const std::vector<float>& inverse() const { return inverse_; }
+  const std::vector<AdditiveCodebook>& subspaces() const { return subspaces_; }
+
+  std::size_t encoded_bytes(std::size_t tokens) const override;
+  void encode(std::span<const float> vectors, std::span<std::uint8_t> encoded) const override;
+  void decode(std::span<const std::uint8_t> encoded, std::span<float> vectors) const override;
+
+ private:
+  void look_up(const std::uint8_t* codes, std::size_t tokens, float* z) const;
+  void write_patches(const float* z, const float* restored, std::size_t tokens, std::uint8_t* bytes) const;
+  void add_patches(const std::uint8_t* bytes, std::size_t tokens, float* z) const;
+
+  std::size_t dim_, codes_, patches_;
+  std::vector<float> mean_, transform_, inverse_;  // [dim], [dim, dim]
+  std::vector<AdditiveCodebook> subspaces_;
+};
+
+/// Bytes that `tokens` vectors take with that many codes and patches.
+std::size_t rotated_pq_bytes(int dim, int codes, int patches, std::size_t tokens);
+
+/// The row of quantizer_methods(): fits without a metric.
+QuantizerMethod rotated_pq_method();
+
+}  // namespace veloxquant
