@@ -87,7 +87,7 @@ TEST_F(PlanFile, SamePlanSameBytes) {
 TEST_F(PlanFile, IsTheDocumentedFile) {
   const Parts parts = parts_of(some_plan());
   EXPECT_EQ(parts.metadata.at("format"), "veloxquant-plan");
-  EXPECT_EQ(parts.metadata.at("version"), "1");
+  EXPECT_EQ(parts.metadata.at("version"), "2");
   EXPECT_EQ(parts.metadata.at("checksum"), parts.checksum());
   EXPECT_EQ(parts.tensors.at("layers.0.keys.codebook").shape, (std::vector<std::int64_t>{2, 2, 2}));
   EXPECT_EQ(parts.json.at("units").at(0).at("tensors").at("codebook"), "layers.0.keys.codebook");
@@ -134,7 +134,7 @@ TEST_F(PlanFile, OtherFilesAreNoPlans) {
 TEST_F(PlanFile, RefusesMetadataThatIsNotAPlans) {
   EXPECT_EQ(problem([](Parts&) {}), "");
   EXPECT_THAT(problem([](Parts& parts) { parts.metadata["format"] = "gguf"; }), HasSubstr("gguf"));
-  EXPECT_THAT(problem([](Parts& parts) { parts.metadata["version"] = "2"; }), AllOf(HasSubstr("version"), HasSubstr("got 2")));
+  EXPECT_THAT(problem([](Parts& parts) { parts.metadata["version"] = "3"; }), AllOf(HasSubstr("version"), HasSubstr("got 3")));
   EXPECT_THAT(problem([](Parts& parts) { parts.metadata["more"] = "x"; }), HasSubstr("metadata"));
   for (const char* field : {"format", "version", "checksum"})
     EXPECT_THAT(problem([&](Parts& parts) { parts.metadata.erase(field); }), HasSubstr(field));

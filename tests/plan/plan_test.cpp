@@ -52,9 +52,9 @@ TEST(Plan, UnitsCoverTheModelInOrder) {
     return message_of<std::invalid_argument>([&] { check_plan(plan); });
   };
   EXPECT_EQ(problem([](Plan&) {}), "");
-  EXPECT_THAT(problem([](Plan& plan) { plan.units.pop_back(); }), HasSubstr("expected 4 for 2 layers, got 3"));
+  EXPECT_THAT(problem([](Plan& plan) { plan.units.pop_back(); }), HasSubstr("units[3]: expected values of layer 1, got none"));
   EXPECT_THAT(problem([](Plan& plan) { plan.units.push_back(plan.units.back()); }), HasSubstr("got 5"));
-  EXPECT_THAT(problem([](Plan& plan) { plan.units.clear(); }), HasSubstr("got 0"));
+  EXPECT_THAT(problem([](Plan& plan) { plan.units.clear(); }), HasSubstr("units[0]: expected keys of layer 0, got none"));
   EXPECT_THAT(problem([](Plan& plan) { std::swap(plan.units[0], plan.units[1]); }), HasSubstr("units[0]"));
   EXPECT_THAT(problem([](Plan& plan) { std::swap(plan.units[0], plan.units[2]); }), HasSubstr("units[0]"));
   EXPECT_THAT(problem([](Plan& plan) { plan.units[3] = plan.units[1]; }), HasSubstr("units[3]"));

@@ -1,13 +1,53 @@
 #include "veloxquant/plan/plan.h"
 
+#include <fmt/format.h>
+
+#include <algorithm>
+
 #include "veloxquant/core/error.h"
 
 namespace veloxquant {
 
+namespace {
+
+constexpr int kExactBits = 8;
+constexpr int kMostExactTokens = 65536;
+
+int heads_of(const Plan& plan, const UnitPlan& unit) {
+  return unit.head ? 1 : plan.model.num_kv_heads;
+}
+
+double elements_per_token(const Plan& plan) {
+  return 2.0 * plan.model.num_layers * plan.model.num_kv_heads * plan.model.head_dim;
+}
+
+}  // namespace
+
+QuantizerParameters exact_parameters(Side side, int head_dim) {
+  return quantizer_method("affine").fit({}, head_dim, {.side = side, .width = kExactBits});
+}
+
+std::int64_t cache_bytes(const Plan& plan, std::int64_t tokens) {
+  const std::int64_t exact = std::min<std::int64_t>(tokens, plan.window + plan.sinks);
+  std::size_t bytes = 0;
+  for (const auto& unit : plan.units) {
+    const auto of = [&](const QuantizerParameters& parameters, std::int64_t count) {
+      return make_quantizer(parameters)->encoded_bytes(static_cast<std::size_t>(count));
+    };
+    const std::size_t one_head =
+        of(unit.quantizer, tokens - exact) + (exact > 0 ? of(exact_parameters(unit.side, plan.model.head_dim), exact) : 0);
+    bytes += static_cast<std::size_t>(heads_of(plan, unit)) * one_head;
+  }
+  return static_cast<std::int64_t>(bytes);
+}
+
+double effective_bits(const Plan& plan, std::int64_t tokens) {
+  if (plan.units.empty() || tokens < 1) return 0.0;
+  return 8.0 * static_cast<double>(cache_bytes(plan, tokens)) / (static_cast<double>(tokens) * elements_per_token(plan));
+}
+
 double effective_bits(const Plan& plan) {
-  double sum = 0;
-  for (const auto& unit : plan.units) sum += make_quantizer(unit.quantizer)->rate();
-  return plan.units.empty() ? 0.0 : sum / static_cast<double>(plan.units.size());
+  return effective_bits(plan, plan.provenance.context);
 }
 
 std::size_t constant_bytes(const Plan& plan) {
@@ -18,8 +58,10 @@ std::size_t constant_bytes(const Plan& plan) {
 }
 
 double bytes_per_token(const Plan& plan) {
-  const double elements = 2.0 * plan.model.num_layers * plan.model.num_kv_heads * plan.model.head_dim;
-  return effective_bits(plan) * elements / 8;
+  double bytes = 0;
+  for (const auto& unit : plan.units)
+    bytes += make_quantizer(unit.quantizer)->rate() * plan.model.head_dim * heads_of(plan, unit) / 8;
+  return bytes;
 }
 
 void check_identity(const Plan& plan, const ModelIdentity& model) {
@@ -37,25 +79,43 @@ void check_identity(const Plan& plan, const ModelIdentity& model) {
   compare("weights_hash", plan.model.weights_hash, model.weights_hash);
 }
 
+namespace {
+
+std::string unit_name(int layer, Side side, std::optional<int> head) {
+  return fmt::format("{} of layer {}{}", to_string(side), layer, head ? fmt::format(", head {}", *head) : "");
+}
+
+void check_unit(const Plan& plan, std::size_t at, int layer, Side side, std::optional<int> head) {
+  if (at >= plan.units.size()) throw_invalid("plan", "units[{}]: expected {}, got none", at, unit_name(layer, side, head));
+  const UnitPlan& unit = plan.units[at];
+  if (unit.layer != layer || unit.side != side || unit.quantizer.side != side || unit.head != head)
+    throw_invalid("plan", "units[{}]: expected {}, got {}", at, unit_name(layer, side, head),
+                  unit_name(unit.layer, unit.side, unit.head));
+  if (unit.quantizer.dim != plan.model.head_dim)
+    throw_invalid("plan", "units[{}]: dim: expected the head_dim {}, got {}", at, plan.model.head_dim, unit.quantizer.dim);
+  try {
+    make_quantizer(unit.quantizer);
+  } catch (const std::invalid_argument& error) {
+    throw_invalid("plan", "units[{}]: {}", at, error.what());
+  }
+}
+
+}  // namespace
+
 void check_plan(const Plan& plan) {
-  const auto expected = static_cast<std::size_t>(plan.model.num_layers) * 2;
-  if (plan.units.size() != expected)
-    throw_invalid("plan", "units: expected {} for {} layers, got {}", expected, plan.model.num_layers, plan.units.size());
-  for (std::size_t i = 0; i < plan.units.size(); ++i) {
-    const UnitPlan& unit = plan.units[i];
-    const int layer = static_cast<int>(i / 2);
-    const Side side = i % 2 == 0 ? Side::kKeys : Side::kValues;
-    if (unit.layer != layer || unit.side != side || unit.quantizer.side != side)
-      throw_invalid("plan", "units[{}]: expected {} of layer {}, got {} of layer {}", i, to_string(side), layer,
-                    to_string(unit.side), unit.layer);
-    if (unit.quantizer.dim != plan.model.head_dim)
-      throw_invalid("plan", "units[{}]: dim: expected the head_dim {}, got {}", i, plan.model.head_dim, unit.quantizer.dim);
-    try {
-      make_quantizer(unit.quantizer);
-    } catch (const std::invalid_argument& error) {
-      throw_invalid("plan", "units[{}]: {}", i, error.what());
+  for (const auto& [name, tokens] : {std::pair("window", plan.window), std::pair("sinks", plan.sinks)})
+    if (tokens < 0 || tokens > kMostExactTokens)
+      throw_invalid("plan", "{}: expected 0 to {}, got {}", name, kMostExactTokens, tokens);
+  std::size_t at = 0;
+  for (int layer = 0; layer < plan.model.num_layers; ++layer) {
+    for (const Side side : {Side::kKeys, Side::kValues}) {
+      const bool per_head = at < plan.units.size() && plan.units[at].head;
+      for (int head = 0; head < (per_head ? plan.model.num_kv_heads : 1); ++head, ++at)
+        check_unit(plan, at, layer, side, per_head ? std::optional(head) : std::nullopt);
     }
   }
+  if (at != plan.units.size())
+    throw_invalid("plan", "units: expected {} for {} layers, got {}", at, plan.model.num_layers, plan.units.size());
 }
 
 }  // namespace veloxquant

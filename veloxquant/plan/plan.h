@@ -12,11 +12,13 @@
 
 namespace veloxquant {
 
-/// One side of one layer, all KV heads together, keys after RoPE.
+/// One side of one layer: all KV heads together, or one of them.  Keys after RoPE, or before it where the method says so.
 struct UnitPlan {
   int layer = 0;
   Side side = Side::kKeys;
   QuantizerParameters quantizer;
+  std::optional<int> head = std::nullopt;             // none: all
+  std::optional<double> predicted_kl = std::nullopt;  // nats a token, where it was predicted
 
   bool operator==(const UnitPlan&) const = default;
 };
@@ -32,9 +34,9 @@ struct TextSource {
 struct Provenance {
   std::string program;            // "veloxquant 0.1.0"
   std::string method;             // as asked for
-  std::string units;              // "uniform" or "layer"
-  double bits = 0;                // as asked for
-  int context = 0;                // tokens at which bits are counted; with neither window nor sinks they are the same at any
+  std::string units;              // "uniform", "layer", "kv" or "head"
+  double bits = 0;                // as asked for, or what as many bytes as asked for are
+  int context = 0;                // tokens at which bits are counted
   std::vector<TextSource> texts;  // none: the model's own text, if there are samples
   int num_samples = 0;            // 0 where nothing had to be read: no text then, and a length of 0
   int sequence_length = 0;
@@ -46,28 +48,37 @@ struct Provenance {
 
 struct Plan {
   ModelIdentity model;
-  std::vector<UnitPlan> units;  // keys, then values, of layer 0, then of layer 1, …
+  int window = 0;               // so many of the most recent tokens are kept at 8 bits
+  int sinks = 0;                // and so many of the first
+  std::vector<UnitPlan> units;  // keys, then values, of layer 0, then of layer 1, …; head by head where they are apart
   Provenance provenance;
   std::optional<double> predicted_kl;  // nats a token, where sensitivities were measured
 
   bool operator==(const Plan&) const = default;
 };
 
-/// Bits stored per element of keys and values, averaged over units: codes, scales and norms.  What is constant per model is
-/// constant_bytes().  With neither window nor sinks it is the same at any context.
+/// How tokens of the window and sinks are stored: 8-bit codes, with a scale and an offset of 16 bits for each 64 channels.
+QuantizerParameters exact_parameters(Side side, int head_dim);
+
+/// Bytes of the keys and values of one sequence of `tokens` tokens, everything stored per token counted: codes, scales, norms,
+/// patches, window and sinks.
+std::int64_t cache_bytes(const Plan& plan, std::int64_t tokens);
+
+/// The same as bits per element of keys and values, at a context of `tokens`, or at the one that the plan was made for.
+double effective_bits(const Plan& plan, std::int64_t tokens);
 double effective_bits(const Plan& plan);
 
-/// Bytes of the tensors that a plan needs beside the tokens: codebooks, smooth factors.
+/// Bytes of the tensors that a plan needs beside the tokens: codebooks, rotations, smooth factors.
 std::size_t constant_bytes(const Plan& plan);
 
-/// Bytes that the keys and values of one token take in all layers and KV heads.
+/// Bytes that each further token takes in all layers and KV heads, once window and sinks are full.
 double bytes_per_token(const Plan& plan);
 
 /// Throws std::runtime_error that names what differs, unless the plan was made for this model.
 void check_identity(const Plan& plan, const ModelIdentity& model);
 
-/// Throws std::invalid_argument that names the unit and the field, unless the units cover each side of every layer once, in order,
-/// and every quantizer can be made and fits the model's head_dim.
+/// Throws std::invalid_argument that names the unit and the field, unless the units cover each side of every layer once, in order
+/// of layer, side and head, window and sinks are 0 to 65,536, and every quantizer can be made and fits the model's head_dim.
 void check_plan(const Plan& plan);
 
 }  // namespace veloxquant

@@ -17,7 +17,8 @@ using Json = nlohmann::ordered_json;
 using Tensors = std::map<std::string, Tensor>;
 
 constexpr const char* kFormat = "veloxquant-plan";
-constexpr const char* kVersion = "1";
+constexpr const char* kVersion = "2";
+constexpr const char* kFirstVersion = "1";  // units have neither head nor predicted_kl there
 constexpr std::int64_t kMaxSize = 1 << 24;
 
 // As config.json may say; far beyond any model.
@@ -26,8 +27,8 @@ constexpr std::int64_t kMaxHeadDim = 1 << 16;
 constexpr std::int64_t kMaxContext = 1 << 30;
 constexpr std::int64_t kMaxSamples = std::numeric_limits<int>::max();
 
-std::string tensor_name(int layer, Side side, const std::string& name) {
-  return fmt::format("layers.{}.{}.{}", layer, to_string(side), name);
+std::string tensor_name(const UnitPlan& unit, const std::string& name) {
+  return fmt::format("layers.{}.{}{}.{}", unit.layer, to_string(unit.side), unit.head ? fmt::format(".{}", *unit.head) : "", name);
 }
 
 Json model_json(const ModelIdentity& model) {
@@ -52,23 +53,30 @@ ModelIdentity read_model(const JsonObject& json) {
 
 Json unit_json(const UnitPlan& unit) {
   auto tensors = Json::object();
-  for (const auto& [name, tensor] : unit.quantizer.tensors) tensors[name] = tensor_name(unit.layer, unit.side, name);
+  for (const auto& [name, tensor] : unit.quantizer.tensors) tensors[name] = tensor_name(unit, name);
   return {{"layer", unit.layer},
           {"side", to_string(unit.side)},
+          {"head", unit.head ? Json(*unit.head) : Json(nullptr)},
           {"method", unit.quantizer.method},
           {"dim", unit.quantizer.dim},
           {"numbers", Json(unit.quantizer.numbers)},
-          {"tensors", std::move(tensors)}};
+          {"tensors", std::move(tensors)},
+          {"predicted_kl", unit.predicted_kl ? Json(*unit.predicted_kl) : Json(nullptr)}};
 }
 
 // Takes the tensors of the unit out of `tensors`.
-UnitPlan read_unit(const JsonObject& json, Tensors& tensors) {
-  json.expect_only({"layer", "side", "method", "dim", "numbers", "tensors"});
+UnitPlan read_unit(const JsonObject& json, bool first_version, Tensors& tensors) {
+  if (first_version) {
+    json.expect_only({"layer", "side", "method", "dim", "numbers", "tensors"});
+  } else {
+    json.expect_only({"layer", "side", "head", "method", "dim", "numbers", "tensors", "predicted_kl"});
+  }
   const std::string side = json.string("side");
   if (side != "keys" && side != "values") json.refuse("side", "\"keys\" or \"values\"");
   UnitPlan unit{.layer = static_cast<int>(json.integer("layer", 0, kMaxSize)),
                 .side = side == "keys" ? Side::kKeys : Side::kValues,
                 .quantizer = {}};
+  if (!first_version && !json.at("head").is_null()) unit.head = static_cast<int>(json.integer("head", 0, kMaxSize));
   unit.quantizer.method = json.string("method");
   unit.quantizer.side = unit.side;
   unit.quantizer.dim = static_cast<int>(json.integer("dim", 1, kMaxSize));
@@ -77,11 +85,12 @@ UnitPlan read_unit(const JsonObject& json, Tensors& tensors) {
   for (const auto& [name, value] : json.at("tensors").items()) {
     const std::string in_file = names.string(name);
     const auto found = tensors.find(in_file);
-    if (in_file != tensor_name(unit.layer, unit.side, name) || found == tensors.end())
-      names.refuse(name, fmt::format("the name of a tensor in the file, {}", tensor_name(unit.layer, unit.side, name)));
+    if (in_file != tensor_name(unit, name) || found == tensors.end())
+      names.refuse(name, fmt::format("the name of a tensor in the file, {}", tensor_name(unit, name)));
     unit.quantizer.tensors.emplace(name, std::move(found->second));
     tensors.erase(found);
   }
+  if (!first_version && !json.at("predicted_kl").is_null()) unit.predicted_kl = json.number("predicted_kl", 0);
   return unit;
 }
 
@@ -112,7 +121,7 @@ Provenance read_provenance(const JsonObject& json) {
   Provenance provenance;
   provenance.program = json.string("program");
   provenance.method = one_of(json, "method", quantizer_names());
-  provenance.units = one_of(json, "units", {"uniform", "layer"});
+  provenance.units = one_of(json, "units", {"uniform", "layer", "kv", "head"});
   provenance.bits = json.number("bits", 0, 64);
   provenance.context = static_cast<int>(json.integer("context", 1, kMaxContext));
   if (!json.at("texts").is_array()) json.refuse("texts", "a list");
@@ -135,8 +144,8 @@ Json plan_json(const Plan& plan) {
   auto units = Json::array();
   for (const auto& unit : plan.units) units.push_back(unit_json(unit));
   Json json = {{"model", model_json(plan.model)},
-               {"window", 0},
-               {"sinks", 0},
+               {"window", plan.window},
+               {"sinks", plan.sinks},
                {"units", std::move(units)},
                {"provenance", provenance_json(plan.provenance)}};
   json["predicted_kl"] = plan.predicted_kl ? Json(*plan.predicted_kl) : Json(nullptr);
@@ -159,7 +168,7 @@ std::string checksum(const std::string& json, const Tensors& tensors) {
 Tensors all_tensors(const Plan& plan) {
   Tensors tensors;
   for (const auto& unit : plan.units)
-    for (const auto& [name, tensor] : unit.quantizer.tensors) tensors.emplace(tensor_name(unit.layer, unit.side, name), tensor);
+    for (const auto& [name, tensor] : unit.quantizer.tensors) tensors.emplace(tensor_name(unit, name), tensor);
   return tensors;
 }
 
@@ -169,17 +178,17 @@ const std::string& metadata_field(const SafetensorsFile& file, const std::string
   return found->second;
 }
 
-Plan parse_plan(const std::string& text, Tensors tensors, const std::string& where) {
+Plan parse_plan(const std::string& text, bool first_version, Tensors tensors, const std::string& where) {
   const auto document = parse_json(text, where);
   const JsonObject json(document, where);
   json.expect_only({"model", "window", "sinks", "units", "provenance", "predicted_kl", "effective_bits"});
   Plan plan;
   plan.model = read_model(json.object("model"));
-  json.integer("window", 0, 0);
-  json.integer("sinks", 0, 0);
+  plan.window = static_cast<int>(json.integer("window", 0, kMaxSize));
+  plan.sinks = static_cast<int>(json.integer("sinks", 0, kMaxSize));
   if (!json.at("units").is_array()) json.refuse("units", "a list");
   for (const auto& item : json.at("units"))
-    plan.units.push_back(read_unit({item, fmt::format("{}: units[{}]", where, plan.units.size())}, tensors));
+    plan.units.push_back(read_unit({item, fmt::format("{}: units[{}]", where, plan.units.size())}, first_version, tensors));
   plan.provenance = read_provenance(json.object("provenance"));
   if (!json.at("predicted_kl").is_null()) plan.predicted_kl = json.number("predicted_kl", 0);
   if (!tensors.empty()) throw_failure("plan", "{}: tensor {} belongs to no unit", where, tensors.begin()->first);
@@ -199,7 +208,7 @@ void write_plan(const Plan& plan, const std::filesystem::path& path) {
   // Names of text files need not be UTF-8, and a plan must not be lost for that.
   const std::string json = plan_json(plan).dump(-1, ' ', false, Json::error_handler_t::replace);
   const Tensors tensors = all_tensors(plan);
-  parse_plan(json, tensors, path.string());  // so that what is written can be read
+  parse_plan(json, false, tensors, path.string());  // so that what is written can be read
   write_safetensors(path, tensors,
                     {{"format", kFormat}, {"version", kVersion}, {"plan", json}, {"checksum", checksum(json, tensors)}});
 }
@@ -209,8 +218,9 @@ Plan read_plan(const std::filesystem::path& path) {
   const SafetensorsFile file(path);
   if (metadata_field(file, "format", where) != kFormat)
     throw_failure("plan", "{}: format: expected {}, got {}", where, kFormat, file.metadata().at("format"));
-  if (metadata_field(file, "version", where) != kVersion)
-    throw_failure("plan", "{}: version: expected {}, got {}", where, kVersion, file.metadata().at("version"));
+  const std::string& version = metadata_field(file, "version", where);
+  if (version != kVersion && version != kFirstVersion)
+    throw_failure("plan", "{}: version: expected {} or {}, got {}", where, kFirstVersion, kVersion, version);
   if (file.metadata().size() != 4)
     throw_failure("plan", "{}: expected the metadata format, version, plan and checksum, got {} fields", where,
                   file.metadata().size());
@@ -222,7 +232,7 @@ Plan read_plan(const std::filesystem::path& path) {
   const std::string& json = metadata_field(file, "plan", where);
   if (metadata_field(file, "checksum", where) != checksum(json, tensors))
     throw_failure("plan", "{}: the checksum does not match: the file is damaged", where);
-  return parse_plan(json, std::move(tensors), where);
+  return parse_plan(json, version == kFirstVersion, std::move(tensors), where);
 }
 
 Json describe_plan(const Plan& plan) {
