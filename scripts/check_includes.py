@@ -4,7 +4,7 @@ import pathlib
 import re
 import sys
 
-ORDER = "core kernels quantize plan text model generate calibrate allocators cache evaluate cli".split()
+ORDER = "core kernels quantize plan text model cache generate calibrate allocators evaluate cli".split()
 NEEDS_MLX = ORDER[ORDER.index("model"):]
 
 root = pathlib.Path(__file__).resolve().parent.parent

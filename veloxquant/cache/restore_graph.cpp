@@ -1,5 +1,6 @@
 #include "veloxquant/cache/restore_graph.h"
 
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -7,6 +8,7 @@
 #include "mlx/ops.h"
 #include "veloxquant/kernels/hadamard.h"
 #include "veloxquant/quantize/lloyd_max.h"
+#include "veloxquant/quantize/rotated_pq.h"
 #include "veloxquant/quantize/turboquant.h"
 
 namespace veloxquant {
@@ -135,13 +137,93 @@ RestoreGraph vecinfer_graph(const QuantizerParameters& parameters, const Quantiz
   };
 }
 
+// The worst of each block of tokens get 4-bit residuals: z and what was looked up of it, [B, H, T, dim] → patched.
+mx::array patched(const mx::array& z, const mx::array& looked_up, int patches) {
+  constexpr int kBlock = static_cast<int>(RotatedPqQuantizer::kBlockTokens);
+  const auto rest = mx::subtract(z, looked_up);
+  const auto errors = mx::sum(mx::square(rest), -1);  // [B, H, T]
+  const int tokens = z.shape(2);
+  std::vector<mx::array> worst;
+  for (int begin = 0; begin < tokens; begin += kBlock) {
+    const int size = std::min(kBlock, tokens - begin), count = (patches * size + kBlock - 1) / kBlock;
+    const auto some = mx::slice(errors, {0, 0, begin}, {z.shape(0), z.shape(1), begin + size});
+    // Rank by counting what is worse, or as bad and earlier: exact for equal errors.
+    const auto mine = mx::expand_dims(some, -1), others = mx::expand_dims(some, -2);
+    const auto place = mx::arange(size);
+    const auto earlier = mx::less(mx::expand_dims(place, 0), mx::expand_dims(place, 1));
+    const auto ahead = mx::logical_or(mx::greater(others, mine), mx::logical_and(mx::equal(others, mine), earlier));
+    worst.push_back(mx::less(mx::sum(mx::astype(ahead, mx::int32), -1), mx::array(count)));
+  }
+  const auto chosen = mx::expand_dims(worst.size() == 1 ? worst[0] : mx::concatenate(worst, -1), -1);
+  const auto scale = through_half(mx::divide(mx::max(mx::abs(rest), -1, true), number(7.5)));
+  const auto usable = mx::greater(scale, number(0));
+  const auto codes =
+      mx::clip(mx::round(mx::add(mx::divide(rest, mx::where(usable, scale, number(1))), number(7.5))), number(0), number(15));
+  const auto patch = mx::multiply(scale, mx::subtract(codes, number(7.5)));
+  return mx::where(chosen, mx::add(looked_up, patch), looked_up);
+}
+
+// Rows z [N, width] → the nearest sum of an entry of each of two tables [count, width], sought from the nearest of the first.
+mx::array restore_pairs(const mx::array& z, const mx::array& first, const mx::array& second) {
+  const int beam = std::min(RotatedPqQuantizer::kBeam, first.shape(0));
+  const auto half_norms = [](const mx::array& table) { return mx::multiply(number(0.5), mx::sum(mx::square(table), -1)); };
+  const auto first_scores = mx::subtract(half_norms(first), mx::matmul(z, mx::transpose(first)));
+  const auto second_scores = mx::subtract(half_norms(second), mx::matmul(z, mx::transpose(second)));
+  const auto tried = mx::slice(mx::argsort(first_scores, -1), {0, 0}, {z.shape(0), beam});  // [N, beam]
+  const auto cross = mx::take(mx::matmul(first, mx::transpose(second)), tried, 0);          // [N, beam, count]
+  const auto sums = mx::add(mx::expand_dims(second_scores, 1), cross);
+  const auto totals = mx::add(mx::take_along_axis(first_scores, tried, -1), mx::min(sums, -1));
+  const auto best = mx::argmin(totals, -1, true);  // [N, 1]
+  const auto first_code = mx::take_along_axis(tried, best, -1);
+  const auto second_codes = mx::argmin(sums, -1);  // [N, beam]
+  const auto second_code = mx::take_along_axis(second_codes, best, -1);
+  return mx::add(mx::take(first, mx::squeeze(first_code, -1), 0), mx::take(second, mx::squeeze(second_code, -1), 0));
+}
+
+mx::array restore_single(const mx::array& z, const mx::array& table) {
+  const auto scores = mx::subtract(mx::multiply(number(0.5), mx::sum(mx::square(table), -1)), mx::matmul(z, mx::transpose(table)));
+  return mx::take(table, mx::argmin(scores, -1), 0);
+}
+
+RestoreGraph rotated_pq_graph(const QuantizerParameters&, const Quantizer& quantizer) {
+  const auto& rotated = static_cast<const RotatedPqQuantizer&>(quantizer);
+  const int dim = rotated.dim(), patches = rotated.patches();
+  const auto array = [](std::span<const float> values, mx::Shape shape) { return mx::array(values.data(), std::move(shape)); };
+  const auto mean = array(rotated.mean(), {dim}), transform = array(rotated.transform(), {dim, dim}),
+             inverse = array(rotated.inverse(), {dim, dim});
+  std::vector<std::vector<mx::array>> tables;
+  for (const auto& subspace : rotated.subspaces()) {
+    tables.emplace_back();
+    for (int stage = 0; stage < subspace.stages(); ++stage)
+      tables.back().push_back(mx::array(subspace.entry(stage, 0), {subspace.num_centroids(), subspace.dim()}));
+  }
+  return [=](const mx::array& x) {
+    const auto z = mx::matmul(mx::subtract(x, mean), transform);
+    const auto rows = mx::reshape(z, {-1, dim});
+    std::vector<mx::array> pieces;
+    int begin = 0;
+    for (const auto& stages : tables) {
+      const int width = stages[0].shape(1);
+      const auto piece = mx::slice(rows, {0, begin}, {rows.shape(0), begin + width});
+      pieces.push_back(stages.size() == 1 ? restore_single(piece, stages[0]) : restore_pairs(piece, stages[0], stages[1]));
+      begin += width;
+    }
+    auto looked_up = mx::reshape(mx::concatenate(pieces, -1), x.shape());
+    if (patches > 0) looked_up = patched(z, looked_up, patches);
+    return mx::add(mx::matmul(looked_up, inverse), mean);
+  };
+}
+
 struct Row {
   std::string_view method;
   RestoreGraph (*make)(const QuantizerParameters& parameters, const Quantizer& quantizer);
 };
 
-constexpr Row kTable[] = {
-    {"affine", affine_graph}, {"kivi", kivi_graph}, {"turboquant", turboquant_graph}, {"vecinfer", vecinfer_graph}};
+constexpr Row kTable[] = {{"affine", affine_graph},
+                          {"kivi", kivi_graph},
+                          {"turboquant", turboquant_graph},
+                          {"vecinfer", vecinfer_graph},
+                          {"rotated_pq", rotated_pq_graph}};
 
 }  // namespace
 
