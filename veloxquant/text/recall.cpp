@@ -1,52 +1,26 @@
 #include "veloxquant/text/recall.h"
 
 #include <algorithm>
-#include <array>
 #include <limits>
 #include <string>
 
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/random.h"
-#include "veloxquant/text/samples.h"
 
 namespace veloxquant {
 namespace {
 
-constexpr std::array kTitles = {"Mr.", "Mrs.", "Miss", "Captain", "Doctor", "Colonel", "Lady", "Father"};
-constexpr std::array kNames = {"Harwood", "Ellison",  "Pemberton", "Ashby",    "Thornton", "Marlowe",   "Whitcombe", "Fairfax",
-                               "Langley", "Prescott", "Rowan",     "Sinclair", "Tresham",  "Underhill", "Vance",     "Wexford",
-                               "Yardley", "Abbott",   "Bramwell",  "Carlisle", "Dunmore",  "Everett",   "Fenwick",   "Grantham",
-                               "Hollis",  "Ingram",   "Jarvis",    "Kendall",  "Lockhart", "Merrick",   "Norwood",   "Oakley"};
-constexpr std::array kThings = {"pass-word", "room number", "safe number", "ticket number", "cabin number", "ledger number"};
-constexpr int kFewestFacts = 2, kMostFacts = 6, kDigits = 5;
+// Facts of a document for evaluation.
+constexpr int kFewestFacts = 2, kMostFacts = 6;
+
+// Tokens to a fact of a sample for calibration.
+constexpr int kClosest = 150, kFarthest = 400;
+
+// One in so many is asked for twice, and one question in so many asks for the whole note.
+constexpr int kAskedAgain = 4, kRecited = 4;
 
 // Shares of facts are then known to a tenth of a percent.
 constexpr int kMostDocuments = 100'000;
-
-struct Fact {
-  std::string person, thing, value;
-};
-
-// The first `count` of 0 … n − 1 in random order.
-std::vector<std::size_t> draw_distinct(Random& random, std::size_t n, std::size_t count) {
-  std::vector<std::size_t> all(n);
-  for (std::size_t i = 0; i < n; ++i) all[i] = i;
-  for (std::size_t i = 0; i < count; ++i) std::swap(all[i], all[i + random.below(n - i)]);
-  all.resize(count);
-  return all;
-}
-
-std::vector<Fact> draw_facts(Random& random) {
-  std::vector<Fact> facts;
-  const std::size_t count = kFewestFacts + random.below(kMostFacts - kFewestFacts + 1);
-  for (const std::size_t i : draw_distinct(random, kTitles.size() * kNames.size(), count)) {
-    Fact fact{fmt::format("{} {}", kTitles[i / kNames.size()], kNames[i % kNames.size()]), kThings[random.below(kThings.size())],
-              ""};
-    for (int digit = 0; digit < kDigits; ++digit) fact.value += static_cast<char>('0' + random.below(10));
-    facts.push_back(std::move(fact));
-  }
-  return facts;
-}
 
 // What a document holds beside its filler.
 struct Parts {
@@ -59,18 +33,54 @@ struct Parts {
     for (const auto& [question, answer] : questions) sum += question.size() + answer.size();
     return sum;
   }
+
+  // The shortest document: every note stands before a token of filler.
+  std::size_t least_length() const { return size() + notes.size(); }
 };
 
-Parts draw_parts(const Tokenizer& tokenizer, Random& random) {
-  const auto facts = draw_facts(random);
+// A document under way: what stays to be drawn comes from the same numbers.
+struct Draft {
+  Random random;
   Parts parts;
-  for (const auto& fact : facts)
-    parts.notes.push_back(tokenizer.encode(fmt::format(" [Note: the {} of {} is {}.]", fact.thing, fact.person, fact.value)));
+};
+
+std::vector<std::vector<std::int32_t>> notes_of(const Tokenizer& tokenizer, const FactWording& wording,
+                                                const std::vector<Fact>& facts) {
+  std::vector<std::vector<std::int32_t>> notes;
+  for (const auto& fact : facts) notes.push_back(tokenizer.encode(fill_in(wording.note, fact)));
+  return notes;
+}
+
+Parts draw_evaluation_parts(const Tokenizer& tokenizer, const FactWording& wording, Random& random) {
+  const auto facts = draw_facts(wording, kFewestFacts + random.below(kMostFacts - kFewestFacts + 1), random);
+  Parts parts{notes_of(tokenizer, wording, facts), {}};
   for (const std::size_t i : draw_distinct(random, facts.size(), facts.size()))
-    parts.questions.emplace_back(
-        tokenizer.encode(fmt::format("\n\nQuestion: What is the {} of {}? Answer:", facts[i].thing, facts[i].person)),
-        tokenizer.encode(fmt::format(" {}.", facts[i].value)));
+    parts.questions.emplace_back(tokenizer.encode(fill_in(wording.question, facts[i])),
+                                 tokenizer.encode(fill_in(wording.answer, facts[i])));
   return parts;
+}
+
+// Never in the order of the notes; some come again at the end.
+std::vector<std::size_t> draw_order(std::size_t count, Random& random) {
+  auto order = draw_distinct(random, count, count);
+  if (std::is_sorted(order.begin(), order.end())) std::rotate(order.begin(), order.begin() + 1, order.end());
+  for (std::size_t i = 0; i < count; ++i)
+    if (random.below(kAskedAgain) == 0) order.push_back(order[i]);
+  return order;
+}
+
+Parts draw_calibration_parts(const Tokenizer& tokenizer, const FactWording& wording, std::size_t length, Random& random) {
+  const std::size_t spacing = kClosest + random.below(kFarthest - kClosest + 1);
+  auto facts = draw_facts(wording, std::max<std::size_t>(2, length / spacing), random);
+  for (;; facts.pop_back()) {
+    Parts parts{notes_of(tokenizer, wording, facts), {}};
+    for (const std::size_t i : draw_order(facts.size(), random)) {
+      const bool whole = random.below(kRecited) == 0;
+      parts.questions.emplace_back(tokenizer.encode(fill_in(whole ? wording.recital : wording.question, facts[i])),
+                                   whole ? parts.notes[i] : tokenizer.encode(fill_in(wording.answer, facts[i])));
+    }
+    if (parts.least_length() <= length || facts.size() == 1) return parts;
+  }
 }
 
 RecallDocument assemble(const Parts& parts, std::span<const std::int32_t> filler, std::size_t room, Random& random) {
@@ -96,35 +106,74 @@ RecallDocument assemble(const Parts& parts, std::span<const std::int32_t> filler
   return document;
 }
 
+void check_count(int count, int length) {
+  if (count < 1) throw_invalid("recall", "count: expected at least 1 document, got {}", count);
+  if (count > kMostDocuments) throw_invalid("recall", "count: expected at most {} documents, got {}", kMostDocuments, count);
+  check_batch_size(count, length);
+}
+
+// draw(i, random): the parts of document i.
+template <class Draw>
+std::vector<Draft> draft(int count, std::uint64_t seed, const ProgressCallback& progress, const Draw& draw) {
+  ProgressStage stage(progress, "sowing facts", static_cast<std::size_t>(count));
+  std::vector<Draft> drafts;
+  for (int i = 0; i < count; ++i) {
+    Random random(seed, static_cast<std::uint64_t>(i));
+    Parts parts = draw(static_cast<std::size_t>(i), random);
+    drafts.push_back({random, std::move(parts)});
+    stage.advance();
+  }
+  return drafts;
+}
+
+// Documents of `given` + `more` tokens, where `name` is what the caller calls `given`.
+std::vector<RecallDocument> finish(std::vector<Draft> drafts, std::span<const std::int32_t> filler, const char* name, int given,
+                                   int more) {
+  std::size_t longest = 0, smallest = std::numeric_limits<std::size_t>::max();
+  for (const auto& [random, parts] : drafts) {
+    longest = std::max(longest, parts.least_length());
+    smallest = std::min(smallest, parts.size());
+  }
+  const std::size_t length = static_cast<std::size_t>(std::max(given, 0)) + static_cast<std::size_t>(more);
+  if (length < longest)
+    throw_invalid("recall", "{}: expected at least {} tokens to hold the facts of these documents, got {}", name,
+                  longest - static_cast<std::size_t>(more), given);
+  if (filler.size() < length - smallest)
+    throw_invalid("recall", "the text is too short: a document needs {} tokens of it, it has {}", length - smallest, filler.size());
+  std::vector<RecallDocument> documents;
+  for (auto& [random, parts] : drafts) documents.push_back(assemble(parts, filler, length - parts.size(), random));
+  return documents;
+}
+
 }  // namespace
 
 std::vector<RecallDocument> make_recall_documents(const Tokenizer& tokenizer, std::span<const std::int32_t> filler, int count,
-                                                  int context, std::uint64_t seed, const ProgressCallback& progress) {
-  if (count < 1) throw_invalid("recall", "count: expected at least 1 document, got {}", count);
-  if (count > kMostDocuments) throw_invalid("recall", "count: expected at most {} documents, got {}", kMostDocuments, count);
-  check_batch_size(count, context);
-  ProgressStage stage(progress, "sowing facts", static_cast<std::size_t>(count));
-  std::vector<Random> randoms;
-  std::vector<Parts> parts;
-  std::size_t largest = 0, smallest = std::numeric_limits<std::size_t>::max();
-  for (int i = 0; i < count; ++i) {
-    randoms.emplace_back(seed, static_cast<std::uint64_t>(i));
-    parts.push_back(draw_parts(tokenizer, randoms.back()));
-    largest = std::max(largest, parts.back().size() + parts.back().notes.size());  // every note stands before a token of filler
-    smallest = std::min(smallest, parts.back().size());
-    stage.advance();
-  }
-  const std::size_t length = static_cast<std::size_t>(std::max(context, 0)) + 1;
-  if (length < largest)
-    throw_invalid("recall", "context: expected at least {} tokens to hold the facts of these documents, got {}", largest - 1,
-                  context);
-  if (filler.size() < length - smallest)
-    throw_invalid("recall", "the text is too short: a document needs {} tokens of it, it has {}", length - smallest, filler.size());
+                                                  int context, std::uint64_t seed, Wording wording,
+                                                  const ProgressCallback& progress) {
+  check_count(count, context);
+  return finish(
+      draft(count, seed, progress,
+            [&](std::size_t, Random& random) { return draw_evaluation_parts(tokenizer, evaluation_wording(wording), random); }),
+      filler, "context", context, 1);
+}
 
-  std::vector<RecallDocument> documents;
-  for (std::size_t i = 0; i < parts.size(); ++i)
-    documents.push_back(assemble(parts[i], filler, length - parts[i].size(), randoms[i]));
-  return documents;
+FactSamples make_fact_samples(const Tokenizer& tokenizer, std::span<const std::int32_t> filler, int count, int length,
+                              std::uint64_t seed, const ProgressCallback& progress) {
+  check_count(count, length);
+  const auto wordings = calibration_wordings();
+  const auto tokens = static_cast<std::size_t>(std::max(length, 0));
+  const auto documents = finish(draft(count, seed, progress,
+                                      [&](std::size_t i, Random& random) {
+                                        return draw_calibration_parts(tokenizer, wordings[i % wordings.size()], tokens, random);
+                                      }),
+                                filler, "length", length, 0);
+  FactSamples made{TokenBatch(count, length), {}};
+  for (int i = 0; i < count; ++i) {
+    const auto& [document, answers] = documents[static_cast<std::size_t>(i)];
+    std::copy(document.begin(), document.end(), made.samples.row(i).begin());
+    made.answers.push_back(answers);
+  }
+  return made;
 }
 
 }  // namespace veloxquant
