@@ -41,8 +41,10 @@ void forward(benchmark::State& state, const Model& model) {
 }
 
 void forward_and_backward(benchmark::State& state, const Model& model) {
-  const auto tokens = token_array(random_tokens(model, 1, kTokens), 0, 1);
-  for (auto _ : state) benchmark::DoNotOptimize(likelihood_gradients(model, tokens, 1));
+  const auto tokens = random_tokens(model, 1, kTokens);
+  for (auto _ : state)
+    likelihood_gradients(model, tokens, {.window = 32, .weights = {}, .seed = 1},
+                         [](const LayerGradients& gradients) { benchmark::DoNotOptimize(gradients.layer); });
 }
 
 void own_text(benchmark::State& state, const Model& model) {

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <utility>
 
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
@@ -35,6 +36,13 @@ void move_all(std::size_t bytes, const char* what, Transfer transfer) {
 }
 
 }  // namespace
+
+Activations::Activations(Activations&& other) noexcept
+    : slots_(std::move(other.slots_)),
+      memory_limit_(other.memory_limit_),
+      memory_(other.memory_),
+      file_size_(other.file_size_),
+      file_(std::exchange(other.file_, -1)) {}
 
 Activations::~Activations() {
   if (file_ >= 0) ::close(file_);

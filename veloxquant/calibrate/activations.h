@@ -17,7 +17,7 @@ class Activations {
  public:
   explicit Activations(std::size_t memory_limit = std::size_t{512} << 20) : memory_limit_(memory_limit) {}
   ~Activations();
-  Activations(const Activations&) = delete;
+  Activations(Activations&& other) noexcept;
   Activations& operator=(const Activations&) = delete;
 
   /// Evaluates x and appends it.  Throws std::runtime_error that names the folder if the disk is full.

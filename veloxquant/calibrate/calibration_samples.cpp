@@ -1,18 +1,86 @@
 #include "veloxquant/calibrate/calibration_samples.h"
 
+#include <algorithm>
+#include <map>
+
 #include "veloxquant/core/error.h"
+#include "veloxquant/core/random.h"
+#include "veloxquant/core/warning.h"
 #include "veloxquant/generate/own_text.h"
 
 namespace veloxquant {
+namespace {
+
+// Answers are few tokens of many, and what a damaged cache forgets first.
+constexpr float kAnswerWeight = 8;
+
+// Fewer tokens have no room for a fact and a question.
+constexpr int kLeastFactLength = 256;
+
+// Of a sample of at least kLeastJudged tokens, above which it teaches nothing.
+constexpr double kMostOfOneToken = 0.9;
+constexpr int kLeastJudged = 32;
+
+std::pair<std::int32_t, double> commonest(std::span<const std::int32_t> tokens) {
+  std::map<std::int32_t, int> counts;
+  for (const auto token : tokens) ++counts[token];
+  const auto most =
+      std::max_element(counts.begin(), counts.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
+  return {most->first, static_cast<double>(most->second) / static_cast<double>(tokens.size())};
+}
+
+TokenBatch own_text(const Model& model, int count, int length, std::uint64_t seed, const ProgressCallback& progress) {
+  TokenBatch samples = generate_own_text(model, count, length, seed, progress);
+  if (length < kLeastJudged) return samples;
+  int degenerate = 0;
+  for (int i = 0; i < count; ++i) {
+    const auto [token, share] = commonest(samples.row(i));
+    if (share <= kMostOfOneToken) continue;
+    ++degenerate;
+    if (degenerate == count)
+      throw_failure("own text", "the model writes token {} over and over ({:.0f} % of a sample): pass a text with --text", token,
+                    100 * share);
+  }
+  if (degenerate > 0) warn(fmt::format("own text: {} of {} samples are one token over and over", degenerate, count));
+  return samples;
+}
+
+void append(TokenBatch& to, const TokenBatch& from) {
+  to.tokens.insert(to.tokens.end(), from.tokens.begin(), from.tokens.end());
+  to.count += from.count;
+}
+
+}  // namespace
 
 TokenBatch calibration_samples(const Model& model, const Tokenizer& tokenizer, const std::vector<std::string>& texts,
                                int num_samples, int length, std::uint64_t seed, const ProgressCallback& progress) {
-  if (texts.empty()) return generate_own_text(model, num_samples, length, seed, progress);
+  if (texts.empty()) return own_text(model, num_samples, length, seed, progress);
   const int longest = model.config().max_position_embeddings;
   if (length > longest) throw_invalid("samples", "length: expected at most {} (the model's maximum), got {}", longest, length);
   std::vector<std::vector<std::int32_t>> tokens;
   for (const auto& text : texts) tokens.push_back(tokenizer.encode(text));
   return cut_samples(tokens, num_samples, length);
+}
+
+CalibrationSet calibration_set(const Model& model, const Tokenizer& tokenizer, const std::vector<std::string>& texts,
+                               int num_samples, int length, std::uint64_t seed, const ProgressCallback& progress) {
+  const int parts = texts.empty() ? 2 : 3, facts = length >= kLeastFactLength && num_samples >= 3 ? num_samples / parts : 0,
+            given = texts.empty() ? 0 : num_samples / parts, own = num_samples - facts - given;
+  CalibrationSet set{own_text(model, own, length, seed, progress), own + given, {}, {}};
+  const auto filler = set.samples.tokens;
+  if (given > 0) append(set.samples, calibration_samples(model, tokenizer, texts, given, length, seed));
+  if (facts == 0) return set;
+  auto sown = make_fact_samples(tokenizer, filler, facts, length, Random(seed, 1).next(), progress);
+  set.weights.assign(static_cast<std::size_t>(num_samples) * static_cast<std::size_t>(length), 1.0f);
+  for (int i = 0; i < facts; ++i)
+    for (const auto& [begin, end] : sown.answers[static_cast<std::size_t>(i)]) {
+      // The position before a token predicts it.
+      const auto first = set.weights.begin() + static_cast<std::ptrdiff_t>(set.running_samples + i) * length;
+      std::fill(first + begin - 1, first + end - 1, kAnswerWeight);
+    }
+  append(set.samples, sown.samples);
+  set.answers = std::move(sown.answers);
+  return set;
 }
 
 }  // namespace veloxquant

@@ -7,14 +7,31 @@
 
 #include "veloxquant/core/progress.h"
 #include "veloxquant/model/model.h"
+#include "veloxquant/text/recall.h"
 #include "veloxquant/text/samples.h"
 #include "veloxquant/text/tokenizer.h"
 
 namespace veloxquant {
 
 /// Samples of the texts (UTF-8; at even distances over all of them), or of the model's own text where there are none.
-/// Throws std::invalid_argument if the texts are too short, or the length exceeds the model's maximum.
+/// Throws std::invalid_argument if the texts are too short, or the length exceeds the model's maximum, and as own_text does.
 TokenBatch calibration_samples(const Model& model, const Tokenizer& tokenizer, const std::vector<std::string>& texts,
+                               int num_samples, int length, std::uint64_t seed, const ProgressCallback& progress = {});
+
+/// Running text, then text with facts sown.
+struct CalibrationSet {
+  TokenBatch samples;
+  int running_samples;               // samples of running text; predicted KL speaks of them
+  std::vector<AnswerSpans> answers;  // of each of the others
+  std::vector<float> weights;        // [samples, length] or none: what the KL of each position counts
+};
+
+/// Half of the samples are the model's own text, half have facts sown in such text, asked for at their end (make_fact_samples);
+/// with texts a third each, the middle one being theirs.  Tokens of answers count eight times.  Fewer than three
+/// samples, or a length in which no fact has room: running text alone.
+///
+/// Throws as calibration_samples does, and std::runtime_error where the model's own text is one token over and over.
+CalibrationSet calibration_set(const Model& model, const Tokenizer& tokenizer, const std::vector<std::string>& texts,
                                int num_samples, int length, std::uint64_t seed, const ProgressCallback& progress = {});
 
 }  // namespace veloxquant

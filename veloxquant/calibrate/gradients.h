@@ -2,23 +2,39 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "mlx/array.h"
+#include "veloxquant/core/progress.h"
 #include "veloxquant/model/model.h"
+#include "veloxquant/text/samples.h"
 
 namespace veloxquant {
 
-/// Of one layer, [B, num_kv_heads, T, head_dim], evaluated.
-struct LayerGradients {
-  mx::array keys, values;  // keys before RoPE
+struct GradientOptions {
+  int window = 0;              // so many of the most recent tokens are read exactly: no gradient counts such uses
+  std::vector<float> weights;  // [samples, length] or none: what the KL of each position counts, ≥ 0
+  std::uint64_t seed = 0;
 };
 
-/// Gradients of Σ_t log p(y_t), where each y_t is drawn from the model's own next-token distribution at its position, by the keys
-/// (before RoPE) and values of every layer.  tokens [B, T] int32.
+/// Of one layer and some samples, each [B, num_kv_heads, T, head_dim], evaluated; keys before RoPE.
+struct LayerGradients {
+  int layer, first_sample;
+  mx::array keys, values, key_gradients, value_gradients;
+};
+
+/// Gradients of Σ_t √weight_t · log p(y_t), where each y_t is drawn from the model's own next-token distribution at its position,
+/// by the stored keys (before RoPE) and values of every layer.  Calls `visit` for a segment of the last layers with all samples, a
+/// few at a time and in order, then for the layers below, and so on.
 ///
-/// With g such a gradient, an error e of the stored vector costs ½·E[(gᵀe)²] nats (docs/design.md, adjoint prediction).  Memory:
-/// the activations of all layers for these tokens.
-std::vector<LayerGradients> likelihood_gradients(const Model& model, const mx::array& tokens, std::uint64_t seed);
+/// With g such a gradient, an error e of the stored vector costs ½·E[(gᵀe)²] nats of weighted KL (docs/design.md, adjoint
+/// prediction).  Segments hold as many layers as fit into about half a gigabyte between forward and backward; those below the last
+/// one are run twice.  So small models take about 2.4 forward passes, large ones 3.4, in the memory of a layer; what enters the
+/// segments lies in a file past a limit.
+/// Throws std::invalid_argument for weights of another size, below 0 or not finite, std::runtime_error that names the layer if a
+/// key, a value or a gradient is not finite.
+void likelihood_gradients(const Model& model, const TokenBatch& samples, const GradientOptions& options,
+                          const std::function<void(const LayerGradients& gradients)>& visit, const ProgressCallback& progress = {});
 
 }  // namespace veloxquant

@@ -141,7 +141,8 @@ void fit_units(const Model& model, const TokenBatch& samples, const QuantizerMet
 }  // namespace
 
 std::string_view to_string(Units units) {
-  return units == Units::kLayer ? "layer" : "uniform";
+  constexpr std::string_view kNames[] = {"uniform", "layer", "kv", "head"};
+  return kNames[static_cast<std::size_t>(units)];
 }
 
 bool reads_samples(const PlanOptions& options) {
@@ -150,11 +151,11 @@ bool reads_samples(const PlanOptions& options) {
 
 void check_plan_options(const ModelConfig& config, const PlanOptions& options, int num_samples, int length) {
   const QuantizerMethod& method = quantizer_method(options.method);
+  if (method.keys_before_rope) throw_invalid("calibrate", "{} has a way of its own, make_adjoint_plan", options.method);
+  if (options.units != Units::kUniform && options.units != Units::kLayer)
+    throw_invalid("calibrate", "units: {} offers uniform and layer, got {}", options.method, to_string(options.units));
   const Ladder ladder = ladder_of(method, options.units, config.head_dim);
   check_bits(method, ladder, options, config.head_dim);
-  if (options.context < 0 || options.context > config.max_position_embeddings)
-    throw_invalid("calibrate", "context: expected at most {} (the model's maximum), got {}", config.max_position_embeddings,
-                  options.context);
   check_batch_size(num_samples, length);
   const std::int64_t vectors = std::int64_t{num_samples} * length * config.num_kv_heads;
   if (vectors < method.least_vectors)

@@ -15,9 +15,11 @@ namespace veloxquant {
 enum class Units {
   kUniform,  // one width for the whole model
   kLayer,    // one width a layer, for keys and values alike
+  kKv,       // one for the keys of a layer, one for its values
+  kHead,     // one for the keys of each KV head, one for its values
 };
 
-/// "uniform" or "layer".
+/// "uniform", "layer", "kv" or "head".
 std::string_view to_string(Units units);
 
 struct PlanOptions {
@@ -25,15 +27,16 @@ struct PlanOptions {
   double bits = 2.0;  // effective bits on average: scales and norms count
   Units units = Units::kUniform;
   std::uint64_t seed = 0;
-  int context = 0;  // tokens at which bits are counted; 0: the model's maximum.  Without window and sinks they are the same at any
+  int context = 0;  // tokens at which bits are counted; 0: the model's maximum.  They are the same at any
 };
 
 /// Whether make_plan looks at samples at all: one width of a quantizer that does not learn needs none.
 bool reads_samples(const PlanOptions& options);
 
 /// Throws as make_plan would, before any sample is made: std::invalid_argument if the method cannot store heads of the model's
-/// head_dim, if `bits` lies outside what it offers for them (says the range), if `context` exceeds the model's maximum, or if
-/// `num_samples` of `length` tokens are more than check_batch_size() accepts, or give fewer vectors than the method is fitted to.
+/// head_dim, if `bits` lies outside what it offers for them (says the range), for rotated_pq and units other than kUniform and
+/// kLayer, or if `num_samples` of `length` tokens are more than check_batch_size() accepts, or give fewer vectors than the method
+/// is fitted to.
 void check_plan_options(const ModelConfig& config, const PlanOptions& options, int num_samples, int length);
 
 /// Gives bits to units, fits their quantizers to the keys (after RoPE) and values of `samples`, and fills everything of a plan but

@@ -1,0 +1,75 @@
+// What a head stores, and what errors of it cost: the input of fitting and of allocation.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "veloxquant/calibrate/activations.h"
+#include "veloxquant/calibrate/gradients.h"
+#include "veloxquant/quantize/linear_algebra.h"
+#include "veloxquant/quantize/registry.h"
+
+namespace veloxquant {
+
+/// Rows of vectors that were kept, with the gradients by them (calibrate/gradients.h), both [rows, head_dim].
+struct UnitRows {
+  std::vector<float> vectors, gradients;
+  std::vector<int> samples;  // [rows]: which sample a row is from
+
+  std::size_t count() const { return samples.size(); }
+};
+
+/// Of one layer, side and KV head; keys before RoPE.
+struct UnitStatistics {
+  int layer = 0;
+  Side side = Side::kKeys;
+  int head = 0, dim = 0;
+  SquareMatrix metric;  // G = E[g gᵀ] over all vectors, [head_dim, head_dim]
+  UnitRows training;    // to fit to
+  UnitRows held_out;    // other rows, to predict costs on
+};
+
+struct StatisticsOptions {
+  GradientOptions gradients;
+  int sinks = 0;  // first tokens of each sample that are left out, since they are stored exactly
+  std::size_t training_rows = 32768, held_out_rows = 8192;
+};
+
+/// The units of all layers: keys of all heads, then values, of layer 0, then of layer 1, …  Rows lie in a file past a limit.
+class UnitStatisticsStore {
+ public:
+  UnitStatisticsStore(const ModelConfig& config, int num_samples, int length, const StatisticsOptions& options);
+
+  /// What one call of likelihood_gradients's visit says; all samples of a layer in order.
+  void add(const LayerGradients& step);
+
+  std::size_t size() const { return metrics_.size(); }
+  UnitStatistics get(std::size_t index) const;
+
+ private:
+  struct Place {
+    int sample, position;
+    bool held_out;
+  };
+
+  std::span<const Place> places_of(int first_sample, int samples) const;
+
+  int num_kv_heads_, dim_, sinks_;
+  double num_vectors_;
+  std::vector<Place> places_;  // ascending in sample and position
+  std::vector<SquareMatrix> metrics_;
+  Activations rows_;                             // [units of a layer, places, vector and gradient], by layer and step
+  std::vector<std::vector<std::size_t>> steps_;  // of each layer, where in rows_
+};
+
+/// Rows are drawn evenly over all samples and positions.  Throws as likelihood_gradients does, and std::invalid_argument for
+/// samples that are not longer than sinks.
+UnitStatisticsStore unit_statistics(const Model& model, const TokenBatch& samples, const StatisticsOptions& options,
+                                    const ProgressCallback& progress = {});
+
+/// How much each row counts in fitting, gG⁻¹gᵀ / head_dim with the metric's ridge, at most 30 times the mean, on average 1; all 1
+/// where every gradient is zero.
+std::vector<float> row_weights(const UnitRows& rows, const SquareMatrix& metric);
+
+}  // namespace veloxquant

@@ -1,0 +1,60 @@
+// Codes and patches for every unit of a model, within a budget.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "veloxquant/calibrate/adjoint_costs.h"
+#include "veloxquant/calibrate/make_plan.h"
+#include "veloxquant/model/config.h"
+#include "veloxquant/plan/allocation.h"
+
+namespace veloxquant {
+
+/// A unit of a model and what it costs at every width.
+struct MeasuredUnit {
+  int layer, head;
+  Side side;
+  CostLadder ladder;
+};
+
+struct Width {
+  int codes, patches;
+
+  bool operator==(const Width&) const = default;
+};
+
+/// Predicted KL, in nats a token, at some effective bits.
+struct FrontierPoint {
+  double bits, predicted_kl;
+};
+
+/// What is given out: bytes of one sequence of `context` tokens, of which window and sinks take theirs first.
+class WidthAllocation {
+ public:
+  /// context > exact_tokens (window and sinks together); every layer, side and head once, in any order.
+  WidthAllocation(const ModelConfig& config, const std::vector<MeasuredUnit>& units, Units kind, int context, int exact_tokens);
+
+  /// Least and most bytes that a choice can take, window and sinks included.
+  std::int64_t least_bytes() const { return least_ + exact_bytes_; }
+  std::int64_t most_bytes() const { return most_ + exact_bytes_; }
+
+  double bits_of(std::int64_t bytes) const;
+  std::int64_t bytes_of(double bits) const;
+
+  /// The widths of least total predicted cost that take at most `bytes`, in the order of the units.
+  std::vector<Width> solve(std::int64_t bytes) const;
+
+  /// The lower convex hull of predicted KL over effective bits, ascending in bits.
+  std::vector<FrontierPoint> frontier() const;
+
+ private:
+  std::vector<std::vector<std::size_t>> groups_;  // units that share a width
+  std::size_t num_units_;
+  std::vector<std::vector<AllocationOption>> options_;  // [groups]
+  std::vector<std::vector<Width>> widths_;
+  std::int64_t exact_bytes_ = 0, least_ = 0, most_ = 0;
+  double elements_ = 0;
+};
+
+}  // namespace veloxquant
