@@ -18,7 +18,7 @@ using testing::demo_model;
 
 std::vector<EvaluationRow> rows_of(const std::vector<std::string>& peers) {
   std::vector<Storage> storages;
-  for (const auto& peer : peers) storages.push_back(peer_storage(peer, demo_model().config()));
+  for (const auto& peer : peers) storages.push_back(peer_storage(peer, demo_model()));
   return evaluate(demo_model(), testing::text_samples(2, 128), storages, {});
 }
 
@@ -36,7 +36,7 @@ TEST(Evaluate, FullPrecisionComesFirstAndLosesNothing) {
 // A measure that is no number is an error that names what was measured, not a row of a report.
 TEST(Evaluate, RefusesWhatIsNotFinite) {
   const Restore huge{[](const mx::array& x) { return mx::multiply(x, mx::array(1e38f)); }};
-  const Storage storage{"huge", 32, [huge](int) { return std::make_unique<RestoringCache>(huge, huge); }};
+  const Storage storage{"huge", [huge](int) { return std::make_unique<RestoringCache>(huge, huge); }, [](int) { return 32.0; }};
   try {
     evaluate(demo_model(), testing::text_samples(1, 32), {&storage, 1}, {});
     ADD_FAILURE();
@@ -69,28 +69,66 @@ TEST(Evaluate, MoreBitsLoseLess) {
 }
 
 TEST(Evaluate, EffectiveBitsOfPeers) {
+  const auto bits = [](const std::string& name, int context) { return peer_storage(name, demo_model()).effective_bits(context); };
+  for (const int context : {1, 100, 2048}) {
+    EXPECT_DOUBLE_EQ(bits("mlx4", context), 4.5);
+    EXPECT_DOUBLE_EQ(bits("turboquant2", context), 2.25);
+  }
+  EXPECT_DOUBLE_EQ(bits("kivi2", 2048), 3.0);
+  EXPECT_DOUBLE_EQ(bits("kivi2", 8), (2 + 32.0 / 8 + 3) / 2);  // keys: minimum and step for 8 tokens instead of 32
+  EXPECT_DOUBLE_EQ(bits("mlx4+window", 36), 8.5);
+  EXPECT_DOUBLE_EQ(bits("mlx4+window", 2048), (36 * 8.5 + 2012 * 4.5) / 2048);
+  EXPECT_DOUBLE_EQ(bits("kivi2+window", 32768), (36 * 8.5 + 32732 * 3.0) / 32768);
+  for (const char* name : {"mlx7", "", "+window", "mlx4+", "mlx4+window+window", "vecinfer2+window", "vecinfer3"})
+    EXPECT_THROW(peer_storage(name, demo_model()), std::invalid_argument) << name;
+}
+
+TEST(Evaluate, WindowedBits) {
+  EXPECT_DOUBLE_EQ(windowed_bits(2, 8.5, 10, 36), 8.5);
+  EXPECT_DOUBLE_EQ(windowed_bits(2, 8.5, 36, 36), 8.5);
+  EXPECT_DOUBLE_EQ(windowed_bits(2, 8.5, 72, 36), 5.25);
+  EXPECT_DOUBLE_EQ(windowed_bits(2, 8.5, 72, 0), 2);
+}
+
+// Every name is made by its own row of the table.
+TEST(Evaluate, PeersHaveTheirNames) {
+  const auto names = peer_names();
+  EXPECT_EQ(names.size(), 17u + 14u);
+  for (const auto& name : names) {
+    if (name.starts_with("vecinfer")) continue;
+    const auto storage = peer_storage(name, demo_model());
+    EXPECT_EQ(storage.name, name);
+    EXPECT_EQ(storage.constant_bytes, 0u);
+  }
+}
+
+// VecInfer learns: the same each time, on a text of its own.
+TEST(Evaluate, VecInferIsAPeer) {
+  const Storage storage = peer_storage("vecinfer2", demo_model());
   const auto& config = demo_model().config();
-  EXPECT_DOUBLE_EQ(peer_storage("mlx4", config).effective_bits, 4.5);
-  EXPECT_DOUBLE_EQ(peer_storage("kivi2", config).effective_bits, 3.0);
-  EXPECT_DOUBLE_EQ(peer_storage("turboquant2", config).effective_bits, 2.25);
-  EXPECT_THROW(peer_storage("mlx7", config), std::invalid_argument);
-  EXPECT_THROW(peer_storage("", config), std::invalid_argument);
-  ModelConfig odd = config;
-  odd.head_dim = 80;
-  EXPECT_THROW(peer_storage("mlx4", odd), std::invalid_argument);
+  EXPECT_DOUBLE_EQ(storage.effective_bits(2048), 2);
+  const int codebooks = 2 * config.num_layers * 256 * config.head_dim, smooth_factors = config.num_layers * config.head_dim;
+  EXPECT_EQ(storage.constant_bytes, sizeof(float) * static_cast<std::size_t>(codebooks + smooth_factors));
+  const auto rows = evaluate(demo_model(), testing::text_samples(2, 128), {&storage, 1}, {});
+  EXPECT_EQ(rows[1].constant_bytes, storage.constant_bytes);
+  EXPECT_GT(rows[1].kl_mean, 0.05);
+  EXPECT_LT(rows[1].kl_mean, 1);
 }
 
 TEST(Evaluate, FactsAreAskedFor) {
   const auto filler = testing::demo_tokenizer().encode(testing::kText);
   std::vector<std::int32_t> text;
   while (text.size() < 600) text.insert(text.end(), filler.begin(), filler.end());
-  const auto documents = make_recall_documents(testing::demo_tokenizer(), text, 6, 512, 1);
-  const std::vector<Storage> storages = {peer_storage("mlx8", demo_model().config()),
-                                         peer_storage("turboquant1", demo_model().config())};
+  const RecallDocuments documents{make_recall_documents(testing::demo_tokenizer(), text, 6, 512, 1),
+                                  make_recall_documents(testing::demo_tokenizer(), text, 6, 512, 1, Wording::kSecond)};
+  const std::vector<Storage> storages = {peer_storage("mlx8", demo_model()), peer_storage("turboquant1", demo_model())};
   const auto rows = evaluate(demo_model(), testing::text_samples(1, 64), storages, documents);
   EXPECT_GT(rows[0].recall.value(), 0.6);
   EXPECT_NEAR(rows[1].recall.value(), rows[0].recall.value(), 0.15);
   EXPECT_LT(rows[2].recall.value(), 0.2);
+  EXPECT_GT(rows[0].recall_second.value(), 0.3);
+  EXPECT_NEAR(rows[1].recall_second.value(), rows[0].recall_second.value(), 0.15);
+  EXPECT_LT(rows[2].recall_second.value(), 0.2);
 }
 
 }  // namespace

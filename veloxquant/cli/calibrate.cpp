@@ -1,5 +1,7 @@
 #include <filesystem>
+#include <optional>
 
+#include "veloxquant/calibrate/adjoint_plan.h"
 #include "veloxquant/calibrate/calibration_samples.h"
 #include "veloxquant/calibrate/make_plan.h"
 #include "veloxquant/cli/commands.h"
@@ -13,75 +15,204 @@
 namespace veloxquant::cli {
 namespace {
 
+// Samples of rotated_pq and of the other methods where the user says nothing.
+constexpr int kSetSamples = 48, kLongestSample = 2048;
+constexpr int kSamples = 32, kSampleLength = 512;
+
+constexpr int kWindow = 32, kSinks = 4;
+
 struct Options {
-  std::string model, output, method = "vecinfer", units;
+  std::string model, output, method = "rotated_pq";
   double bits = 2.0;
-  int window = 0, sinks = 0, context = 0;
-  SampleOptions samples;
+  std::optional<std::string> units, keys, frontier;
+  std::optional<std::int64_t> bytes;
+  std::optional<int> window, sinks;
+  int context = 0;
+  SampleOptions samples{0, 0};
   TextOptions text;
   RunOptions run;
-  bool json = false;
+  bool json = false, print_frontier = false;
 };
 
-Units units_of(const Options& options) {
-  if (options.units.empty()) return quantizer_method(options.method).learns() ? Units::kUniform : Units::kLayer;
-  return options.units == "layer" ? Units::kLayer : Units::kUniform;
+bool is_rotated(const Options& options) {
+  return options.method == "rotated_pq";
 }
 
-void run(const Options& options) {
-  check_writable(options.output);
-  const DeviceScope scope = options.run.enter();
-  const LoadedModel loaded = load_model(options.model);
-  const auto texts = options.text.read();
+Units units_of(const Options& options) {
+  if (!options.units) {
+    if (is_rotated(options)) return Units::kHead;
+    return quantizer_method(options.method).learns() ? Units::kUniform : Units::kLayer;
+  }
+  for (const Units units : {Units::kUniform, Units::kLayer, Units::kKv})
+    if (*options.units == to_string(units)) return units;
+  return Units::kHead;
+}
+
+std::filesystem::path frontier_path(const Options& options) {
+  if (options.frontier && !options.frontier->empty()) return *options.frontier;
+  return std::filesystem::path(options.output).replace_extension(".frontier.json");
+}
+
+void refuse_options_of_rotated_pq(const Options& options) {
+  const auto refuse = [&](bool given, const char* option) {
+    if (given) throw_invalid("calibrate", "{}: only for --method rotated_pq, got {}", option, options.method);
+  };
+  refuse(options.keys.has_value(), "--keys");
+  refuse(options.bytes.has_value(), "--bytes");
+  refuse(options.print_frontier, "--frontier");
+  refuse(options.window.value_or(0) != 0, "--window");
+  refuse(options.sinks.value_or(0) != 0, "--sinks");
+}
+
+// The documented ways: RateQuant for scalar quantizers, VecInfer.
+Plan documented_plan(const Options& options, const LoadedModel& loaded, const std::vector<std::string>& texts,
+                     const ProgressCallback& progress) {
+  refuse_options_of_rotated_pq(options);
   const PlanOptions wanted{.method = options.method,
                            .bits = options.bits,
                            .units = units_of(options),
                            .seed = options.run.seed,
                            .context = options.context};
-  check_plan_options(loaded.model.config(), wanted, options.samples.num_samples, options.samples.length);
-  const auto progress = terminal_progress();
-  const bool reads = reads_samples(wanted);
-  const TokenBatch samples = reads ? calibration_samples(loaded.model, loaded.tokenizer, texts, options.samples.num_samples,
-                                                         options.samples.length, options.run.seed, progress)
-                                   : TokenBatch(0, 0);
-  Plan plan = make_plan(loaded.model, samples, wanted, progress);
-  for (std::size_t i = 0; reads && i < texts.size(); ++i)
-    plan.provenance.texts.push_back({std::filesystem::path(options.text.files[i]).filename().string(), sha256(texts[i])});
-  write_plan(plan, options.output);
-  clear_progress();
-  if (options.json) return print_json(describe_plan(plan));
+  const int count = options.samples.num_samples > 0 ? options.samples.num_samples : kSamples,
+            length = options.samples.length > 0 ? options.samples.length : kSampleLength;
+  check_plan_options(loaded.model.config(), wanted, count, length);
+  const TokenBatch samples =
+      reads_samples(wanted) ? calibration_samples(loaded.model, loaded.tokenizer, texts, count, length, options.run.seed, progress)
+                            : TokenBatch(0, 0);
+  return make_plan(loaded.model, samples, wanted, progress);
+}
+
+AdjointPlan rotated_plan(const Options& options, const LoadedModel& loaded, const std::vector<std::string>& texts,
+                         const ProgressCallback& progress) {
+  const AdjointPlanOptions wanted{.bits = options.bits,
+                                  .bytes = options.bytes,
+                                  .context = options.context,
+                                  .units = units_of(options),
+                                  .keys = options.keys == "plane" ? Rotation::kPlane : Rotation::kFull,
+                                  .window = options.window.value_or(kWindow),
+                                  .sinks = options.sinks.value_or(kSinks),
+                                  .seed = options.run.seed};
+  check_adjoint_plan_options(loaded.model.config(), wanted);
+  const int count = options.samples.num_samples > 0 ? options.samples.num_samples : kSetSamples,
+            length = options.samples.length > 0 ? options.samples.length
+                                                : std::min(loaded.model.config().max_position_embeddings, kLongestSample);
+  check_batch_size(count, length);
+  const auto set = calibration_set(loaded.model, loaded.tokenizer, texts, count, length, options.run.seed, progress);
+  return make_adjoint_plan(loaded.model, set, wanted, progress);
+}
+
+nlohmann::ordered_json to_json(const std::vector<FrontierPoint>& frontier) {
+  auto json = nlohmann::ordered_json::array();
+  for (const auto& [bits, kl] : frontier) json.push_back({{"bits", bits}, {"predicted_kl", kl}});
+  return json;
+}
+
+// Some of the points, at even distances in bits.
+void print_frontier(const std::vector<FrontierPoint>& frontier) {
+  constexpr int kRows = 12;
+  std::vector<std::vector<std::string>> rows = {{"bits", "predicted KL"}};
+  double next = frontier.front().bits;
+  const double step = (frontier.back().bits - next) / kRows;
+  for (const auto& [bits, kl] : frontier) {
+    if (bits < next) continue;
+    rows.push_back({fmt::format("{:.3f}", bits), fmt::format("{:.5f}", kl)});
+    next = bits + step;
+  }
+  fmt::print("\n{}", table(rows));
+}
+
+nlohmann::ordered_json optional_number(const std::optional<double>& value) {
+  return value ? nlohmann::ordered_json(*value) : nlohmann::ordered_json(nullptr);
+}
+
+void report(const Options& options, const AdjointPlan& made, const std::string& frontier_file) {
+  const Plan& plan = made.plan;
+  if (options.json) {
+    auto json = describe_plan(plan);
+    if (is_rotated(options))
+      json["recall"] = {{"full", optional_number(made.full_recall)}, {"plan", optional_number(made.plan_recall)}};
+    if (options.print_frontier) json["frontier"] = to_json(made.frontier);
+    return print_json(json);
+  }
   print_plan(plan);
+  if (made.full_recall)
+    fmt::print("\nFacts of the calibration text still answered: {:.1f} % of them, {:.1f} % at full precision.\n",
+               100 * *made.plan_recall, 100 * *made.full_recall);
+  if (options.print_frontier) {
+    print_frontier(made.frontier);
+    fmt::print("\nWrote {}.", frontier_file);
+  }
   fmt::print("\nWrote {} ({}).\nNext: veloxquant evaluate {} --plan {} --peer mlx4\n", options.output,
              bytes_text(std::filesystem::file_size(options.output)), shell_word(options.model), shell_word(options.output));
+}
+
+void run(const Options& options) {
+  check_writable(options.output);
+  const std::string frontier_file = frontier_path(options).string();
+  if (options.print_frontier) check_writable(frontier_file);
+  const DeviceScope scope = options.run.enter();
+  const LoadedModel loaded = load_model(options.model);
+  const auto texts = options.text.read();
+  const auto progress = terminal_progress();
+  AdjointPlan made;
+  if (is_rotated(options)) {
+    made = rotated_plan(options, loaded, texts, progress);
+  } else {
+    made.plan = documented_plan(options, loaded, texts, progress);
+  }
+  for (std::size_t i = 0; made.plan.provenance.num_samples > 0 && i < texts.size(); ++i)
+    made.plan.provenance.texts.push_back({std::filesystem::path(options.text.files[i]).filename().string(), sha256(texts[i])});
+  write_plan(made.plan, options.output);
+  if (options.print_frontier) write_file_atomically(frontier_file, to_json(made.frontier).dump(2) + "\n");
+  clear_progress();
+  report(options, made, frontier_file);
 }
 
 }  // namespace
 
 void add_calibrate(CLI::App& program) {
   auto options = std::make_shared<Options>();
-  CLI::App& command = *program.add_subcommand("calibrate", "Make a plan: how every layer's keys and values are stored");
-  command.footer("Example: veloxquant calibrate MODEL --bits 2 -o plan.safetensors");
+  CLI::App& command = *program.add_subcommand("calibrate", "Make a plan: how every head's keys and values are stored");
+  command.footer(
+      "Example: veloxquant calibrate MODEL --bits 2 -o plan.safetensors\n"
+      "         veloxquant calibrate MODEL --bytes 2GiB --context 128k -o plan.safetensors");
   command.add_option("model", options->model, "Model folder: config.json, *.safetensors, tokenizer.json")->required();
   command.add_option("-o,--output", options->output, "Plan file to write")->required();
-  command.add_option("--bits", options->bits, "Effective bits per element on average: everything stored per token counts")
-      ->check(positive_number())
-      ->capture_default_str();
+  auto* bits =
+      command.add_option("--bits", options->bits, "Effective bits per element on average: everything stored per token counts")
+          ->check(positive_number())
+          ->capture_default_str();
+  command.add_option("--bytes", options->bytes, "In place of bits: what one sequence of --context tokens may take, such as 2GiB")
+      ->transform(byte_count())
+      ->excludes(bits);
   command
       .add_option("--context", options->context,
-                  "Context at which bits are counted (default: the model's maximum); without window and sinks the same at any")
-      ->check(whole_number(1));
+                  "Tokens at which bits and bytes are counted, such as 32k (default: the model's maximum)")
+      ->transform(token_count());
   command.add_option("--method", options->method, "Quantizer")->check(CLI::IsMember(quantizer_names()))->capture_default_str();
   command
       .add_option("--units", options->units,
-                  "What gets one width: each layer, or all (default: layer; uniform where codebooks are trained)")
-      ->check(CLI::IsMember({"layer", "uniform"}));
-  options->samples.add_to(command);
-  command.add_option("--window", options->window, "Recent tokens kept at 8 bits; only 0 so far")
-      ->check(whole_number(0, 0))
-      ->capture_default_str();
-  command.add_option("--sinks", options->sinks, "First tokens kept at 8 bits; only 0 so far")
-      ->check(whole_number(0, 0))
-      ->capture_default_str();
+                  "What gets a width of its own: each head's keys and values, each layer's, each layer, or nothing (default: head; "
+                  "other methods than rotated_pq: layer, or uniform where they train codebooks)")
+      ->check(CLI::IsMember({"head", "kv", "layer", "uniform"}));
+  command
+      .add_option("--keys", options->keys,
+                  "How rotated_pq mixes a key's dimensions: full is the better, plane the faster on CPUs (default: full)")
+      ->check(CLI::IsMember({"full", "plane"}));
+  command.add_option("--window", options->window, "Recent tokens that rotated_pq keeps at 8 bits (default: 32)")
+      ->check(whole_number(0, 65536));
+  command.add_option("--sinks", options->sinks, "First tokens that rotated_pq keeps at 8 bits (default: 4)")
+      ->check(whole_number(0, 65536));
+  command
+      .add_option_function<std::string>(
+          "--frontier",
+          [options](const std::string& file) {
+            options->print_frontier = true;
+            options->frontier = file;
+          },
+          "Also print predicted KL against bits, and save it as JSON (default: PLAN with .frontier.json)")
+      ->expected(0, 1);
+  options->samples.add_to(command, "48 of up to 2048 tokens; other methods than rotated_pq: 32 of 512");
   options->text.add_to(command);
   options->run.add_to(command);
   add_json_flag(command, options->json);

@@ -3,8 +3,8 @@
 #include <fmt/ranges.h>
 
 #include <filesystem>
+#include <set>
 
-#include "veloxquant/cache/restoring_cache.h"
 #include "veloxquant/cli/commands.h"
 #include "veloxquant/cli/options.h"
 #include "veloxquant/cli/terminal.h"
@@ -26,6 +26,7 @@ struct Options {
   std::string model;
   std::vector<std::string> plans, peers;
   int windows = 0, length = 0, recall = 0;
+  std::set<int> contexts;
   TextOptions text;
   RunOptions run;
   bool json = false;
@@ -48,30 +49,58 @@ TokenBatch windows_of(const Options& options, const LoadedModel& loaded, int len
   return leading_windows(tokens_of(options.text, loaded.tokenizer), options.windows, length);
 }
 
-std::vector<Storage> storages_of(const Options& options, const Model& model) {
-  std::vector<Storage> storages;
-  for (const auto& path : options.plans) {
-    const Plan plan = read_plan_for(model, options.model, path);
-    storages.push_back({std::filesystem::path(path).filename().string(), effective_bits(plan), restoring_factory(plan)});
-  }
-  for (const auto& name : options.peers) storages.push_back(peer_storage(name, model.config()));
+// Full precision first.
+std::vector<Storage> storages_of(const Options& options, const Model& model, const ProgressCallback& progress) {
+  std::vector<Storage> storages = {full_storage()};
+  for (const auto& path : options.plans)
+    storages.push_back(plan_storage(std::filesystem::path(path).filename().string(), read_plan_for(model, options.model, path)));
+  for (const auto& name : options.peers) storages.push_back(peer_storage(name, model, progress));
   return storages;
 }
 
-nlohmann::ordered_json to_json(const EvaluationRow& row) {
-  nlohmann::ordered_json json = {{"storage", row.storage},       {"effective_bits", row.effective_bits},
-                                 {"perplexity", row.perplexity}, {"kl_mean", row.kl_mean},
-                                 {"kl_p999", row.kl_p999},       {"top1", row.top1}};
-  json["recall"] = row.recall ? nlohmann::ordered_json(*row.recall) : nlohmann::ordered_json(nullptr);
-  return json;
+nlohmann::ordered_json to_json(const std::optional<double>& share) {
+  return share ? nlohmann::ordered_json(*share) : nlohmann::ordered_json(nullptr);
 }
 
-void print_rows(const std::vector<EvaluationRow>& rows) {
-  std::vector<std::vector<std::string>> cells = {{"storage", "bits", "perplexity", "KL", "KL 99.9 %", "top-1", "recall"}};
-  for (const auto& row : rows)
-    cells.push_back({row.storage, fmt::format("{:.4g}", row.effective_bits), fmt::format("{:.3f}", row.perplexity),
-                     fmt::format("{:.4f}", row.kl_mean), fmt::format("{:.3f}", row.kl_p999), fmt::format("{:.3f}", row.top1),
-                     row.recall ? fmt::format("{:.3f}", *row.recall) : "–"});
+nlohmann::ordered_json to_json(const EvaluationRow& row, const Storage& storage, const std::set<int>& contexts) {
+  auto bits_at = nlohmann::ordered_json::object();
+  for (const int context : contexts) bits_at[std::to_string(context)] = storage.effective_bits(context);
+  return {{"storage", row.storage},
+          {"effective_bits", row.effective_bits},
+          {"bits_at", bits_at},
+          {"constant_bytes", row.constant_bytes},
+          {"perplexity", row.perplexity},
+          {"kl_mean", row.kl_mean},
+          {"kl_p999", row.kl_p999},
+          {"top1", row.top1},
+          {"recall", to_json(row.recall)},
+          {"recall_second", to_json(row.recall_second)}};
+}
+
+std::string context_text(int context) {
+  return context % 1024 == 0 ? fmt::format("{}k", context / 1024) : std::to_string(context);
+}
+
+std::string share_text(const std::optional<double>& share) {
+  return share ? fmt::format("{:.3f}", *share) : "–";
+}
+
+void print_rows(const std::vector<EvaluationRow>& rows, std::span<const Storage> storages, const std::set<int>& contexts) {
+  std::vector<std::vector<std::string>> cells = {{"storage", "bits"}};
+  for (const int context : contexts) cells[0].push_back("at " + context_text(context));
+  for (const char* title : {"constant", "perplexity", "KL", "KL 99.9 %", "top-1", "recall", "recall 2"}) cells[0].push_back(title);
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    const EvaluationRow& row = rows[i];
+    auto& line = cells.emplace_back(std::vector<std::string>{row.storage, fmt::format("{:.4g}", row.effective_bits)});
+    for (const int context : contexts) line.push_back(fmt::format("{:.4g}", storages[i].effective_bits(context)));
+    line.push_back(row.constant_bytes > 0 ? bytes_text(row.constant_bytes) : "–");
+    line.push_back(fmt::format("{:.3f}", row.perplexity));
+    line.push_back(fmt::format("{:.4f}", row.kl_mean));
+    line.push_back(fmt::format("{:.3f}", row.kl_p999));
+    line.push_back(fmt::format("{:.3f}", row.top1));
+    line.push_back(share_text(row.recall));
+    line.push_back(share_text(row.recall_second));
+  }
   fmt::print("{}", table(cells));
 }
 
@@ -81,23 +110,34 @@ void run(const Options& options) {
   const int longest = loaded.model.config().max_position_embeddings,
             length = options.length > 0 ? options.length : std::min(longest, kLongestWindow);
   if (length > longest) throw_invalid("evaluate", "length: expected at most {} (the model's maximum), got {}", longest, length);
-  const auto storages = storages_of(options, loaded.model);
   const auto progress = terminal_progress();
+  const auto storages = storages_of(options, loaded.model, progress);
   const TokenBatch windows = windows_of(options, loaded, length, progress);
-  std::vector<RecallDocument> documents;
-  if (options.recall > 0)
-    documents = make_recall_documents(loaded.tokenizer, windows.tokens, options.recall, length, options.run.seed, progress);
-  const auto rows = evaluate(loaded.model, windows, storages, documents, progress);
+  const auto documents = [&](Wording wording) {
+    return options.recall > 0 ? make_recall_documents(loaded.tokenizer, windows.tokens, options.recall, length, options.run.seed,
+                                                      wording, progress)
+                              : std::vector<RecallDocument>();
+  };
+  const auto rows = evaluate(loaded.model, windows, std::span(storages).subspan(1),
+                             {documents(Wording::kFirst), documents(Wording::kSecond)}, progress);
   clear_progress();
   if (options.json) {
     auto json = nlohmann::ordered_json::array();
-    for (const auto& row : rows) json.push_back(to_json(row));
+    for (std::size_t i = 0; i < rows.size(); ++i) json.push_back(to_json(rows[i], storages[i], options.contexts));
     return print_json(json);
   }
-  print_rows(rows);
+  print_rows(rows, storages, options.contexts);
   fmt::print("\n{} windows of {} tokens{}; KL in nats a token against full precision.\n", windows.count, length,
              options.text.files.empty() ? " of the model's own text" : "");
   if (options.plans.empty()) fmt::print("Next: veloxquant calibrate {} -o plan.safetensors\n", shell_word(options.model));
+}
+
+// The names without a window, and how to ask for one.
+std::string peers_text() {
+  auto names = peer_names();
+  std::erase_if(names, [](const std::string& name) { return name.find('+') != std::string::npos; });
+  return fmt::format("Peers: {}; all but vecinfer also as NAME+window, which keeps the last 32 and first 4 tokens at 8 bits",
+                     fmt::join(names, ", "));
 }
 
 }  // namespace
@@ -106,20 +146,29 @@ void add_evaluate(CLI::App& program) {
   auto options = std::make_shared<Options>();
   CLI::App& command =
       *program.add_subcommand("evaluate", "Measure what a model still knows with its cache stored by plans and peers");
-  command.footer("Example: veloxquant evaluate MODEL --plan plan.safetensors --peer mlx4 --text book.txt --windows 8\nPeers: " +
-                 fmt::format("{}", fmt::join(peer_names(), ", ")));
+  command.footer("Example: veloxquant evaluate MODEL --plan plan.safetensors --peer mlx4 --text book.txt --windows 8\n" +
+                 peers_text());
   command.add_option("model", options->model, "Model folder: config.json, *.safetensors, tokenizer.json")->required();
   command.add_option("--plan", options->plans, "Plan file; may be given several times")->allow_extra_args(false);
   command.add_option("--peer", options->peers, "Another way of storing a cache; may be given several times")
       ->allow_extra_args(false)
-      ->check(CLI::IsMember(peer_names()));
+      ->check(CLI::IsMember(peer_names()).description("PEER"));
   command.add_option("--windows", options->windows, "Windows of text to score (default: all of the text, or 8 of own text)")
       ->check(whole_number(1));
   command.add_option("--length", options->length, "Tokens of a window (default: the model's maximum, at most 2048)")
       ->check(whole_number(2));
   command
-      .add_option("--recall", options->recall, "Documents with facts sown in the text that is evaluated, asked for at their end")
+      .add_option(
+          "--recall", options->recall,
+          "Documents with facts sown in the text that is evaluated, asked for at their end; as many again in a second wording")
       ->check(whole_number(1));
+  command
+      .add_option(
+          "--context", options->contexts,
+          "Tokens, such as 2048 or 32k, at which effective bits are counted beside those at the length of a window; may be given "
+          "several times")
+      ->allow_extra_args(false)
+      ->transform(token_count());
   options->text.add_to(command);
   options->run.add_to(command);
   add_json_flag(command, options->json);

@@ -1,5 +1,9 @@
 #include <fmt/ranges.h>
 
+#include <algorithm>
+#include <map>
+#include <numeric>
+
 #include "veloxquant/cli/commands.h"
 #include "veloxquant/cli/options.h"
 #include "veloxquant/cli/terminal.h"
@@ -9,8 +13,52 @@
 namespace veloxquant::cli {
 namespace {
 
-std::string unit_bits(const UnitPlan& unit) {
-  return fmt::format("{:.4g}", make_quantizer(unit.quantizer)->rate());
+double bits_of(const UnitPlan& unit) {
+  return make_quantizer(unit.quantizer)->rate();
+}
+
+// Of the units of one side of a layer: the mean, and the range where they differ.
+std::string side_bits(const Plan& plan, int layer, Side side) {
+  std::vector<double> bits;
+  for (const auto& unit : plan.units)
+    if (unit.layer == layer && unit.side == side) bits.push_back(bits_of(unit));
+  const auto [low, high] = std::minmax_element(bits.begin(), bits.end());
+  const double mean = std::accumulate(bits.begin(), bits.end(), 0.0) / static_cast<double>(bits.size());
+  if (*low == *high) return fmt::format("{:.4g}", mean);
+  if (bits.size() <= 4) return fmt::format("{:.3g}", fmt::join(bits, " / "));
+  return fmt::format("{:.3g} ({:.3g} to {:.3g})", mean, *low, *high);
+}
+
+std::string unit_name(const UnitPlan& unit) {
+  return fmt::format("{} {}{}", layer_name(unit.layer), to_string(unit.side), unit.head ? fmt::format(" head {}", *unit.head) : "");
+}
+
+std::string units_text(const std::string& units) {
+  static const std::map<std::string, std::string> words = {{"uniform", "one width for all layers"},
+                                                           {"layer", "a width per layer"},
+                                                           {"kv", "a width for each layer's keys and one for its values"},
+                                                           {"head", "a width for each head's keys and one for its values"}};
+  return words.at(units);
+}
+
+std::string exact_text(const Plan& plan) {
+  if (plan.window + plan.sinks == 0) return "";
+  return fmt::format("; the last {} and first {} tokens at 8 bits", plan.window, plan.sinks);
+}
+
+// The units that lose most, where that was predicted for each.
+void print_units_at_stake(const Plan& plan) {
+  constexpr std::size_t kShown = 8;
+  std::vector<const UnitPlan*> units;
+  for (const auto& unit : plan.units)
+    if (unit.predicted_kl) units.push_back(&unit);
+  if (units.empty()) return;
+  std::stable_sort(units.begin(), units.end(), [](const auto* a, const auto* b) { return *a->predicted_kl > *b->predicted_kl; });
+  units.resize(std::min(units.size(), kShown));
+  std::vector<std::vector<std::string>> rows = {{"most at stake", "bits", "predicted KL"}};
+  for (const auto* unit : units)
+    rows.push_back({unit_name(*unit), fmt::format("{:.3g}", bits_of(*unit)), fmt::format("{:.6f}", *unit->predicted_kl)});
+  fmt::print("\n{}", table(rows));
 }
 
 std::string samples_text(const Provenance& from) {
@@ -29,18 +77,21 @@ void print_plan(const Plan& plan) {
   const auto& from = plan.provenance;
   fmt::print("model       {}, {} layers, {} KV heads of {}\n", model.architecture, model.num_layers, model.num_kv_heads,
              model.head_dim);
-  fmt::print("method      {}, one width {}\n", from.method, from.units == "layer" ? "per layer" : "for all layers");
+  fmt::print("method      {}, {}{}\n", from.method, units_text(from.units), exact_text(plan));
   fmt::print("calibrated  {}, seed {}, {}\n", samples_text(from), from.seed, from.device);
   fmt::print("bits        {:.4g} per element at {} tokens, everything stored per token counted; {} of codebooks beside\n",
              effective_bits(plan), from.context, bytes_text(constant_bytes(plan)));
-  const double per_token = bytes_per_token(plan), full = 2.0 * 2 * model.num_layers * model.num_kv_heads * model.head_dim;
-  fmt::print("memory      {:.0f} bytes a token, {} at 32,768 tokens (16 bits: {:.0f} and {})\n", per_token,
-             bytes_text(static_cast<std::size_t>(per_token * 32768)), full, bytes_text(static_cast<std::size_t>(full * 32768)));
+  constexpr std::int64_t kTokens = 32768;
+  const double full = 2.0 * 2 * model.num_layers * model.num_kv_heads * model.head_dim;
+  fmt::print("memory      {} at 32,768 tokens, {:.4g} bits per element (at 16 bits: {}); each further token {:.0f} bytes\n",
+             bytes_text(static_cast<std::size_t>(cache_bytes(plan, kTokens))), effective_bits(plan, kTokens),
+             bytes_text(static_cast<std::size_t>(full * kTokens)), bytes_per_token(plan));
   if (plan.predicted_kl) fmt::print("predicted   KL {:.4f} nats a token\n", *plan.predicted_kl);
   std::vector<std::vector<std::string>> rows = {{"layer", "keys", "values"}};
-  for (std::size_t i = 0; i + 1 < plan.units.size(); i += 2)
-    rows.push_back({layer_name(plan.units[i].layer), unit_bits(plan.units[i]), unit_bits(plan.units[i + 1])});
+  for (int layer = 0; layer < model.num_layers; ++layer)
+    rows.push_back({layer_name(layer), side_bits(plan, layer, Side::kKeys), side_bits(plan, layer, Side::kValues)});
   fmt::print("\n{}", table(rows));
+  print_units_at_stake(plan);
 }
 
 void add_inspect(CLI::App& program) {

@@ -2,6 +2,7 @@
 
 #include <charconv>
 #include <cmath>
+#include <map>
 
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/file.h"
@@ -25,9 +26,16 @@ void TextOptions::add_to(CLI::App& command) {
       ->allow_extra_args(false);
 }
 
-void SampleOptions::add_to(CLI::App& command) {
-  command.add_option("--samples", num_samples, "Samples that the model reads")->check(whole_number(1))->capture_default_str();
-  command.add_option("--length", length, "Tokens of a sample")->check(whole_number(1))->capture_default_str();
+void SampleOptions::add_to(CLI::App& command, const std::string& defaults) {
+  auto* count = command
+                    .add_option("--samples", num_samples,
+                                defaults.empty() ? "Samples that the model reads"
+                                                 : "Samples that the model reads (default: " + defaults + ")")
+                    ->check(whole_number(1));
+  auto* tokens = command.add_option("--length", length, "Tokens of a sample")->check(whole_number(1));
+  if (!defaults.empty()) return;
+  count->capture_default_str();
+  tokens->capture_default_str();
 }
 
 std::vector<std::string> TextOptions::read() const {
@@ -56,6 +64,44 @@ CLI::Validator whole_number(std::uint64_t least, std::uint64_t most) {
         return fits ? std::string() : fmt::format("expected a whole number from {} to {}, got {}", least, most, excerpt(text));
       },
       "WHOLE");
+}
+
+CLI::Validator token_count() {
+  return CLI::Validator(
+      [](std::string& text) {
+        constexpr std::uint64_t kMost = std::numeric_limits<int>::max();
+        std::uint64_t value = 0;
+        const char* end = text.data() + text.size();
+        auto [stop, error] = std::from_chars(text.data(), end, value);
+        const std::uint64_t unit = stop + 1 == end && *stop == 'k' ? 1024 : 1;
+        if (unit > 1) ++stop;
+        if (error != std::errc() || stop != end || value < 1 || value > kMost / unit)
+          return fmt::format("expected a number of tokens from 1 to {}, such as 2048 or 32k, got {}", kMost, excerpt(text));
+        text = std::to_string(value * unit);
+        return std::string();
+      },
+      "TOKENS");
+}
+
+CLI::Validator byte_count() {
+  return CLI::Validator(
+      [](std::string& text) {
+        static const std::map<std::string, double> units = {{"", 1.0},       {"B", 1.0},      {"KiB", 0x1p10}, {"MiB", 0x1p20},
+                                                            {"GiB", 0x1p30}, {"TiB", 0x1p40}, {"KB", 1e3},     {"MB", 1e6},
+                                                            {"GB", 1e9},     {"TB", 1e12}};
+        constexpr double kMost = 0x1p60;
+        double value = 0;
+        const char* end = text.data() + text.size();
+        auto [stop, error] = std::from_chars(text.data(), end, value, std::chars_format::fixed);
+        while (stop != end && *stop == ' ') ++stop;
+        const auto unit = units.find(std::string(stop, end));
+        const double bytes = unit == units.end() ? 0 : value * unit->second;
+        if (error != std::errc() || !(bytes >= 1 && bytes <= kMost))
+          return fmt::format("expected a number of bytes above 0, such as 500000000 or 2GiB, got {}", excerpt(text));
+        text = std::to_string(static_cast<std::int64_t>(bytes));
+        return std::string();
+      },
+      "BYTES");
 }
 
 void add_json_flag(CLI::App& command, bool& json) {

@@ -41,7 +41,8 @@ struct TextOptions {
 struct SampleOptions {
   int num_samples = 32, length = 512;
 
-  void add_to(CLI::App& command);
+  /// `defaults`, where neither number is set, says in help what a command takes then.
+  void add_to(CLI::App& command, const std::string& defaults = "");
 };
 
 /// What help says of RunOptions in commands that run no model and draw nothing: they take them so that every command does.
@@ -52,6 +53,12 @@ CLI::Validator positive_number();
 
 /// Accepts whole numbers from `least` to `most` (CLI11 wraps negative ones and says nothing of a range).
 CLI::Validator whole_number(std::uint64_t least, std::uint64_t most = std::numeric_limits<int>::max());
+
+/// Accepts a positive number of tokens and writes it out: "2048" or "2k" (k: 1024).  For transform(), not check().
+CLI::Validator token_count();
+
+/// Accepts a positive number of bytes and writes it out: "1000000", "2GiB", "1.5 GB".  For transform(), not check().
+CLI::Validator byte_count();
 
 void add_json_flag(CLI::App& command, bool& json);
 

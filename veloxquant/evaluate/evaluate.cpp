@@ -6,13 +6,14 @@
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
 #include "veloxquant/calibrate/observe.h"
+#include "veloxquant/calibrate/recall.h"
 #include "veloxquant/core/error.h"
 #include "veloxquant/model/divergence.h"
 
 namespace veloxquant {
 namespace {
 
-// Sums over positions for one storage.
+// Sums over positions and facts for one storage.
 class Tally {
  public:
   void add(const std::vector<PositionScore>& reference, const std::vector<PositionScore>& scores) {
@@ -24,15 +25,11 @@ class Tally {
     targets_ += scores.size() - 1;
   }
 
-  void add_answer(bool right) {
-    ++asked_;
-    recalled_ += right;
-  }
-
-  EvaluationRow row(const Storage& storage) {
+  EvaluationRow row(const Storage& storage, int context) {
     EvaluationRow row;
     row.storage = storage.name;
-    row.effective_bits = storage.effective_bits;
+    row.effective_bits = storage.effective_bits(context);
+    row.constant_bytes = storage.constant_bytes;
     const auto positions = static_cast<double>(kl_.size());
     row.perplexity = std::exp(cross_entropy_ / static_cast<double>(std::max<std::size_t>(targets_, 1)));
     for (const double kl : kl_) row.kl_mean += kl / positions;
@@ -40,14 +37,17 @@ class Tally {
     std::nth_element(kl_.begin(), tail, kl_.end());
     row.kl_p999 = *tail;
     row.top1 = static_cast<double>(agreements_) / positions;
-    if (asked_ > 0) row.recall = static_cast<double>(recalled_) / static_cast<double>(asked_);
+    row.recall = first.share();
+    row.recall_second = second.share();
     return row;
   }
+
+  RecallCount first, second;  // in the two wordings
 
  private:
   std::vector<float> kl_;
   double cross_entropy_ = 0;
-  std::size_t agreements_ = 0, targets_ = 0, asked_ = 0, recalled_ = 0;
+  std::size_t agreements_ = 0, targets_ = 0;
 };
 
 // The token that follows each position; −1 for the last.
@@ -80,29 +80,10 @@ void score_window(const Model& model, const TokenBatch& windows, int index, std:
   }
 }
 
-// Whether every token of each answer is the likeliest one after what stands before it.
-void ask(const Model& model, const RecallDocument& document, const Storage& storage, Tally& tally) {
-  const int length = static_cast<int>(document.tokens.size()) - 1;  // nothing is asked about what follows the last token
-  const mx::array tokens(document.tokens.data(), {1, length}, mx::int32);
-  const auto hidden = model.forward(tokens, model.make_caches(storage.factory));
-  const int width = hidden.shape(2);
-  std::vector<mx::array> tops;
-  for (const auto& [begin, end] : document.answers)
-    tops.push_back(mx::argmax(model.logits(mx::slice(hidden, {0, begin - 1, 0}, {1, end - 1, width})), -1));
-  mx::eval(tops);
-  for (std::size_t i = 0; i < tops.size(); ++i) {
-    const auto [begin, end] = document.answers[i];
-    const auto* top = tops[i].data<std::uint32_t>();
-    tally.add_answer(
-        std::equal(top, top + (end - begin), document.tokens.begin() + begin,
-                   [](std::uint32_t predicted, std::int32_t token) { return static_cast<std::int32_t>(predicted) == token; }));
-  }
-}
-
 }  // namespace
 
 std::vector<EvaluationRow> evaluate(const Model& model, const TokenBatch& windows, std::span<const Storage> peers_and_plans,
-                                    std::span<const RecallDocument> documents, const ProgressCallback& progress) {
+                                    const RecallDocuments& documents, const ProgressCallback& progress) {
   if (windows.length < 2) throw_invalid("evaluate", "expected windows of at least 2 tokens, got {}", windows.length);
   std::vector<Storage> storages = {full_storage()};
   storages.insert(storages.end(), peers_and_plans.begin(), peers_and_plans.end());
@@ -111,16 +92,20 @@ std::vector<EvaluationRow> evaluate(const Model& model, const TokenBatch& window
   ProgressStage stage(progress, "scoring windows", static_cast<std::size_t>(windows.count) * storages.size());
   for (int i = 0; i < windows.count; ++i) score_window(model, windows, i, storages, tallies, stage);
 
-  ProgressStage asking(progress, "asking for facts", documents.size() * storages.size());
-  for (const auto& document : documents) {
-    for (std::size_t s = 0; s < storages.size(); ++s) {
-      ask(model, document, storages[s], tallies[s]);
-      asking.advance();
+  ProgressStage asking(progress, "asking for facts", (documents.first.size() + documents.second.size()) * storages.size());
+  const auto ask_all = [&](const std::vector<RecallDocument>& all, RecallCount Tally::*count) {
+    for (const auto& document : all) {
+      for (std::size_t s = 0; s < storages.size(); ++s) {
+        tallies[s].*count += recall(model, document.tokens, document.answers, storages[s].factory);
+        asking.advance();
+      }
     }
-  }
+  };
+  ask_all(documents.first, &Tally::first);
+  ask_all(documents.second, &Tally::second);
 
   std::vector<EvaluationRow> rows;
-  for (std::size_t s = 0; s < storages.size(); ++s) rows.push_back(tallies[s].row(storages[s]));
+  for (std::size_t s = 0; s < storages.size(); ++s) rows.push_back(tallies[s].row(storages[s], windows.length));
   return rows;
 }
 

@@ -1,6 +1,7 @@
 // What a model still knows with its keys and values stored in other ways.
 #pragma once
 
+#include <cstddef>
 #include <optional>
 #include <span>
 #include <string>
@@ -17,12 +18,19 @@ namespace veloxquant {
 /// One row of a report; divergences are in nats per token against full precision.
 struct EvaluationRow {
   std::string storage;
-  double effective_bits = 0;
+  double effective_bits = 0;  // at the length of a window
+  std::size_t constant_bytes = 0;
   double perplexity = 0;
   double kl_mean = 0;
   double kl_p999 = 0;            // the KL divergence that 99.9 % of the positions stay below
   double top1 = 0;               // share of positions whose likeliest token is that of full precision
   std::optional<double> recall;  // share of facts answered exactly; none where no documents were given
+  std::optional<double> recall_second;
+};
+
+/// Documents in both wordings of evaluation.
+struct RecallDocuments {
+  std::vector<RecallDocument> first, second;
 };
 
 /// Runs full precision and every storage over the same windows and recall documents.
@@ -32,6 +40,6 @@ struct EvaluationRow {
 /// answer is the likeliest one.  The first row is full precision; then one row per storage, in order.
 /// Throws std::runtime_error that names the storage if a model's logits are not finite with it.
 std::vector<EvaluationRow> evaluate(const Model& model, const TokenBatch& windows, std::span<const Storage> storages,
-                                    std::span<const RecallDocument> documents, const ProgressCallback& progress = {});
+                                    const RecallDocuments& documents, const ProgressCallback& progress = {});
 
 }  // namespace veloxquant
