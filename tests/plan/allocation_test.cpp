@@ -3,10 +3,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
+#include <string>
 
 #include "tests/temporary_folder.h"
 #include "veloxquant/core/random.h"
@@ -52,6 +55,32 @@ Choice best_by_search(const Ladders& units, std::int64_t budget) {
     while (u < units.size() && ++options[u] == static_cast<int>(units[u].size())) options[u++] = 0;
     if (u == units.size()) return *best;
   }
+}
+
+// Costs of the best choice by a table of units · budget.
+std::vector<std::int64_t> costs_by_table(const Ladders& units, std::size_t budget) {
+  std::vector<std::vector<double>> best(units.size() + 1, std::vector<double>(budget + 1));
+  for (std::size_t u = units.size(); u-- > 0;)
+    for (std::size_t b = 0; b <= budget; ++b) {
+      best[u][b] = std::numeric_limits<double>::infinity();
+      for (const auto& option : units[u])
+        if (const auto cost = static_cast<std::size_t>(option.cost); cost <= b)
+          best[u][b] = std::min(best[u][b], option.distortion + best[u + 1][b - cost]);
+    }
+  std::vector<std::int64_t> costs;
+  double allowed = best[0][budget] * (1 + 1e-12);
+  for (std::size_t u = 0; u < units.size(); ++u) {
+    const AllocationOption* chosen = nullptr;
+    for (const auto& option : units[u]) {
+      const auto cost = static_cast<std::size_t>(option.cost);
+      if (cost <= budget && option.distortion + best[u + 1][budget - cost] <= allowed && (!chosen || option.cost > chosen->cost))
+        chosen = &option;
+    }
+    costs.push_back(chosen->cost);
+    budget -= static_cast<std::size_t>(chosen->cost);
+    allowed -= chosen->distortion;
+  }
+  return costs;
 }
 
 std::int64_t least_cost(const Ladders& units) {
@@ -130,8 +159,162 @@ TEST(Allocate, RefusesLaddersThatMakeNoSense) {
   for (const auto& bad :
        Ladders{{}, {{-1, 1.0}}, {{1, nan}}, {{1, -1.0}}, {{1, infinity}}, {{std::numeric_limits<std::int64_t>::max(), 1.0}}})
     EXPECT_THAT(message_of<std::invalid_argument>([&] { allocate(Ladders{good, bad}, 10); }), HasSubstr("unit 1"));
-  const Ladders huge = {{{0, 1.0}, {1, 0.5}}, {{0, 1.0}, {std::int64_t{1} << 40, 0.0}}};
-  EXPECT_THAT(message_of<std::invalid_argument>([&] { allocate(huge, std::int64_t{1} << 39); }), HasSubstr("too large"));
+  EXPECT_THAT(message_of<std::invalid_argument>([&] { allocation_frontier(Ladders{good, {}}); }), HasSubstr("unit 1"));
+}
+
+// Costs without a common divisor, options that others beat, distortions over many orders of magnitude.
+TEST(Allocate, EqualsSearchOnLargeCosts) {
+  Random random(8);
+  for (int round = 0; round < 300; ++round) {
+    Ladders units(1 + random.below(6));
+    const std::uint64_t range = std::uint64_t{1} << (4 + random.below(37));
+    for (auto& options : units) {
+      options.resize(1 + random.below(5));
+      for (auto& option : options)
+        option = {static_cast<std::int64_t>(random.below(range)), std::pow(10.0, 8 * random.uniform() - 4)};
+    }
+    for (int i = 0; i < 5; ++i)
+      expect_best(units, least_cost(units) + static_cast<std::int64_t>(random.below(range * units.size())));
+  }
+  const Ladders far = {{{0, 1.0}, {1, 0.5}}, {{0, 1.0}, {std::int64_t{1} << 40, 0.0}}};
+  expect_best(far, std::int64_t{1} << 39);
+  expect_best(far, std::int64_t{1} << 40);
+}
+
+TEST(Allocate, EqualsTheTable) {
+  Random random(9);
+  for (int round = 0; round < 60; ++round) {
+    const bool ties = round % 3 == 0, same = round % 5 == 0;
+    Ladders units(10 + random.below(60));
+    for (auto& options : units) {
+      options.resize(1 + random.below(12));
+      for (auto& option : options)
+        option = {static_cast<std::int64_t>(random.below(40)),
+                  ties ? 0.1 * static_cast<double>(random.below(5)) : std::exp(2 * random.normal())};
+    }
+    if (same) std::ranges::fill(units, units[0]);
+    for (int i = 0; i < 5; ++i) {
+      const std::int64_t budget = least_cost(units) + static_cast<std::int64_t>(random.below(units.size() * 20));
+      EXPECT_EQ(choice_of(units, allocate(units, budget)).costs, costs_by_table(units, static_cast<std::size_t>(budget)));
+    }
+  }
+}
+
+// Rounded down the relaxation leaves 1e13 here, the best choice 20: differences of 1e-9 count all the same.
+TEST(Allocate, SmallTotalsBesideLargeDistortions) {
+  const std::int64_t most = std::int64_t{1} << 40;
+  const Ladders far = {{{0, 1e13}, {most - 2, 20.0}, {most - 1, 20.0 + 1e-9}, {most, 0.0}}};
+  expect_best(far, most - 2);
+  expect_best(far, most - 1);
+  const Ladders nothing_left = {{{0, 1e300}, {6, 0.0}, {9, 0.0}}, {{0, 1e-300}, {2, 0.0}}};
+  for (std::int64_t budget = 0; budget <= 12; ++budget) expect_best(nothing_left, budget);
+}
+
+// 126 layers · 8 heads · 2 sides at 131,072 tokens.
+class AllocateLarge : public ::testing::TestWithParam<std::string> {
+ protected:
+  static constexpr std::size_t kUnits = 2016, kOptions = 40, kRange = 3'000'000;
+
+  static std::vector<AllocationOption> ladder(Random& random) {
+    std::vector<AllocationOption> options(kOptions);
+    const double scale = std::exp(2 * random.normal());
+    for (auto& [cost, distortion] : options) {
+      cost = static_cast<std::int64_t>(random.below(kRange));
+      distortion = scale * std::exp(-8 * static_cast<double>(cost) / kRange + 0.7 * random.normal());
+    }
+    return options;
+  }
+
+  static Ladders units() {
+    Random random(10);
+    Ladders units;
+    for (std::size_t u = 0; u < kUnits; ++u) units.push_back(GetParam() == "alike" && u > 0 ? units[0] : ladder(random));
+    for (auto& options : units) {
+      const double magnitude = std::pow(10.0, 12 * random.uniform());
+      for (auto& [cost, distortion] : options) {
+        if (GetParam() == "nothing_lost") distortion = 0;
+        if (GetParam() == "equal_costs") cost = 1000;
+        if (GetParam() == "magnitudes") distortion *= magnitude;
+      }
+    }
+    return units;
+  }
+};
+
+// The total lies between the hull and its last point within the budget; nothing left over would buy a better option.
+TEST_P(AllocateLarge, IsNearTheHullAndLeavesNothing) {
+  const Ladders units = this->units();
+  const auto frontier = allocation_frontier(units);
+  for (const double part : {0.1, 0.3, 0.6, 1.0}) {
+    const std::int64_t least = frontier.front().cost;
+    const std::int64_t budget = least + static_cast<std::int64_t>(part * static_cast<double>(frontier.back().cost - least));
+    const Choice choice = choice_of(units, allocate(units, budget));
+    const std::int64_t left = budget - choice.cost();
+    EXPECT_GE(left, 0);
+    const auto above = std::ranges::upper_bound(frontier, budget, {}, &AllocationOption::cost);
+    const auto whole = std::prev(above);
+    EXPECT_LE(choice.distortion, whole->distortion * (1 + 1e-11));
+    if (above != frontier.end()) {
+      const double share = static_cast<double>(budget - whole->cost) / static_cast<double>(above->cost - whole->cost);
+      EXPECT_GE(choice.distortion, std::lerp(whole->distortion, above->distortion, share) * (1 - 1e-11));
+    }
+    for (std::size_t u = 0; u < kUnits; ++u) {
+      const auto& chosen = units[u][static_cast<std::size_t>(choice.options[u])];
+      for (const auto& option : units[u]) {
+        const double saved = option.cost - chosen.cost <= left ? chosen.distortion - option.distortion : 0;
+        EXPECT_LE(saved, 1e-11 * choice.distortion);
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Kinds, AllocateLarge, ::testing::Values("different", "alike", "nothing_lost", "equal_costs", "magnitudes"),
+                         [](const auto& info) { return info.param; });
+
+// All choices lie on the hull, so none can be left out; which of them fills the budget is a sum of subsets.
+TEST(Allocate, SaysWhatIsTooLarge) {
+  Random random(11);
+  Ladders units(40);
+  for (auto& options : units) {
+    const auto cost = static_cast<std::int64_t>(random.next() >> 24);
+    options = {{0, 1e13}, {cost, 1e13 - static_cast<double>(cost)}};
+  }
+  EXPECT_THAT(message_of<std::invalid_argument>([&] { allocate(units, std::int64_t{1} << 43); }), HasSubstr("too large"));
+}
+
+TEST(AllocationFrontier, IsTheHullOfAllChoices) {
+  Random random(12);
+  for (int round = 0; round < 100; ++round) {
+    Ladders units(1 + random.below(5));
+    for (auto& options : units) {
+      options.resize(1 + random.below(5));
+      for (auto& option : options) option = {static_cast<std::int64_t>(3 + random.below(30)), std::exp(3 * random.normal())};
+    }
+    const auto frontier = allocation_frontier(units);
+    EXPECT_EQ(frontier.front().cost, least_cost(units));
+    for (std::size_t i = 0; i < frontier.size(); ++i) {
+      const auto& [cost, distortion] = frontier[i];
+      const Choice best = best_by_search(units, cost);
+      EXPECT_NEAR(distortion, best.distortion, 1e-12 * distortion);
+      if (i == 0) continue;
+      const auto& last = frontier[i - 1];
+      EXPECT_GT(cost, last.cost);
+      EXPECT_LT(distortion, last.distortion);
+      for (std::int64_t between = last.cost; between < cost; ++between) {
+        const double share = static_cast<double>(between - last.cost) / static_cast<double>(cost - last.cost);
+        EXPECT_GE(best_by_search(units, between).distortion, std::lerp(last.distortion, distortion, share) * (1 - 1e-12));
+      }
+    }
+    EXPECT_NEAR(frontier.back().distortion, best_by_search(units, 1000).distortion, 1e-12 * frontier.back().distortion);
+  }
+}
+
+TEST(AllocationFrontier, Edges) {
+  const auto only = allocation_frontier(Ladders{{{4, 1.0}}, {{5, 2.0}, {7, 2.0}, {5, 3.0}}});
+  ASSERT_EQ(only.size(), 1u);
+  EXPECT_EQ(only[0].cost, 9);
+  EXPECT_EQ(only[0].distortion, 3.0);
+  EXPECT_EQ(allocation_frontier({}).size(), 1u);
 }
 
 // No single exchange of a bit between two units, nor a bit more for one, may help where the budget allows it.
