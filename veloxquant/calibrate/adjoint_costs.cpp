@@ -71,16 +71,22 @@ double cost_beyond(const RowCosts& costs, const std::vector<std::size_t>& order,
 
 }  // namespace
 
+std::vector<int> ladder_codes(int head_dim) {
+  std::vector<int> codes;
+  for (const double rate : kLadderRates) {
+    // At most half a code a dimension, as planes allow.
+    const int count = std::clamp(static_cast<int>(rate * head_dim / 8), 1, std::max(1, head_dim / 2));
+    if (codes.empty() || count > codes.back()) codes.push_back(count);
+  }
+  return codes;
+}
+
 double predicted_cost(const UnitStatistics& unit, const QuantizerParameters& quantizer, int patches, int samples_counted) {
   const auto costs = row_costs(unit, quantizer);
   return cost_beyond(costs, by_error(costs), patches, unit.held_out.samples, samples_counted);
 }
 
 namespace {
-
-int most_codes_of(int dim, Rotation rotation) {
-  return rotation == Rotation::kPlane ? dim / 2 : dim;
-}
 
 UnitRows ladder_rows(const UnitStatistics& unit) {
   const std::size_t count = unit.training.count(), kept = std::min(kLadderRows, count), dim = static_cast<std::size_t>(unit.dim);
@@ -113,9 +119,7 @@ QuantizerParameters quick_fit(const UnitStatistics& unit, Rotation rotation, int
 CostLadder::CostLadder(const UnitStatistics& unit, Rotation rotation, std::uint64_t seed) {
   const auto rows = ladder_rows(unit);
   const RotatedPqFitter fitter(rows.vectors, unit.dim, {unit.metric, row_weights(rows, unit.metric)}, rotation);
-  for (const double rate : kLadderRates) {
-    const int codes = std::clamp(static_cast<int>(rate * unit.dim / 8), 1, most_codes_of(unit.dim, rotation));
-    if (!codes_.empty() && codes == codes_.back()) continue;
+  for (const int codes : ladder_codes(unit.dim)) {
     const auto costs = row_costs(unit, fitter.fit(unit.side, quick_options(codes, seed)));
     const auto order = by_error(costs);
     codes_.push_back(codes);

@@ -12,6 +12,9 @@ namespace veloxquant {
 /// Numbers of patches that allocation chooses from, of each 256 tokens.
 inline constexpr int kPatchCounts[] = {0, 1, 2, 4, 8, 16};
 
+/// Numbers of codes at which costs are measured, ascending: 0.25 to 4 bits an element.
+std::vector<int> ladder_codes(int head_dim);
+
 /// ½·E[(gᵀe)²] of a unit whose held-out rows are stored by `quantizer` and of which the worst `patches` of each 256, by the metric,
 /// are patched: nats a token, over the rows of the first `samples_counted` samples.
 double predicted_cost(const UnitStatistics& unit, const QuantizerParameters& quantizer, int patches, int samples_counted);

@@ -3,10 +3,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <numeric>
-#include <tuple>
 
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
@@ -18,23 +16,19 @@
 #include "veloxquant/core/parallel.h"
 #include "veloxquant/core/random.h"
 #include "veloxquant/model/divergence.h"
+
 namespace veloxquant {
 namespace {
-struct Timer {
-  const char* n;
-  std::chrono::steady_clock::time_point t = std::chrono::steady_clock::now();
-  ~Timer() { fmt::print(stderr, "{} {:.1f}\n", n, std::chrono::duration<double>(std::chrono::steady_clock::now() - t).count()); }
-};
 
-// Units whose predicted cost is checked by measuring it, on so many samples of either kind.
-constexpr std::size_t kMeasuredUnits = 8;
-constexpr int kMeasuredSamples = 2;
+// Units whose predicted cost is checked by measuring it, on so many samples of running text and with facts.
+constexpr std::size_t kMeasuredUnits = 6;
+constexpr int kMeasuredRunning = 2, kMeasuredFacts = 1;
 
 // A measurement on few samples says no more than this of a unit's cost relative to that of others.
 constexpr double kMostCorrection = 3;
 
 // Samples with facts whose answers are asked for at the end.
-constexpr int kAskedSamples = 6;
+constexpr int kAskedSamples = 4;
 
 int context_of(const ModelConfig& config, const AdjointPlanOptions& options) {
   return options.context > 0 ? options.context : config.max_position_embeddings;
@@ -46,22 +40,11 @@ class Planner {
       : model_(model), set_(set), options_(options), progress_(progress) {}
 
   AdjointPlan run() {
-    {
-      Timer t{"ladders"};
-      measure_ladders();
-    }
-    auto widths = allocation().solve(budget());
-    {
-      Timer t{"correct"};
-      correct(widths);
-    }
+    measure_ladders();
+    correct(allocation().solve(budget()));
     const auto corrected = allocation();
-    widths = corrected.solve(budget());
-    AdjointPlan result{fit(widths), corrected.frontier(), std::nullopt, std::nullopt};
-    {
-      Timer t{"ask"};
-      ask(result);
-    }
+    AdjointPlan result{fit(corrected.solve(budget())), corrected.frontier(), std::nullopt, std::nullopt};
+    ask(result);
     return result;
   }
 
@@ -98,79 +81,75 @@ class Planner {
     return {model_.config(), units_, options_.units, context_of(model_.config(), options_), options_.window + options_.sinks};
   }
 
-  std::int64_t budget() const {
-    const auto range = allocation();
-    if (options_.bytes) {
-      if (*options_.bytes < range.least_bytes() || *options_.bytes > range.most_bytes())
-        throw_invalid("calibrate", "bytes: possible are {} to {} at this context, got {}", range.least_bytes(), range.most_bytes(),
-                      *options_.bytes);
-      return *options_.bytes;
-    }
-    const std::int64_t bytes = range.bytes_of(options_.bits);
-    if (bytes < range.least_bytes() || bytes > range.most_bytes())
-      throw_invalid("calibrate", "bits: possible are {:.4f} to {:.4f} at this context, got {}", range.bits_of(range.least_bytes()),
-                    range.bits_of(range.most_bytes()), options_.bits);
-    return bytes;
-  }
+  std::int64_t budget() const { return options_.bytes ? *options_.bytes : allocation().bytes_of(options_.bits); }
 
   // Measures what the units with most at stake cost at these widths, and scales their ladders by how far that lies from what was
-  // predicted, relative to the others: what all have in common does not change an allocation.
+  // predicted, relative to one another: what all have in common does not change an allocation.
   void correct(const std::vector<Width>& widths) {
-    std::vector<std::size_t> order(units_.size());
-    std::iota(order.begin(), order.end(), std::size_t{0});
-    std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
-      return units_[a].ladder.cost(widths[a].codes, widths[a].patches) > units_[b].ladder.cost(widths[b].codes, widths[b].patches);
-    });
-    order.resize(std::min(order.size(), kMeasuredUnits));
-    std::vector<int> samples;
-    for (int i = 0; i < std::min(kMeasuredSamples, set_.running_samples); ++i) samples.push_back(i);
-    for (int i = 0; i < std::min(kMeasuredSamples, set_.samples.count - set_.running_samples); ++i)
-      samples.push_back(set_.running_samples + i);
-
-    ProgressStage stage(progress_, "measuring units", (order.size() + 1) * samples.size());
-    std::vector<double> ratios(order.size());
+    const auto at_stake = units_at_stake(widths);
+    std::vector<double> predicted;
     std::vector<Restore> restores;
-    std::vector<double> predicted, measured(order.size());
-    for (const std::size_t i : order) {
+    for (const std::size_t i : at_stake) {
       const auto unit = store_->get(i);
       auto quantizer = quick_fit(unit, rotation(unit.side), widths[i].codes, options_.seed);
-      quantizer.numbers["patches"] = widths[i].patches;
       predicted.push_back(predicted_cost(unit, quantizer, widths[i].patches, set_.samples.count));
+      quantizer.numbers["patches"] = widths[i].patches;
       std::vector<std::optional<QuantizerParameters>> heads(static_cast<std::size_t>(model_.config().num_kv_heads));
       heads[static_cast<std::size_t>(unit.head)] = std::move(quantizer);
       restores.push_back(make_restore(heads));
     }
+    const auto measured = measure(at_stake, restores);
+    std::vector<double> ratios;
+    for (std::size_t k = 0; k < at_stake.size(); ++k)
+      if (predicted[k] > 0 && measured[k] > 0) ratios.push_back(measured[k] / predicted[k]);
+    if (ratios.empty()) return;
+    const auto middle = ratios.begin() + static_cast<std::ptrdiff_t>(ratios.size() / 2);
+    std::nth_element(ratios.begin(), middle, ratios.end());
+    for (std::size_t k = 0; k < at_stake.size(); ++k)
+      if (predicted[k] > 0 && measured[k] > 0)
+        units_[at_stake[k]].ladder.scale(std::clamp(measured[k] / predicted[k] / *middle, 1 / kMostCorrection, kMostCorrection));
+  }
+
+  std::vector<std::size_t> units_at_stake(const std::vector<Width>& widths) const {
+    const auto cost = [&](std::size_t i) { return units_[i].ladder.cost(widths[i].codes, widths[i].patches); };
+    std::vector<std::size_t> order(units_.size());
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return cost(a) > cost(b); });
+    order.resize(std::min(order.size(), kMeasuredUnits));
+    return order;
+  }
+
+  // The weighted KL of storing one of `units` as its entry of `restores` does, on some samples: nats a token.
+  std::vector<double> measure(const std::vector<std::size_t>& units, const std::vector<Restore>& restores) const {
+    std::vector<int> samples;
+    for (int i = 0; i < std::min(kMeasuredRunning, set_.running_samples); ++i) samples.push_back(i);
+    for (int i = set_.running_samples; i < std::min(set_.running_samples + kMeasuredFacts, set_.samples.count); ++i)
+      samples.push_back(i);
+    ProgressStage stage(progress_, "measuring units", (units.size() + 1) * samples.size());
     const Restore as_it_is{[](const mx::array& x) { return x; }};
+    std::vector<double> sums(units.size());
     for (const int sample : samples) {
       const auto tokens = token_array(set_.samples, sample, sample + 1);
       std::vector<mx::array> hidden = {model_.forward(tokens, model_.make_caches(FullCache::factory()))};
       stage.advance();
-      for (std::size_t k = 0; k < order.size(); ++k) {
-        const auto& unit = units_[order[k]];
+      for (std::size_t k = 0; k < units.size(); ++k) {
+        const auto& unit = units_[units[k]];
         const bool keys = unit.side == Side::kKeys;
-        hidden.push_back(model_.forward(tokens, model_.make_caches([&](int layer) -> std::unique_ptr<AttentionCache> {
+        const auto factory = [&](int layer) -> std::unique_ptr<AttentionCache> {
           if (layer != unit.layer) return std::make_unique<FullCache>();
           return std::make_unique<RestoringCache>(keys ? restores[k] : as_it_is, keys ? as_it_is : restores[k],
                                                   ExactTokens{options_.window, options_.sinks});
-        })));
+        };
+        hidden.push_back(model_.forward(tokens, model_.make_caches(factory)));
         mx::eval(hidden.back());
         stage.advance();
       }
       const auto scores = score_hidden(model_, hidden, {});
-      for (std::size_t k = 0; k < order.size(); ++k)
-        for (std::size_t t = 0; t < scores[k + 1].size(); ++t) measured[k] += weight(sample, t) * scores[k + 1][t].kl;
+      for (std::size_t k = 0; k < units.size(); ++k)
+        for (std::size_t t = 0; t < scores[k + 1].size(); ++t) sums[k] += weight(sample, t) * scores[k + 1][t].kl;
     }
-    std::vector<double> positive;
-    const auto positions = static_cast<double>(samples.size()) * set_.samples.length;
-    for (std::size_t k = 0; k < order.size(); ++k) {
-      ratios[k] = predicted[k] > 0 ? measured[k] / positions / predicted[k] : 0.0;
-      if (ratios[k] > 0) positive.push_back(ratios[k]);
-    }
-    if (positive.empty()) return;
-    std::nth_element(positive.begin(), positive.begin() + static_cast<std::ptrdiff_t>(positive.size() / 2), positive.end());
-    const double middle = positive[positive.size() / 2];
-    for (std::size_t k = 0; k < order.size(); ++k)
-      if (ratios[k] > 0) units_[order[k]].ladder.scale(std::clamp(ratios[k] / middle, 1 / kMostCorrection, kMostCorrection));
+    for (double& sum : sums) sum /= static_cast<double>(samples.size()) * set_.samples.length;
+    return sums;
   }
 
   double weight(int sample, std::size_t position) const {
@@ -179,7 +158,6 @@ class Planner {
   }
 
   Plan fit(const std::vector<Width>& widths) {
-    Timer t{"fit"};
     const ModelConfig& config = model_.config();
     Plan plan{.model = model_.identity(),
               .window = options_.window,
@@ -247,6 +225,19 @@ void check_adjoint_plan_options(const ModelConfig& config, const AdjointPlanOpti
     throw_invalid("calibrate", "context: expected more than the {} tokens of window and sinks, got {}", exact, context);
   if (options.keys == Rotation::kPlane && config.head_dim % 2 != 0)
     throw_invalid("calibrate", "keys: plane needs an even head_dim, got {}", config.head_dim);
+  const auto [least, most] = possible_bytes(config, context, exact);
+  if (options.bytes) {
+    if (*options.bytes < least || *options.bytes > most)
+      throw_invalid("calibrate", "bytes: possible are {} to {} for {} tokens, got {}", least, most, context, *options.bytes);
+    return;
+  }
+  const auto bits = [&](std::int64_t bytes) {
+    return 8.0 * static_cast<double>(bytes) / (2.0 * config.num_layers * config.num_kv_heads * config.head_dim * context);
+  };
+  // Rounded towards the inside, so that what the message says is accepted.
+  if (!(options.bits >= bits(least) && options.bits <= bits(most)))
+    throw_invalid("calibrate", "bits: possible are {:.4f} to {:.4f} at {} tokens, got {}", std::ceil(bits(least) * 1e4) / 1e4,
+                  std::floor(bits(most) * 1e4) / 1e4, context, options.bits);
 }
 
 AdjointPlan make_adjoint_plan(const Model& model, const CalibrationSet& set, const AdjointPlanOptions& options,

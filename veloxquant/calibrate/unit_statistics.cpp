@@ -13,8 +13,9 @@
 namespace veloxquant {
 namespace {
 
-constexpr float kMostWeight = 30;  // times the mean
-constexpr double kRidge = 0.01;    // of the metric's mean diagonal
+constexpr float kMostWeight = 100;  // times the mean
+constexpr double kWeightPower = 2.0 / 3;
+constexpr double kRidge = 0.01;  // of the metric's mean diagonal
 
 // Of all rows in memory; the rest lies in a file.
 constexpr std::size_t kRowBytes = std::size_t{256} << 20;
@@ -142,7 +143,7 @@ std::vector<float> row_weights(const UnitRows& rows, const SquareMatrix& metric)
   for (std::size_t i = 0; i < rows.count(); ++i) {
     double sum = 0;
     for (std::size_t j = i * dim; j < (i + 1) * dim; ++j) sum += static_cast<double>(rows.gradients[j]) * product[j];
-    weights[i] = static_cast<float>(std::max(sum, 0.0) / static_cast<double>(dim));
+    weights[i] = static_cast<float>(std::pow(std::max(sum, 0.0), kWeightPower));
   }
   scale_to_one();
   for (float& weight : weights) weight = std::min(weight, kMostWeight);

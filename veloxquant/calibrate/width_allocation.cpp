@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <tuple>
@@ -24,14 +25,27 @@ std::vector<std::vector<std::size_t>> groups_of(const std::vector<MeasuredUnit>&
   return result;
 }
 
+// Of the window and sinks of one side of a head.
+std::size_t exact_bytes(const ModelConfig& config, int tokens) {
+  return make_quantizer(exact_parameters(Side::kKeys, config.head_dim))->encoded_bytes(static_cast<std::size_t>(tokens));
+}
+
 }  // namespace
+
+ByteRange possible_bytes(const ModelConfig& config, int context, int exact_tokens) {
+  const auto codes = ladder_codes(config.head_dim);
+  const auto units = 2 * static_cast<std::size_t>(config.num_layers * config.num_kv_heads);
+  const auto bytes = [&](int some, int patches) {
+    const auto coded = rotated_pq_bytes(config.head_dim, some, patches, static_cast<std::size_t>(context - exact_tokens));
+    return static_cast<std::int64_t>(units * (exact_bytes(config, exact_tokens) + coded));
+  };
+  return {bytes(codes.front(), 0), bytes(codes.back(), *std::max_element(std::begin(kPatchCounts), std::end(kPatchCounts)))};
+}
 
 WidthAllocation::WidthAllocation(const ModelConfig& config, const std::vector<MeasuredUnit>& units, Units kind, int context,
                                  int exact_tokens)
     : groups_(groups_of(units, kind)), num_units_(units.size()) {
-  const auto exact =
-      make_quantizer(exact_parameters(Side::kKeys, config.head_dim))->encoded_bytes(static_cast<std::size_t>(exact_tokens));
-  exact_bytes_ = static_cast<std::int64_t>(exact * units.size());
+  exact_bytes_ = static_cast<std::int64_t>(exact_bytes(config, exact_tokens) * units.size());
   elements_ = static_cast<double>(context) * config.head_dim * static_cast<double>(units.size());
   const auto coded = static_cast<std::size_t>(context - exact_tokens);
   for (const auto& group : groups_) {
@@ -51,10 +65,6 @@ WidthAllocation::WidthAllocation(const ModelConfig& config, const std::vector<Me
         widths_.back().push_back({codes, patches});
       }
     }
-    const auto [low, high] = std::minmax_element(options_.back().begin(), options_.back().end(),
-                                                 [](const auto& a, const auto& b) { return a.cost < b.cost; });
-    least_ += low->cost;
-    most_ += high->cost;
   }
 }
 
@@ -68,7 +78,7 @@ std::int64_t WidthAllocation::bytes_of(double bits) const {
 }
 
 std::vector<Width> WidthAllocation::solve(std::int64_t bytes) const {
-  const auto chosen = allocate(options_, std::min(bytes - exact_bytes_, most_));
+  const auto chosen = allocate(options_, bytes - exact_bytes_);
   std::vector<Width> result(num_units_);
   for (std::size_t g = 0; g < groups_.size(); ++g)
     for (const std::size_t u : groups_[g]) result[u] = widths_[g][static_cast<std::size_t>(chosen[g])];

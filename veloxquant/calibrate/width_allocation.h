@@ -29,20 +29,23 @@ struct FrontierPoint {
   double bits, predicted_kl;
 };
 
+/// Least and most bytes that keys and values of `context` tokens can take, of which `exact_tokens` are window and sinks.
+struct ByteRange {
+  std::int64_t least, most;
+};
+ByteRange possible_bytes(const ModelConfig& config, int context, int exact_tokens);
+
 /// What is given out: bytes of one sequence of `context` tokens, of which window and sinks take theirs first.
 class WidthAllocation {
  public:
   /// context > exact_tokens (window and sinks together); every layer, side and head once, in any order.
   WidthAllocation(const ModelConfig& config, const std::vector<MeasuredUnit>& units, Units kind, int context, int exact_tokens);
 
-  /// Least and most bytes that a choice can take, window and sinks included.
-  std::int64_t least_bytes() const { return least_ + exact_bytes_; }
-  std::int64_t most_bytes() const { return most_ + exact_bytes_; }
-
   double bits_of(std::int64_t bytes) const;
   std::int64_t bytes_of(double bits) const;
 
-  /// The widths of least total predicted cost that take at most `bytes`, in the order of the units.
+  /// The widths of least total predicted cost that take at most `bytes`, in the order of the units.  Throws std::invalid_argument
+  /// for fewer bytes than possible.
   std::vector<Width> solve(std::int64_t bytes) const;
 
   /// The lower convex hull of predicted KL over effective bits, ascending in bits.
@@ -53,7 +56,7 @@ class WidthAllocation {
   std::size_t num_units_;
   std::vector<std::vector<AllocationOption>> options_;  // [groups]
   std::vector<std::vector<Width>> widths_;
-  std::int64_t exact_bytes_ = 0, least_ = 0, most_ = 0;
+  std::int64_t exact_bytes_ = 0;
   double elements_ = 0;
 };
 

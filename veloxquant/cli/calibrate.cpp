@@ -16,7 +16,7 @@ namespace veloxquant::cli {
 namespace {
 
 // Samples of rotated_pq and of the other methods where the user says nothing.
-constexpr int kSetSamples = 48, kLongestSample = 2048;
+constexpr int kSetSamples = 40, kLongestSample = 2048;
 constexpr int kSamples = 32, kSampleLength = 512;
 
 constexpr int kWindow = 32, kSinks = 4;
@@ -135,7 +135,7 @@ void report(const Options& options, const AdjointPlan& made, const std::string& 
     return print_json(json);
   }
   print_plan(plan);
-  if (made.full_recall)
+  if (made.full_recall && *made.full_recall > 0)
     fmt::print("\nFacts of the calibration text still answered: {:.1f} % of them, {:.1f} % at full precision.\n",
                100 * *made.plan_recall, 100 * *made.full_recall);
   if (options.print_frontier) {
@@ -212,7 +212,7 @@ void add_calibrate(CLI::App& program) {
           },
           "Also print predicted KL against bits, and save it as JSON (default: PLAN with .frontier.json)")
       ->expected(0, 1);
-  options->samples.add_to(command, "48 of up to 2048 tokens; other methods than rotated_pq: 32 of 512");
+  options->samples.add_to(command, "40 of up to 2048 tokens; other methods than rotated_pq: 32 of 512");
   options->text.add_to(command);
   options->run.add_to(command);
   add_json_flag(command, options->json);

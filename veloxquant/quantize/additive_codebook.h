@@ -17,12 +17,12 @@ class AdditiveCodebook {
   static constexpr int kMaxStages = 2;
 
   /// Entries of the first of two tables that encode() tries.
-  static constexpr std::size_t kBeam = 16;
+  static constexpr std::size_t kBeam = 8;
 
   struct TrainOptions {
     int stages = 1, num_centroids = 256;
-    int max_iter = 12;   // of K-means for each table
-    int joint_iter = 5;  // encoding with both tables, then fitting both anew
+    int max_iter = 8;   // of K-means for each table
+    int joint_iter = 3;  // encoding with both tables, then fitting both anew
     std::uint64_t seed = 0;
   };
 
