@@ -58,23 +58,12 @@ class Planner {
     std::vector<std::optional<MeasuredUnit>> units(store_->size());
     ProgressStage stage(progress_, "predicting costs", units.size());
     for_each_unit(
+        *store_,
         [&](std::size_t i, const UnitStatistics& unit) {
           units[i].emplace(MeasuredUnit{unit.layer, unit.head, unit.side, CostLadder(unit, rotation(unit.side), options_.seed)});
         },
         stage);
     for (auto& unit : units) units_.push_back(std::move(*unit));
-  }
-
-  // Calls work(index, unit) for all units, on all threads; a unit for each thread is in memory.
-  template <class Work>
-  void for_each_unit(Work work, ProgressStage& stage) const {
-    const auto together = static_cast<std::size_t>(num_threads());
-    for (std::size_t first = 0; first < store_->size(); first += together) {
-      std::vector<UnitStatistics> some;
-      for (std::size_t i = first; i < std::min(first + together, store_->size()); ++i) some.push_back(store_->get(i));
-      parallel_for(some.size(), 1, [&](std::size_t i, std::size_t) { work(first + i, some[i]); });
-      stage.advance(some.size());
-    }
   }
 
   WidthAllocation allocation() const {
@@ -168,6 +157,7 @@ class Planner {
     plan.units.resize(units_.size());
     ProgressStage stage(progress_, "training codebooks", units_.size());
     for_each_unit(
+        *store_,
         [&](std::size_t i, const UnitStatistics& unit) {
           const auto& [codes, patches] = widths[i];
           const RotatedPqFitter fitter(unit.training.vectors, config.head_dim,

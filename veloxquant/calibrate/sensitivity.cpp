@@ -48,21 +48,6 @@ double standard_deviation(std::span<const float> x) {
   return std::sqrt(std::max(0.0, squares / static_cast<double>(x.size()) - mean * mean));
 }
 
-// The distortions of every quantizer at every rate on what one layer stores.
-std::map<std::string, std::vector<DistortionPoint>> measure_distortions(const LayerObservation& observation, int head_dim,
-                                                                        int length, const ProbeOptions& options) {
-  std::map<std::string, std::vector<DistortionPoint>> distortions;
-  for (const auto& name : options.quantizers) {
-    const auto measure = [&](Side side) {
-      return relative_distortions(quantizer_method(name), side, observation.span(side), static_cast<std::size_t>(length), head_dim,
-                                  options.rates, options.seed);
-    };
-    const auto keys = measure(Side::kKeys), values = measure(Side::kValues);
-    for (std::size_t i = 0; i < options.rates.size(); ++i) distortions[name].push_back({options.rates[i], keys[i], values[i]});
-  }
-  return distortions;
-}
-
 float noise_deviation(double noise_scale, const LayerObservation& observation, Side side, int layer) {
   const auto deviation = static_cast<float>(noise_scale * standard_deviation(observation.span(side)));
   if (!std::isfinite(deviation))
@@ -163,6 +148,20 @@ void fill_statistics(SensitivityResult& result, const std::vector<double>& chang
 }
 
 }  // namespace
+
+std::map<std::string, std::vector<DistortionPoint>> measure_distortions(const LayerObservation& observation, int head_dim,
+                                                                        int length, const ProbeOptions& options) {
+  std::map<std::string, std::vector<DistortionPoint>> distortions;
+  for (const auto& name : options.quantizers) {
+    const auto measure = [&](Side side) {
+      return relative_distortions(quantizer_method(name), side, observation.span(side), static_cast<std::size_t>(length), head_dim,
+                                  options.rates, options.seed);
+    };
+    const auto keys = measure(Side::kKeys), values = measure(Side::kValues);
+    for (std::size_t i = 0; i < options.rates.size(); ++i) distortions[name].push_back({options.rates[i], keys[i], values[i]});
+  }
+  return distortions;
+}
 
 LayerMap<SensitivityResult> probe_sensitivities(const Model& model, const TokenBatch& samples, const ProbeOptions& options,
                                                 const ProgressCallback& progress) {

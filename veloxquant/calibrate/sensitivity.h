@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
+#include "veloxquant/calibrate/observe.h"
 #include "veloxquant/core/progress.h"
 #include "veloxquant/model/model.h"
 #include "veloxquant/plan/layer_map.h"
@@ -23,6 +25,10 @@ struct ProbeOptions {
   std::vector<std::string> quantizers = scalar_quantizer_names();
   std::vector<double> rates = {1.0, 1.5, 2.0, 3.0, 4.0};
 };
+
+/// The distortions of every quantizer at every rate on what one layer stores of samples of `length` tokens.
+std::map<std::string, std::vector<DistortionPoint>> measure_distortions(const LayerObservation& observation, int head_dim,
+                                                                        int length, const ProbeOptions& options);
 
 /// Perturbs the keys (after RoPE) and values of one layer at a time with Gaussian noise and measures the output change of each
 /// sample, √(2·KL) with the KL divergence averaged over positions (docs/design.md).  Layers below the perturbed one are not run

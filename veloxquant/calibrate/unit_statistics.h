@@ -1,12 +1,15 @@
 // What a head stores, and what errors of it cost: the input of fitting and of allocation.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 #include <vector>
 
 #include "veloxquant/calibrate/activations.h"
 #include "veloxquant/calibrate/gradients.h"
+#include "veloxquant/core/parallel.h"
+#include "veloxquant/core/progress.h"
 #include "veloxquant/quantize/linear_algebra.h"
 #include "veloxquant/quantize/registry.h"
 
@@ -67,6 +70,18 @@ class UnitStatisticsStore {
 /// samples that are not longer than sinks.
 UnitStatisticsStore unit_statistics(const Model& model, const TokenBatch& samples, const StatisticsOptions& options,
                                     const ProgressCallback& progress = {});
+
+/// Calls work(index, unit) for all units, on all threads; a unit for each thread is in memory.
+template <class Work>
+void for_each_unit(const UnitStatisticsStore& store, Work work, ProgressStage& stage) {
+  const auto together = static_cast<std::size_t>(num_threads());
+  for (std::size_t first = 0; first < store.size(); first += together) {
+    std::vector<UnitStatistics> some;
+    for (std::size_t i = first; i < std::min(first + together, store.size()); ++i) some.push_back(store.get(i));
+    parallel_for(some.size(), 1, [&](std::size_t i, std::size_t) { work(first + i, some[i]); });
+    stage.advance(some.size());
+  }
+}
 
 /// How much each row counts in fitting: (gG⁻¹gᵀ)^⅔ with the metric's ridge, at most 100 times the mean, on average 1; all 1 where
 /// every gradient is zero.  One draw of g is a noisy sample of what a vector costs: a power below 1 lost less on other rows than

@@ -65,11 +65,12 @@ nlohmann::ordered_json to_json(const LayerMap<SensitivityResult>& results) {
 
 LayerMap<SensitivityResult> sensitivities_from_json(const nlohmann::json& json, const std::string& source) {
   const JsonObject object(json, source);
-  if (json.empty()) throw_failure("json", "{}: expected at least layer_0, got no layers", source);
+  const std::size_t layers = json.size() - (object.has("units") ? 1 : 0);
+  if (layers == 0) throw_failure("json", "{}: expected at least layer_0, got no layers", source);
   LayerMap<SensitivityResult> results;
-  for (std::size_t i = 0; i < json.size(); ++i) {
+  for (std::size_t i = 0; i < layers; ++i) {
     const std::string name = layer_name(static_cast<int>(i));
-    if (!object.has(name)) throw_failure("json", "{}: {} fields, but none is {}", source, json.size(), name);
+    if (!object.has(name)) throw_failure("json", "{}: {} fields, but none is {}", source, layers, name);
     auto result = read_result(object.object(name));
     if (result.layer_name != name) object.object(name).refuse("layer_name", name);
     results.emplace(name, std::move(result));
