@@ -60,6 +60,14 @@ void probe(benchmark::State& state, const Model& model) {
   for (auto _ : state) benchmark::DoNotOptimize(probe_sensitivities(model, samples, {}));
 }
 
+// The same by one pass forward and one backward, for a cache that keeps a window.
+void adjoint_probe(benchmark::State& state, const Model& model) {
+  const auto samples = random_tokens(model, kProbeSamples, kProbeLength);
+  for (auto _ : state)
+    likelihood_gradients(model, samples, {.window = 32, .weights = {}, .seed = 1},
+                         [](const LayerGradients& gradients) { benchmark::DoNotOptimize(gradients.layer); });
+}
+
 // Forward passes over the probe's tokens, with logits, as many sequences at a time as the probe takes.
 void probe_forward(benchmark::State& state, const Model& model) {
   const auto samples = random_tokens(model, kProbeSamples, kProbeLength);
@@ -86,6 +94,7 @@ int run(int argc, char** argv) {
   add("forward_and_backward", forward_and_backward);
   add("own_text", own_text);
   add("probe_forward", probe_forward);
+  add("adjoint_probe", adjoint_probe);
   add("probe", probe);
   benchmark::RunSpecifiedBenchmarks();
   return 0;

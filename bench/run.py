@@ -102,11 +102,14 @@ def sampling_and_probe_rows(table, engine_bench, folder):
         theirs = min(theirs, peers("mlx_lm", folder, "own_text", OPENBLAS=openblas(engine_bench))["own_text"])
     table.add(f"sampling, {folder.name}, 32 sequences to 1024 tokens", ours, theirs, "mlx_lm with OpenBLAS loaded, the same loop",
               theirs / ours, ">= 2")
-    ours = google_benchmark(engine_bench, folder, "--benchmark_filter=^(probe|probe_forward)/", repetitions=2)
+    ours = google_benchmark(engine_bench, folder, "--benchmark_filter=^(probe|probe_forward|adjoint_probe)/", repetitions=2)
     layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
     probe, forward = ours["probe"]["seconds"], ours["probe_forward"]["seconds"]
     table.add(f"calibrate_layer_sensitivities, {folder.name}, 32 samples of 512 tokens", probe, forward,
               "a forward pass over its tokens", probe / forward, f"<= {0.75 * (layers + 1):g}")
+    adjoint = ours["adjoint_probe"]["seconds"]
+    table.add(f"gradients for adjoint prediction, {folder.name}, 32 samples of 512 tokens", adjoint, forward,
+              "a forward pass over its tokens", adjoint / forward, "<= 6")
 
 
 def product_quantisation_rows(table, kernels_bench):

@@ -20,6 +20,10 @@ step calibrate "$model" --method turboquant --bits 2.25 --samples 16 --length 25
 step calibrate "$model" --method vecinfer --bits 2 -o "$out/vecinfer.plan"
 
 echo
-echo "3. What does the model still know, next to what others keep?  (own text of another seed, and facts sown in it)"
-step evaluate "$model" --plan "$out/vecinfer.plan" --plan "$out/turboquant.plan" --peer mlx4 --peer mlx2 --peer kivi2 --peer turboquant2 \
+echo "3. The best there is: a width for each head, by one backward pass, in 1.5 bits with everything counted."
+step calibrate "$model" --bits 1.5 --samples 12 -o "$out/best.plan"
+
+echo
+echo "4. What does the model still know, next to what others keep?  (own text of another seed, and facts sown in it)"
+step evaluate "$model" --plan "$out/best.plan" --plan "$out/vecinfer.plan" --plan "$out/turboquant.plan" --peer mlx4 --peer mlx2 --peer kivi2 --peer turboquant2 \
   --windows 4 --length 1024 --recall 8 --seed 1
