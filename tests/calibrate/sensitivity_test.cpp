@@ -173,7 +173,8 @@ TEST(MakePlan, OptionsAreCheckedWithoutSamples) {
   EXPECT_THAT(problem({.method = "vecinfer", .bits = 1.5}), HasSubstr("sub-spaces"));
   EXPECT_THAT(problem({.method = "vecinfer", .bits = 2}, 1, 64), HasSubstr("needs at least 256 vectors"));
   EXPECT_EQ(problem({.method = "kivi", .bits = 3}, 1, 1), "");
-  EXPECT_THAT(problem({.method = "kivi", .bits = 3, .units = Units::kHead}), HasSubstr("units: kivi offers uniform and layer, got head"));
+  EXPECT_THAT(problem({.method = "kivi", .bits = 3, .units = Units::kHead}),
+              HasSubstr("units: kivi offers uniform and layer, got head"));
   ModelConfig odd = demo_model().config();
   odd.head_dim = 24;
   EXPECT_THAT(message_of<std::invalid_argument>([&] { check_plan_options(odd, {.method = "vecinfer"}, 4, 64); }),

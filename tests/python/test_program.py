@@ -88,7 +88,7 @@ def test_plan_is_described_verified_and_evaluated(run, demo_model, text, plan):
     rows = json.loads(done.stdout)
     assert [row["storage"] for row in rows] == ["full", plan.name, "mlx4", "kivi2"]
     for row in rows:
-        assert set(row) == {"storage", "effective_bits", "perplexity", "kl_mean", "kl_p999", "top1", "recall"}
+        assert set(row) == {"storage", "effective_bits", "bits_at", "constant_bytes", "perplexity", "kl_mean", "kl_p999", "top1", "recall", "recall_second"}
     assert rows[0]["kl_mean"] == 0 and rows[1]["effective_bits"] == 1 and rows[2]["effective_bits"] == 4.5
     assert rows[1]["kl_mean"] > rows[3]["kl_mean"] > rows[2]["kl_mean"] > 0
 
@@ -142,7 +142,7 @@ def test_names_need_not_be_utf8(run, demo_model, text, plan, tmp_path):
     done = run("evaluate", demo_model, "--plan", copy, "--text", book, "--windows", 1, "--length", 16, "--json")
     assert done.returncode == 0 and json.loads(done.stdout)[1]["storage"] == "pl\ufffd.plan", done.stderr
     assert json.loads(run("verify", copy, "--json").stdout)["ok"] is True
-    done = run("calibrate", demo_model, "--bits", 0.125, "--samples", 2, "--length", 64, "--text", book, "-o", copy, "--json")
+    done = run("calibrate", demo_model, "--method", "vecinfer", "--bits", 0.125, "--samples", 2, "--length", 64, "--text", book, "-o", copy, "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["provenance"]["texts"][0]["name"] == "t\ufffd.txt", done.stderr
 
 
@@ -166,6 +166,65 @@ def test_affine_plan_equals_the_mlx_peer(run, demo_model, text, tmp_path):
     assert ours["kl_mean"] == pytest.approx(theirs["kl_mean"], rel=0.05)
 
 
+@pytest.fixture(scope="module")
+def best_plan(run, demo_model, text, tmp_path_factory):
+    """A plan of the default method from few samples, and what calibrate said."""
+    path = tmp_path_factory.mktemp("best") / "best.plan"
+    done = run("calibrate", demo_model, "--bits", 1.5, "--samples", 3, "--length", 256, "--text", text, "--frontier", "-o", path, "--json")
+    assert done.returncode == 0, done.stderr
+    return path, json.loads(done.stdout)
+
+
+def test_calibrate_gives_each_head_a_width(best_plan, run, demo_model, text):
+    path, made = best_plan
+    assert made["window"] == 32 and made["sinks"] == 4 and made["provenance"]["units"] == "head"
+    assert [(u["layer"], u["side"], u["head"]) for u in made["units"]] == [(l, s, h) for l in range(12) for s in ("keys", "values") for h in range(2)]
+    assert 1.49 < made["effective_bits"] <= 1.5
+    assert made["predicted_kl"] == pytest.approx(sum(u["predicted_kl"] for u in made["units"]))
+    assert len({u["numbers"]["codes"] for u in made["units"]}) > 2
+    frontier = json.loads(path.with_suffix(".frontier.json").read_text())
+    assert frontier == made["frontier"] and len(frontier) > 10
+    for before, after in zip(frontier, frontier[1:]):
+        assert after["bits"] > before["bits"] and after["predicted_kl"] <= before["predicted_kl"]
+    done = run("evaluate", demo_model, "--plan", path, "--peer", "mlx2+window", "--text", text, "--windows", 2, "--length", 512,
+               "--context", "2k", "--context", 32768, "--json")
+    full, ours, theirs = json.loads(done.stdout)
+    assert full["bits_at"] == {"2048": 32, "32768": 32}
+    assert ours["bits_at"]["2048"] == pytest.approx(made["effective_bits"]) and ours["bits_at"]["32768"] < ours["bits_at"]["2048"] < ours["effective_bits"]
+    assert theirs["bits_at"]["2048"] == pytest.approx((36 * 8.5 + 2012 * 2.5) / 2048)
+    assert ours["constant_bytes"] == made["constant_bytes"]
+    assert 0 < ours["kl_mean"] < theirs["kl_mean"]
+    shown = run("inspect", path).stdout
+    assert "a width for each head's keys" in shown and "most at stake" in shown and "the last 32 and first 4 tokens at 8 bits" in shown
+
+
+def test_calibrate_to_bytes_at_a_context(run, demo_model, text, tmp_path):
+    path = tmp_path / "bytes.plan"
+    done = run("calibrate", demo_model, "--bytes", "20MiB", "--context", "64k", "--keys", "plane", "--units", "kv", "--samples", 2, "--length", 128,
+               "--text", text, "-o", path, "--json")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made["provenance"]["context"] == 65536 and made["provenance"]["units"] == "kv"
+    bits = (20 << 20) * 8 / (65536 * 12 * 2 * 2 * 64)
+    assert 0.98 * bits < made["effective_bits"] <= bits
+    assert all(u["numbers"]["plane"] == (u["side"] == "keys") for u in made["units"])
+    for keys, values in zip(made["units"][::2], made["units"][1::2]):
+        assert keys["numbers"]["codes"] == values["numbers"]["codes"]  # two heads of one side
+
+
+def test_adjoint_sensitivities_are_those_of_the_probe(run, demo_model, text, tmp_path):
+    few = [demo_model, "--samples", 4, "--length", 256, "--text", text, "--json"]
+    adjoint = json.loads(run("sensitivity", *few, "--method", "adjoint", "-o", tmp_path / "s.json").stdout)
+    perturbed = json.loads(run("sensitivity", *few).stdout)
+    assert len(adjoint["units"]) == 48
+    for layer, result in perturbed.items():
+        assert adjoint[layer]["mean_sensitivity"] == pytest.approx(result["mean_sensitivity"], rel=0.25)
+    for unit in adjoint["units"]:
+        costs = [width["predicted_kl"] for width in unit["widths"]]
+        assert costs == sorted(costs, reverse=True) and costs[-1] >= 0
+    assert run("allocate", tmp_path / "s.json", "--bits", 2).returncode == 0
+
+
 # Bad input -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -183,8 +242,14 @@ def test_affine_plan_equals_the_mlx_peer(run, demo_model, text, tmp_path):
         ["calibrate", "MODEL", "-o", "x", "--bits", "0"],
         ["calibrate", "MODEL", "-o", "x", "--bits", "nan"],
         ["calibrate", "MODEL", "-o", "x", "--samples", "0"],
-        ["calibrate", "MODEL", "-o", "x", "--window", "32"],
-        ["calibrate", "MODEL", "-o", "x", "--sinks", "4"],
+        ["calibrate", "MODEL", "-o", "x", "--window", "-1"],
+        ["calibrate", "MODEL", "-o", "x", "--sinks", "65537"],
+        ["calibrate", "MODEL", "-o", "x", "--bytes", "2 parsecs"],
+        ["calibrate", "MODEL", "-o", "x", "--bytes", "2GiB", "--bits", "2"],
+        ["calibrate", "MODEL", "-o", "x", "--context", "2m"],
+        ["calibrate", "MODEL", "-o", "x", "--keys", "half"],
+        ["calibrate", "MODEL", "-o", "x", "--units", "token"],
+        ["evaluate", "MODEL", "--context", "0"],
         ["calibrate", "MODEL", "-o", "x", "--method", "gptq"],
         ["sensitivity", "MODEL", "--noise-scale", "-1"],
         ["sensitivity", "MODEL", "--length", "99999999999999999999"],
@@ -431,15 +496,21 @@ def test_options_are_checked_before_own_text_is_written(run, tiny, demo_model, t
     def calibrate(*arguments, folder=demo_model):
         return run("calibrate", folder, "-o", tmp_path / "x.plan", "--samples", 2000, "--length", 256, *arguments, timeout=20)
 
-    fails(calibrate("--bits", 99), "bits", "0.125 to 8", "99")
-    fails(calibrate("--bits", 1.5), "1.5", "sub-spaces")
+    fails(calibrate("--bits", 99), "bits", "possible are 0.3", "at 2048 tokens", "99")
+    fails(calibrate("--bits", 0.1), "bits", "possible are", "0.1")
+    fails(calibrate("--bytes", "1TiB"), "bytes", "possible are", str(1 << 40))
+    fails(calibrate("--context", 36), "context", "36 tokens of window and sinks", "got 36")
+    fails(calibrate("--method", "vecinfer", "--bits", 99), "bits", "0.125 to 8", "99")
+    fails(calibrate("--method", "vecinfer", "--bits", 1.5), "1.5", "sub-spaces")
+    fails(calibrate("--method", "vecinfer", "--units", "head"), "uniform and layer", "head")
+    for option in (["--window", 32], ["--sinks", 4], ["--keys", "plane"], ["--bytes", "1GiB"], ["--frontier"]):
+        fails(calibrate("--method", "kivi", *option), option[0], "rotated_pq", "kivi")
     fails(calibrate("--method", "turboquant", "--units", "layer", "--bits", 6.25), "1.25 to 4.25", "6.25")
-    fails(calibrate("--context", 4096), "context", "2048", "4096")
     fails(run("calibrate", tiny, "-o", ""), "expected the name of a file")
     fails(run("sensitivity", tiny, "-o", ""), "expected the name of a file")
     odd = write_model(tmp_path / "odd", "llama", vocab_size=8192, head_dim=24)
     shutil.copy(tiny / "tokenizer.json", odd)
-    fails(calibrate(folder=odd), "vecinfer", "power of two", "24")
+    fails(calibrate("--method", "vecinfer", folder=odd), "vecinfer", "power of two", "24")
 
 
 def test_bits_out_of_range_and_heads_that_do_not_suit(run, tiny, text, tmp_path):

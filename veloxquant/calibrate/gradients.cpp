@@ -88,7 +88,7 @@ bool on_gpu() {
 // What enters segments may take in memory.  On a GPU it stays there: it has the room, and a file behind a bus would take longer
 // than the passes.
 std::size_t inputs_limit() {
-  return on_gpu() ? std::size_t{16} << 30 : std::size_t{256} << 20;
+  return on_gpu() ? std::size_t{16} << 30 : std::size_t{128} << 20;
 }
 
 // Layers that are differentiated as one: as many as keep about this many bytes between forward and backward.

@@ -31,8 +31,9 @@ struct SensitivityResult {
 /// {"layer_0": {"layer_name", "mean_sensitivity", "std_sensitivity", "distortions": {quantizer: [{"rate", "keys", "values"}]}}, …}.
 nlohmann::ordered_json to_json(const LayerMap<SensitivityResult>& results);
 
-/// Reads that back; a field "units", which the adjoint probe adds, is passed over.  Throws std::runtime_error that names `source`, layer and field: for layers that are missing or misnamed,
-/// numbers that are negative or not finite, quantizers that do not exist, rates that do not ascend.
+/// Reads that back; a field "units", which the adjoint probe adds, is passed over.  Throws std::runtime_error that names `source`,
+/// layer and field: for layers that are missing or misnamed, numbers that are negative or not finite, quantizers that do not exist,
+/// rates that do not ascend.
 LayerMap<SensitivityResult> sensitivities_from_json(const nlohmann::json& json, const std::string& source);
 
 }  // namespace veloxquant

@@ -21,7 +21,7 @@ class AdditiveCodebook {
 
   struct TrainOptions {
     int stages = 1, num_centroids = 256;
-    int max_iter = 8;   // of K-means for each table
+    int max_iter = 8;    // of K-means for each table
     int joint_iter = 3;  // encoding with both tables, then fitting both anew
     std::uint64_t seed = 0;
   };

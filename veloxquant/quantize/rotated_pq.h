@@ -26,9 +26,9 @@ enum class Rotation {
 };
 
 struct RotatedPqOptions {
-  int codes = 16;     // of 8 bits, a vector: 1 to dim, with Rotation::kPlane to dim / 2
-  int stages = 2;     // codes of a sub-space; an odd code has one of its own
-  int patches = 0;    // vectors of each 256 whose residual is stored as well: 0 to 64
+  int codes = 16;    // of 8 bits, a vector: 1 to dim, with Rotation::kPlane to dim / 2
+  int stages = 2;    // codes of a sub-space; an odd code has one of its own
+  int patches = 0;   // vectors of each 256 whose residual is stored as well: 0 to 64
   int max_iter = 8;  // of K-means
   std::uint64_t seed = 0;
 };
