@@ -68,10 +68,22 @@ TEST(RotatedPq, MoreCodesAreNeverWorse) {
   }
 }
 
+// Vectors of models lie in clusters, which a table over a wider sub-space sees.
 TEST(RotatedPq, TwoStagesKeepMoreThanOne) {
-  const auto training = correlated(32768, 1), test = correlated(2000, 2);
+  const auto centres = correlated(200, 3);
+  const auto clustered = [&](std::size_t rows, std::uint64_t seed) {
+    Random random(seed);
+    std::vector<float> vectors;
+    for (std::size_t row = 0; row < rows; ++row) {
+      const std::size_t centre = random.below(200);
+      for (std::size_t i = 0; i < kDim; ++i)
+        vectors.push_back(static_cast<float>(centres[centre * kDim + i] + 0.1 * random.normal()));
+    }
+    return vectors;
+  };
+  const auto training = clustered(16384, 1), test = clustered(2000, 2);
   const auto lost = [&](int stages) { return error(fitted(training, {.codes = 4, .stages = stages}), test); };
-  EXPECT_LT(lost(2), 0.96 * lost(1));
+  EXPECT_LT(lost(2), 0.9 * lost(1));
 }
 
 // A metric in which few directions count: errors go where they cost nothing.
