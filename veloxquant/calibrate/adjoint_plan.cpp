@@ -209,10 +209,12 @@ class Planner {
 
 }  // namespace
 
-void check_adjoint_plan_options(const ModelConfig& config, const AdjointPlanOptions& options) {
+void check_adjoint_plan_options(const ModelConfig& config, const AdjointPlanOptions& options, int length) {
   const int context = context_of(config, options), exact = options.window + options.sinks;
   if (context <= exact)
     throw_invalid("calibrate", "context: expected more than the {} tokens of window and sinks, got {}", exact, context);
+  if (length <= exact)
+    throw_invalid("calibrate", "length: expected samples longer than the {} tokens of window and sinks, got {}", exact, length);
   if (options.keys == Rotation::kPlane && config.head_dim % 2 != 0)
     throw_invalid("calibrate", "keys: plane needs an even head_dim, got {}", config.head_dim);
   const auto [least, most] = possible_bytes(config, context, exact);
@@ -232,7 +234,7 @@ void check_adjoint_plan_options(const ModelConfig& config, const AdjointPlanOpti
 
 AdjointPlan make_adjoint_plan(const Model& model, const CalibrationSet& set, const AdjointPlanOptions& options,
                               const ProgressCallback& progress) {
-  check_adjoint_plan_options(model.config(), options);
+  check_adjoint_plan_options(model.config(), options, set.samples.length);
   return Planner(model, set, options, progress).run();
 }
 

@@ -30,13 +30,14 @@ struct AdjointPlan {
   std::optional<double> full_recall, plan_recall;  // share of some of the set's facts that is still answered; none without facts
 };
 
-/// Throws as make_adjoint_plan would, before any sample is made, where that is known without one.
-void check_adjoint_plan_options(const ModelConfig& config, const AdjointPlanOptions& options);
+/// Throws as make_adjoint_plan would, before any sample of `length` tokens is made.
+void check_adjoint_plan_options(const ModelConfig& config, const AdjointPlanOptions& options, int length);
 
 /// One forward and one backward pass over the set; a ladder of widths for every unit; the exact allocation of least predicted KL
 /// within the budget; the few units with most at stake measured, and allocated again; codebooks in full for what was chosen.
 /// Throws std::invalid_argument for a budget that no choice meets or that exceeds the dearest (says the range), a context that
-/// window and sinks fill, and as unit_statistics does.
+/// window and sinks fill, samples of no more tokens than these (nothing would be read from what is coded), and as unit_statistics
+/// does.
 AdjointPlan make_adjoint_plan(const Model& model, const CalibrationSet& set, const AdjointPlanOptions& options,
                               const ProgressCallback& progress = {});
 

@@ -65,21 +65,27 @@ TokenBatch calibration_samples(const Model& model, const Tokenizer& tokenizer, c
 CalibrationSet calibration_set(const Model& model, const Tokenizer& tokenizer, const std::vector<std::string>& texts,
                                int num_samples, int length, std::uint64_t seed, const ProgressCallback& progress) {
   const int parts = texts.empty() ? 2 : 3, facts = length >= kLeastFactLength && num_samples >= 3 ? num_samples / parts : 0,
-            given = texts.empty() ? 0 : num_samples / parts, own = num_samples - facts - given;
-  CalibrationSet set{own_text(model, own, length, seed, progress), own + given, {}, {}};
-  const auto filler = set.samples.tokens;
+            given = texts.empty() ? 0 : std::max(1, num_samples / parts), own = num_samples - facts - given;
+  CalibrationSet set{TokenBatch(0, length), own + given, {}, {}};
+  if (own > 0) append(set.samples, own_text(model, own, length, seed, progress));
   if (given > 0) append(set.samples, calibration_samples(model, tokenizer, texts, given, length, seed));
   if (facts == 0) return set;
-  auto sown = make_fact_samples(tokenizer, filler, facts, length, Random(seed, 1).next(), progress);
-  set.weights.assign(static_cast<std::size_t>(num_samples) * static_cast<std::size_t>(length), 1.0f);
+  try {
+    const auto filler = std::span(set.samples.tokens).first(static_cast<std::size_t>(own) * static_cast<std::size_t>(length));
+    auto sown = make_fact_samples(tokenizer, filler, facts, length, Random(seed, 1).next(), progress);
+    set.answers = std::move(sown.answers);
+    append(set.samples, sown.samples);
+  } catch (const std::invalid_argument& error) {
+    warn(fmt::format("no facts are sown: {}", error.what()));
+    return set;
+  }
+  set.weights.assign(set.samples.tokens.size(), 1.0f);
   for (int i = 0; i < facts; ++i)
-    for (const auto& [begin, end] : sown.answers[static_cast<std::size_t>(i)]) {
+    for (const auto& [begin, end] : set.answers[static_cast<std::size_t>(i)]) {
       // The position before a token predicts it.
       const auto first = set.weights.begin() + static_cast<std::ptrdiff_t>(set.running_samples + i) * length;
       std::fill(first + begin - 1, first + end - 1, kAnswerWeight);
     }
-  append(set.samples, sown.samples);
-  set.answers = std::move(sown.answers);
   return set;
 }
 

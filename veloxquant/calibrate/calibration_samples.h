@@ -28,7 +28,7 @@ struct CalibrationSet {
 
 /// Half of the samples are the model's own text, half have facts sown in such text, asked for at their end (make_fact_samples);
 /// with texts a third each, the middle one being theirs.  Tokens of answers count eight times.  Fewer than three
-/// samples, or a length in which no fact has room: running text alone.
+/// samples, or a length in which facts have no room: running text alone (a warning says so).
 ///
 /// Throws as calibration_samples does, and std::runtime_error where the model's own text is one token over and over.
 CalibrationSet calibration_set(const Model& model, const Tokenizer& tokenizer, const std::vector<std::string>& texts,

@@ -92,10 +92,10 @@ AdjointPlan rotated_plan(const Options& options, const LoadedModel& loaded, cons
                                   .window = options.window.value_or(kWindow),
                                   .sinks = options.sinks.value_or(kSinks),
                                   .seed = options.run.seed};
-  check_adjoint_plan_options(loaded.model.config(), wanted);
   const int count = options.samples.num_samples > 0 ? options.samples.num_samples : kSetSamples,
             length = options.samples.length > 0 ? options.samples.length
                                                 : std::min(loaded.model.config().max_position_embeddings, kLongestSample);
+  check_adjoint_plan_options(loaded.model.config(), wanted, length);
   check_batch_size(count, length);
   const auto set = calibration_set(loaded.model, loaded.tokenizer, texts, count, length, options.run.seed, progress);
   return make_adjoint_plan(loaded.model, set, wanted, progress);
