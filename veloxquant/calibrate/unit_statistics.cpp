@@ -60,10 +60,14 @@ void UnitStatisticsStore::add(const LayerGradients& step) {
   const auto units = static_cast<std::size_t>(2 * num_kv_heads_), dim = static_cast<std::size_t>(dim_);
   const auto places = places_of(step.first_sample, count);
   std::vector<float> rows(units * places.size() * 2 * dim);
+  // A back end may move an array's memory when it is asked for the first time: not from several threads.
+  struct SideData {
+    const float *vectors, *gradients;
+  };
+  const SideData sides[] = {{step.keys.data<float>(), step.key_gradients.data<float>()},
+                            {step.values.data<float>(), step.value_gradients.data<float>()}};
   parallel_for(units, 1, [&](std::size_t u, std::size_t) {
-    const bool keys = u < units / 2;
-    const float *vectors = (keys ? step.keys : step.values).data<float>(),
-                *gradients = (keys ? step.key_gradients : step.value_gradients).data<float>();
+    const auto& [vectors, gradients] = sides[u / (units / 2)];
     const auto run_of = [&](int sample) {
       const std::size_t head = u % static_cast<std::size_t>(num_kv_heads_),
                         run = static_cast<std::size_t>((sample - step.first_sample) * num_kv_heads_) + head;
