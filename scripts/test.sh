@@ -10,6 +10,9 @@ trap 'rm -f "$log"' EXIT
 
 .venv/bin/python scripts/check_includes.py || failed_suites=$((failed_suites + 1))
 
+# Tests that take longer where they are asked for look at this.
+[ -z "${2:-}" ] || export VELOXQUANT_SLOW=1
+
 ctest --test-dir "$build" --output-on-failure --timeout 600 -j "$(nproc)" 2>&1 | tee "$log" | grep -vE '^ *(Start |[0-9]+/[0-9]+ Test .* Passed )'
 [ "${PIPESTATUS[0]}" = 0 ] || failed_suites=$((failed_suites + 1))
 total=$(sed -nE 's/.* tests? failed out of ([0-9]+).*/\1/p' "$log")

@@ -120,5 +120,59 @@ TEST(RestoringCache, ManyBitsComeCloseToFullPrecision) {
   EXPECT_LT(before, 1e-5f);
 }
 
+// Window and sinks are the 8-bit copies, all others what the quantizer gives back.
+TEST(RestoringCache, KeepsWindowAndSinks) {
+  constexpr int kTokens = 70;
+  const Rope rope({}, 64);
+  const AttentionSpec spec{.scale = 0.125f, .rope = &rope};
+  const auto q = random_array({1, 4, kTokens, 64}, 1), k = random_array({1, 2, kTokens, 64}, 2),
+             v = random_array({1, 2, kTokens, 64}, 3);
+  const Restore coarse = make_restore(fitted(quantizer_method("turboquant"), Side::kKeys, 64, 1, k)),
+                exact = make_restore(exact_parameters(Side::kKeys, 64));
+  const auto turned = rope(k, 0);
+  const auto first = [](const mx::array& x, int begin, int end) { return mx::slice(x, {0, 0, begin, 0}, {1, 2, end, 64}); };
+  for (const auto& [window, sinks] : {std::pair(9, 4), std::pair(0, 4), std::pair(5, 0), std::pair(200, 3)}) {
+    SCOPED_TRACE(::testing::Message() << "window " << window << ", sinks " << sinks);
+    const auto far_k = mx::concatenate({first(exact.apply(turned), 0, sinks), first(coarse.apply(turned), sinks, kTokens)}, 2),
+               far_v = mx::concatenate({first(exact.apply(v), 0, sinks), first(coarse.apply(v), sinks, kTokens)}, 2);
+    std::optional<NearTokens> near;
+    if (window > 0) near = NearTokens{window, exact.apply(turned), exact.apply(v)};
+    const auto expected = causal_attention(rope(q, 0), far_k, far_v, spec, near);
+    RestoringCache whole(coarse, coarse, {window, sinks}), chunked(coarse, coarse, {window, sinks});
+    EXPECT_LE(mx::max(mx::abs(mx::subtract(whole.attend(q, k, v, spec), expected))).item<float>(), 1e-5f);
+    std::vector<mx::array> parts;
+    int begin = 0;
+    for (const int size : {1, 2, 30, 1, 1, 35}) {
+      const auto cut = [&](const mx::array& x) { return mx::slice(x, {0, 0, begin, 0}, {1, x.shape(1), begin + size, 64}); };
+      parts.push_back(chunked.attend(cut(q), cut(k), cut(v), spec));
+      mx::eval(parts.back());
+      begin += size;
+    }
+    EXPECT_LE(mx::max(mx::abs(mx::subtract(mx::concatenate(parts, 2), expected))).item<float>(), 1e-5f);
+  }
+}
+
+// Keys before RoPE, patches by blocks of 256, one head left alone.
+TEST(RestoringCache, StoresEachHeadItsOwnWay) {
+  const Rope rope({}, 64);
+  const AttentionSpec spec{.scale = 0.125f, .rope = &rope};
+  const auto q = random_array({1, 2, 300, 64}, 1), k = random_array({1, 2, 300, 64}, 2), v = random_array({1, 2, 300, 64}, 3);
+  auto parameters = fitted(quantizer_method("rotated_pq"), Side::kKeys, 64, 1, k);
+  parameters.numbers["patches"] = 3;
+  const Restore heads = make_restore({std::nullopt, parameters}), alone = make_restore(parameters);
+  EXPECT_TRUE(heads.before_rope);
+  EXPECT_EQ(heads.token_group, 256);
+  const auto head = [](const mx::array& x, int h) { return mx::slice(x, {0, h, 0, 0}, {1, h + 1, 300, 64}); };
+  const auto restored = heads.apply(k);
+  EXPECT_TRUE(mx::array_equal(head(restored, 0), head(k, 0)).item<bool>());
+  EXPECT_TRUE(mx::array_equal(head(restored, 1), alone.apply(head(k, 1))).item<bool>());
+  const Restore as_it_is{[](const mx::array& x) { return x; }};
+  RestoringCache cache(heads, as_it_is);
+  const auto out = cache.attend(q, k, v, spec), expected = causal_attention(rope(q, 0), rope(restored, 0), v, spec);
+  EXPECT_LE(mx::max(mx::abs(mx::subtract(out, expected))).item<float>(), 1e-5f);
+  const MlxOperationsScope scope;
+  EXPECT_LE(mx::mean(mx::abs(mx::subtract(heads.apply(k), restored))).item<float>(), 1e-2f);
+}
+
 }  // namespace
 }  // namespace veloxquant
