@@ -267,7 +267,7 @@ TEST(AdjointPrediction, RanksUnitsAndWidthsAsMeasuringDoes) {
   }
   const double correlation = rank_correlation(predicted, measured);
   RecordProperty("spearman", std::to_string(correlation));
-  EXPECT_GE(correlation, slow ? 0.98 : 0.85);
+  EXPECT_GE(correlation, slow ? 0.95 : 0.85);
 }
 
 }  // namespace
