@@ -174,5 +174,75 @@ TEST(RestoringCache, StoresEachHeadItsOwnWay) {
   EXPECT_LE(mx::mean(mx::abs(mx::subtract(heads.apply(k), restored))).item<float>(), 1e-2f);
 }
 
+// Keys and values of two heads as plans store them: codebooks of their own, patches, keys before RoPE.
+struct PlannedLayer {
+  mx::array q = random_array({1, 4, 310, 64}, 1), k = random_array({1, 2, 310, 64}, 2), v = random_array({1, 2, 310, 64}, 3);
+  Rope rope{{}, 64};
+  AttentionSpec spec{.scale = 0.125f, .rope = &rope};
+  Restore keys = restore(k, Side::kKeys), values = restore(v, Side::kValues);
+
+  static Restore restore(const mx::array& x, Side side) {
+    std::vector<std::optional<QuantizerParameters>> heads;
+    for (const int patches : {3, 8}) {
+      heads.push_back(quantizer_method("rotated_pq").fit({x.data<float>(), x.size()}, 64, {.side = side, .width = 1}));
+      heads.back()->numbers["patches"] = patches;
+    }
+    return make_restore(heads);
+  }
+
+  static mx::array cut(const mx::array& x, int begin, int end) { return mx::slice(x, {0, 0, begin, 0}, {1, x.shape(1), end, 64}); }
+
+  mx::array attend(RestoringCache& cache, int begin, int end) const {
+    const auto out = cache.attend(cut(q, begin, end), cut(k, begin, end), cut(v, begin, end), spec);
+    mx::eval(out);
+    return out;
+  }
+};
+
+// A query at the end sees what it sees in one go, however the tokens came: patches of an open block are chosen anew.
+TEST(RestoringCache, PlannedHeadsInAnyChunks) {
+  const PlannedLayer layer;
+  for (const auto& exact : {ExactTokens{0, 0}, ExactTokens{16, 4}, ExactTokens{1, 0}, ExactTokens{0, 3}, ExactTokens{400, 2}}) {
+    RestoringCache chunked(layer.keys, layer.values, exact);
+    int begin = 0;
+    const auto append = [&](int count, bool compare) {
+      const int end = begin + count;
+      const auto out = layer.attend(chunked, begin, end);
+      begin = end;
+      if (!compare) return;
+      RestoringCache whole(layer.keys, layer.values, exact);
+      const auto expected = PlannedLayer::cut(layer.attend(whole, 0, end), end - 1, end);
+      const auto last = PlannedLayer::cut(out, count - 1, count);
+      EXPECT_LE(mx::max(mx::abs(mx::subtract(last, expected))).item<float>(), 1e-5f)
+          << "window " << exact.window << ", sinks " << exact.sinks << ", " << end << " tokens";
+    };
+    for (const int count : {1, 1, 3, 7, 40, 200}) append(count, true);
+    while (begin < 310) append(1, begin % 4 == 0 || begin > 300);  // past the block of 256
+    EXPECT_EQ(chunked.offset(), 310);
+  }
+}
+
+// Where the window reaches back to the first token, all are stored at 8 bits.
+TEST(RestoringCache, NothingIsCodedWithinTheWindow) {
+  const PlannedLayer layer;
+  RestoringCache windowed(layer.keys, layer.values, {310, 0}), sinks(layer.keys, layer.values, {0, 310});
+  const Restore exact = make_restore(exact_parameters(Side::kKeys, 64));
+  const auto expected =
+      causal_attention(layer.rope(layer.q, 0), exact.apply(layer.rope(layer.k, 0)), exact.apply(layer.v), layer.spec);
+  for (RestoringCache* cache : {&windowed, &sinks})
+    EXPECT_LE(mx::max(mx::abs(mx::subtract(layer.attend(*cache, 0, 310), expected))).item<float>(), 1e-5f);
+}
+
+// A vector within rounding of a boundary gets another code at times; attention hardly shows it.
+TEST(RestoringCache, MlxOperationsAgreeOnWindowSinksAndHeads) {
+  const PlannedLayer layer;
+  RestoringCache ours(layer.keys, layer.values, {16, 4}), theirs(layer.keys, layer.values, {16, 4});
+  const auto out = layer.attend(ours, 0, 310);
+  const MlxOperationsScope scope;
+  const auto difference = mx::abs(mx::subtract(layer.attend(theirs, 0, 310), out));
+  EXPECT_LE(mx::mean(difference).item<float>(), 1e-3f);
+  EXPECT_LE(mx::max(difference).item<float>(), 0.2f);
+}
+
 }  // namespace
 }  // namespace veloxquant

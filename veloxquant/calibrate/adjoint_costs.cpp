@@ -15,6 +15,10 @@ constexpr int kLadderIterations = 6;
 
 constexpr double kLadderRates[] = {0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0};  // bits an element
 
+// Of a rung's cost that the next one keeps at least where costs between them are interpolated: one rule for all costs, zero
+// included, so that fewer patches never look cheaper.
+constexpr double kLeastShare = 1e-12;
+
 // Of each held-out row, without patches.
 struct RowCosts {
   std::vector<double> nats;    // ½ (gᵀe)²
@@ -138,9 +142,10 @@ double CostLadder::cost(int codes, int patches) const {
       static_cast<std::size_t>(std::find(std::begin(kPatchCounts), std::end(kPatchCounts), patches) - std::begin(kPatchCounts));
   const auto above = static_cast<std::size_t>(std::lower_bound(codes_.begin(), codes_.end(), codes) - codes_.begin());
   if (codes_.at(above) == codes) return costs_[above].at(p);
-  const double low = costs_.at(above - 1).at(p), high = costs_[above][p];
+  const double low = costs_.at(above - 1).at(p);
+  if (!(low > 0)) return 0.0;
+  const double high = std::max(costs_[above][p], kLeastShare * low);
   const double share = static_cast<double>(codes - codes_[above - 1]) / (codes_[above] - codes_[above - 1]);
-  if (!(high > 0)) return low * (1 - share);
   return std::exp((1 - share) * std::log(low) + share * std::log(high));
 }
 
