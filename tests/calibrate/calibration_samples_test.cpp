@@ -104,5 +104,26 @@ TEST(CalibrationSet, RefusesAModelThatWritesOneTokenOverAndOver) {
   EXPECT_EQ(testing::message_of<std::runtime_error>([&] { calibration_set(model, demo_tokenizer(), {}, 2, 31, 1); }), "");
 }
 
+TEST(CalibrationSet, TextsServeAloneWhereTheModelWritesNothingOfUse) {
+  const testing::TemporaryFolder folder;
+  write_stuck_model(folder.path());
+  const auto model = Model::load(folder.path());
+  const auto set = calibration_set(model, demo_tokenizer(), {testing::kText}, 6, 64, 1);
+  EXPECT_EQ(set.samples.count, 2);
+  EXPECT_EQ(set.running_samples, 2);
+  EXPECT_TRUE(std::ranges::equal(set.samples.tokens, testing::text_samples(2, 64).tokens));
+}
+
+// A short text gives what it holds; one that holds nothing is refused before own text is written.
+TEST(CalibrationSet, ShortTexts) {
+  const std::string text = testing::kText;
+  const auto tokens = static_cast<int>(demo_tokenizer().encode(text).size());
+  const auto set = set_of({text}, 6, tokens);
+  EXPECT_EQ(set.samples.count, 6);
+  EXPECT_TRUE(std::ranges::equal(set.samples.row(set.running_samples - 1), demo_tokenizer().encode(text)));
+  EXPECT_THROW(set_of({text}, 6, tokens + 1), std::invalid_argument);
+  EXPECT_THROW(set_of({""}, 6, 64), std::invalid_argument);
+}
+
 }  // namespace
 }  // namespace veloxquant

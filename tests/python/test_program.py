@@ -198,6 +198,13 @@ def test_calibrate_gives_each_head_a_width(best_plan, run, demo_model, text):
     assert "a width for each head's keys" in shown and "most at stake" in shown and "the last 32 and first 4 tokens at 8 bits" in shown
 
 
+def test_frontier_and_plan_need_two_files(run, demo_model, tmp_path):
+    out = tmp_path / "x.plan"
+    fails(run("calibrate", demo_model, "-o", out, "--frontier", tmp_path / "." / "x.plan"), "--frontier", "another file", out)
+    assert not out.exists()
+    fails(run("sensitivity", demo_model, "--method", "adjoint", "--noise-scale", 0.1), "--noise-scale", "perturb", "adjoint")
+
+
 def test_calibrate_to_bytes_at_a_context(run, demo_model, text, tmp_path):
     path = tmp_path / "bytes.plan"
     done = run("calibrate", demo_model, "--bytes", "20MiB", "--context", "64k", "--keys", "plane", "--units", "kv", "--samples", 2, "--length", 128,

@@ -250,6 +250,32 @@ TEST(RotatedPq, BadInput) {
   EXPECT_THAT(refused([](auto& p) { p.tensors.at("codebook").shape[2] = 31; }), HasSubstr("codebook"));
 }
 
+// Widths are quotients: 8 · 29 / 56 times 56 / 8 is not 29 in floating point.
+TEST(RotatedPq, TakesEveryWidthThatItOffers) {
+  const auto method = rotated_pq_method();
+  for (const int dim : {56, 112, 120, 176, 519})
+    for (const double width : method.widths(dim)) EXPECT_DOUBLE_EQ(method.rate(dim, width), width);
+}
+
+TEST(RotatedPq, MetricsAreRidgedOnTheirOwnScale) {
+  EXPECT_EQ(ridged_metric({}, 2), (SquareMatrix{1, 0, 0, 1}));
+  EXPECT_EQ(ridged_metric({0, 0, 0, 0}, 2), (SquareMatrix{1, 0, 0, 1}));
+  for (const double scale : {1e-40, 1.0, 1e30}) {
+    const auto ridged = ridged_metric({3 * scale, scale, scale, scale}, 2);
+    EXPECT_NEAR(ridged[0], 1.51, 1e-12);
+    EXPECT_NEAR(ridged[1], 0.5, 1e-12);
+    EXPECT_NEAR(ridged[3], 0.51, 1e-12);
+  }
+}
+
+// Regular, but not in float32.
+TEST(RotatedPq, RefusesATransformWithoutAFiniteInverse) {
+  auto parameters = fitted(correlated(300, 1), {.codes = 4});
+  parameters.tensors.at("transform").values.assign(kDim * kDim, 0.0f);
+  for (std::size_t i = 0; i < kDim; ++i) parameters.tensors.at("transform").values[i * kDim + i] = 1e-40f;
+  EXPECT_THROW(make_quantizer(parameters), std::invalid_argument);
+}
+
 // All that a damaged file can hold must decode without reading beyond the tables.
 TEST(RotatedPq, AnyBytesDecode) {
   const auto few = correlated(40, 1);

@@ -145,7 +145,9 @@ mx::array patched(const mx::array& z, const mx::array& looked_up, int patches) {
   const int tokens = z.shape(2);
   std::vector<mx::array> worst;
   for (int begin = 0; begin < tokens; begin += kBlock) {
-    const int size = std::min(kBlock, tokens - begin), count = (patches * size + kBlock - 1) / kBlock;
+    const int size = std::min(kBlock, tokens - begin);
+    const auto count =
+        static_cast<int>(RotatedPqQuantizer::patches_of(static_cast<std::size_t>(patches), static_cast<std::size_t>(size)));
     const auto some = mx::slice(errors, {0, 0, begin}, {z.shape(0), z.shape(1), begin + size});
     // Rank by counting what is worse, or as bad and earlier: exact for equal errors.
     const auto mine = mx::expand_dims(some, -1), others = mx::expand_dims(some, -2);
@@ -155,11 +157,12 @@ mx::array patched(const mx::array& z, const mx::array& looked_up, int patches) {
     worst.push_back(mx::less(mx::sum(mx::astype(ahead, mx::int32), -1), mx::array(count)));
   }
   const auto chosen = mx::expand_dims(worst.size() == 1 ? worst[0] : mx::concatenate(worst, -1), -1);
-  const auto scale = through_half(mx::divide(mx::max(mx::abs(rest), -1, true), number(7.5)));
+  const auto centre = number(RotatedPqQuantizer::kPatchCentre);
+  const auto scale = through_half(mx::divide(mx::max(mx::abs(rest), -1, true), centre));
   const auto usable = mx::greater(scale, number(0));
-  const auto codes =
-      mx::clip(mx::round(mx::add(mx::divide(rest, mx::where(usable, scale, number(1))), number(7.5))), number(0), number(15));
-  const auto patch = mx::multiply(scale, mx::subtract(codes, number(7.5)));
+  const auto codes = mx::clip(mx::round(mx::add(mx::divide(rest, mx::where(usable, scale, number(1))), centre)), number(0),
+                              number(2 * RotatedPqQuantizer::kPatchCentre));
+  const auto patch = mx::multiply(scale, mx::subtract(codes, centre));
   return mx::where(chosen, mx::add(looked_up, patch), looked_up);
 }
 

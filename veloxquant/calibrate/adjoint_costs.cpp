@@ -59,7 +59,7 @@ std::vector<std::size_t> by_error(const RowCosts& costs) {
   return order;
 }
 
-// The mean over rows whose worst are patched, which leaves next to nothing of their errors.
+// The mean over rows of which the worst are patched: what a patch of 4 bits leaves of an error is taken for nothing.
 double cost_beyond(const RowCosts& costs, const std::vector<std::size_t>& order, int patches, const std::vector<int>& samples,
                    int samples_counted) {
   const std::size_t patched = order.size() * static_cast<std::size_t>(patches) / RotatedPqQuantizer::kBlockTokens;

@@ -41,9 +41,16 @@ class Planner {
 
   AdjointPlan run() {
     measure_ladders();
-    correct(allocation().solve(budget()));
+    const auto first = allocation();
+    const std::int64_t bytes = options_.bytes ? *options_.bytes : first.bytes_of(options_.bits);
+    correct(first.solve(bytes));
     const auto corrected = allocation();
-    AdjointPlan result{fit(corrected.solve(budget())), corrected.frontier(), std::nullopt, std::nullopt};
+    const auto widths = corrected.solve(bytes);
+    AdjointPlan result{fit(widths, options_.bytes ? corrected.bits_of(bytes) : options_.bits), corrected.frontier(), std::nullopt,
+                       std::nullopt};
+    // Ladders are of quick codebooks over all samples, the plan's prediction of full ones over running text.
+    if (const double quick = ladder_cost(widths); quick > 0)
+      for (auto& point : result.frontier) point.predicted_kl *= *result.plan.predicted_kl / quick;
     ask(result);
     return result;
   }
@@ -70,7 +77,11 @@ class Planner {
     return {model_.config(), units_, options_.units, context_of(model_.config(), options_), options_.window + options_.sinks};
   }
 
-  std::int64_t budget() const { return options_.bytes ? *options_.bytes : allocation().bytes_of(options_.bits); }
+  double ladder_cost(const std::vector<Width>& widths) const {
+    double sum = 0;
+    for (std::size_t i = 0; i < units_.size(); ++i) sum += units_[i].ladder.cost(widths[i].codes, widths[i].patches);
+    return sum;
+  }
 
   // Measures what the units with most at stake cost at these widths, and scales their ladders by how far that lies from what was
   // predicted, relative to one another: what all have in common does not change an allocation.
@@ -146,7 +157,7 @@ class Planner {
     return set_.weights[static_cast<std::size_t>(sample) * static_cast<std::size_t>(set_.samples.length) + position];
   }
 
-  Plan fit(const std::vector<Width>& widths) {
+  Plan fit(const std::vector<Width>& widths, double bits) {
     const ModelConfig& config = model_.config();
     Plan plan{.model = model_.identity(),
               .window = options_.window,
@@ -162,7 +173,10 @@ class Planner {
           const auto& [codes, patches] = widths[i];
           const RotatedPqFitter fitter(unit.training.vectors, config.head_dim,
                                        {unit.metric, row_weights(unit.training, unit.metric)}, rotation(unit.side));
-          auto quantizer = fitter.fit(unit.side, {.codes = codes, .patches = patches, .seed = Random(options_.seed, i).next()});
+          auto quantizer = fitter.fit(unit.side, {.codes = codes,
+                                                  .stages = stages_for(unit.training.count()),
+                                                  .patches = patches,
+                                                  .seed = Random(options_.seed, i).next()});
           const double cost = predicted_cost(unit, quantizer, patches, set_.running_samples);
           plan.units[i] = {unit.layer, unit.side, std::move(quantizer), unit.head, cost};
         },
@@ -172,7 +186,7 @@ class Planner {
     plan.provenance = {.program = fmt::format("veloxquant {}", VELOXQUANT_VERSION),
                        .method = "rotated_pq",
                        .units = std::string(to_string(options_.units)),
-                       .bits = options_.bytes ? allocation().bits_of(*options_.bytes) : options_.bits,
+                       .bits = bits,
                        .context = context,
                        .texts = {},
                        .num_samples = set_.samples.count,

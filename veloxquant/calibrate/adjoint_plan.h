@@ -20,13 +20,13 @@ struct AdjointPlanOptions {
   int context = 0;                                   // 0: the model's maximum
   Units units = Units::kHead;
   Rotation keys = Rotation::kFull;
-  int window = 32, sinks = 4;
+  int window = kDefaultWindow, sinks = kDefaultSinks;
   std::uint64_t seed = 0;
 };
 
 struct AdjointPlan {
   Plan plan;
-  std::vector<FrontierPoint> frontier;
+  std::vector<FrontierPoint> frontier;  // of quickly fitted codebooks, scaled so that it meets the plan's own predicted KL
   std::optional<double> full_recall, plan_recall;  // share of some of the set's facts that is still answered; none without facts
 };
 

@@ -1,12 +1,11 @@
 #include "veloxquant/calibrate/adjoint_sensitivity.h"
 
+#include <algorithm>
 #include <cmath>
-#include <optional>
 
 #include "veloxquant/calibrate/adjoint_costs.h"
 #include "veloxquant/calibrate/observe.h"
 #include "veloxquant/calibrate/sensitivity.h"
-#include "veloxquant/core/parallel.h"
 
 namespace veloxquant {
 namespace {

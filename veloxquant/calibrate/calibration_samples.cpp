@@ -50,28 +50,53 @@ void append(TokenBatch& to, const TokenBatch& from) {
   to.count += from.count;
 }
 
+std::vector<std::vector<std::int32_t>> encode_all(const Model& model, const Tokenizer& tokenizer,
+                                                  const std::vector<std::string>& texts, int length) {
+  const int longest = model.config().max_position_embeddings;
+  if (length > longest) throw_invalid("samples", "length: expected at most {} (the model's maximum), got {}", longest, length);
+  std::vector<std::vector<std::int32_t>> tokens;
+  for (const auto& text : texts) tokens.push_back(tokenizer.encode(text));
+  return tokens;
+}
+
+// At most `wanted` samples of the texts, as many as they hold; throws where that is none.
+TokenBatch some_samples(const Model& model, const Tokenizer& tokenizer, const std::vector<std::string>& texts, int wanted,
+                        int length) {
+  if (texts.empty()) return TokenBatch(0, length);
+  const auto tokens = encode_all(model, tokenizer, texts, length);
+  std::size_t held = 0;
+  for (const auto& text : tokens) held += text.size() / static_cast<std::size_t>(length);
+  return cut_samples(tokens, static_cast<int>(std::clamp<std::size_t>(held, 1, static_cast<std::size_t>(wanted))), length);
+}
+
 }  // namespace
 
 TokenBatch calibration_samples(const Model& model, const Tokenizer& tokenizer, const std::vector<std::string>& texts,
                                int num_samples, int length, std::uint64_t seed, const ProgressCallback& progress) {
   if (texts.empty()) return own_text(model, num_samples, length, seed, progress);
-  const int longest = model.config().max_position_embeddings;
-  if (length > longest) throw_invalid("samples", "length: expected at most {} (the model's maximum), got {}", longest, length);
-  std::vector<std::vector<std::int32_t>> tokens;
-  for (const auto& text : texts) tokens.push_back(tokenizer.encode(text));
-  return cut_samples(tokens, num_samples, length);
+  return cut_samples(encode_all(model, tokenizer, texts, length), num_samples, length);
 }
 
 CalibrationSet calibration_set(const Model& model, const Tokenizer& tokenizer, const std::vector<std::string>& texts,
                                int num_samples, int length, std::uint64_t seed, const ProgressCallback& progress) {
-  const int parts = texts.empty() ? 2 : 3, facts = length >= kLeastFactLength && num_samples >= 3 ? num_samples / parts : 0,
-            given = texts.empty() ? 0 : std::max(1, num_samples / parts), own = num_samples - facts - given;
-  CalibrationSet set{TokenBatch(0, length), own + given, {}, {}};
-  if (own > 0) append(set.samples, own_text(model, own, length, seed, progress));
-  if (given > 0) append(set.samples, calibration_samples(model, tokenizer, texts, given, length, seed));
+  const int parts = texts.empty() ? 2 : 3, facts = length >= kLeastFactLength && num_samples >= 3 ? num_samples / parts : 0;
+  // Before anything is written that takes long.
+  const auto given = some_samples(model, tokenizer, texts, std::max(1, num_samples / parts), length);
+  CalibrationSet set{TokenBatch(0, length), 0, {}, {}};
+  try {
+    if (const int own = num_samples - facts - given.count; own > 0)
+      append(set.samples, own_text(model, own, length, seed, progress));
+  } catch (const Interrupted&) {
+    throw;
+  } catch (const std::runtime_error& error) {
+    if (given.count == 0) throw;
+    warn(fmt::format("{}: only the texts are read", error.what()));
+  }
+  const auto filler = set.samples.count > 0 ? set.samples.tokens : given.tokens;
+  append(set.samples, given);
+  set.running_samples = set.samples.count;
   if (facts == 0) return set;
   try {
-    const auto filler = std::span(set.samples.tokens).first(static_cast<std::size_t>(own) * static_cast<std::size_t>(length));
     auto sown = make_fact_samples(tokenizer, filler, facts, length, Random(seed, 1).next(), progress);
     set.answers = std::move(sown.answers);
     append(set.samples, sown.samples);

@@ -27,10 +27,11 @@ struct CalibrationSet {
 };
 
 /// Half of the samples are the model's own text, half have facts sown in such text, asked for at their end (make_fact_samples);
-/// with texts a third each, the middle one being theirs.  Tokens of answers count eight times.  Fewer than three
-/// samples, or a length in which facts have no room: running text alone (a warning says so).
+/// with texts a third each, the middle one being theirs, or as much as they hold and the rest own text.  Tokens of answers count
+/// eight times.  Fewer than three samples, or a length in which facts have no room: running text alone.
 ///
-/// Throws as calibration_samples does, and std::runtime_error where the model's own text is one token over and over.
+/// Throws as calibration_samples does, and std::runtime_error where there are no texts and the model's own
+/// is one token over and over or cannot be written; with texts a warning says so, and they serve alone.
 CalibrationSet calibration_set(const Model& model, const Tokenizer& tokenizer, const std::vector<std::string>& texts,
                                int num_samples, int length, std::uint64_t seed, const ProgressCallback& progress = {});
 

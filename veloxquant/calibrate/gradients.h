@@ -29,9 +29,9 @@ struct LayerGradients {
 /// few at a time and in order, then for the layers below, and so on.
 ///
 /// With g such a gradient, an error e of the stored vector costs ½·E[(gᵀe)²] nats of weighted KL (docs/design.md, adjoint
-/// prediction).  Segments hold as many layers as fit into about half a gigabyte between forward and backward; those below the last
-/// one are run twice.  So small models take about 2.4 forward passes, large ones 3.4, in the memory of a layer; what enters the
-/// segments lies in a file past a limit.
+/// prediction).  Segments hold as many layers as fit into some 0.7 GB between forward and backward (8 GB on a GPU), one at least;
+/// those below the last one are run twice.  So small models take about 2.4 forward passes, large ones up to 3.4.  What enters the
+/// segments lies in a file past 128 MB (16 GB on a GPU).
 /// Throws std::invalid_argument for weights of another size, below 0 or not finite, std::runtime_error that names the layer if a
 /// key, a value or a gradient is not finite.
 void likelihood_gradients(const Model& model, const TokenBatch& samples, const GradientOptions& options,

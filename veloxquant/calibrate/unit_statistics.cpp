@@ -9,6 +9,7 @@
 #include "veloxquant/core/parallel.h"
 #include "veloxquant/core/random.h"
 #include "veloxquant/kernels/gemm.h"
+#include "veloxquant/quantize/rotated_pq.h"
 
 namespace veloxquant {
 namespace {
@@ -127,14 +128,10 @@ UnitStatisticsStore unit_statistics(const Model& model, const TokenBatch& sample
 
 std::vector<float> row_weights(const UnitRows& rows, const SquareMatrix& metric) {
   std::vector<float> weights(rows.count(), 1.0f);
-  if (rows.count() == 0) return weights;
+  const bool silent = std::all_of(metric.begin(), metric.end(), [](double value) { return value == 0; });
+  if (rows.count() == 0 || silent) return weights;
   const std::size_t dim = rows.vectors.size() / rows.count();
-  double trace = 0;
-  for (std::size_t i = 0; i < dim; ++i) trace += metric[i * dim + i];
-  if (!(trace > 0)) return weights;
-  auto ridged = metric;
-  for (std::size_t i = 0; i < dim; ++i) ridged[i * dim + i] += kRidge * trace / static_cast<double>(dim);
-  const auto inverted = inverse(ridged, dim);
+  const auto inverted = inverse(ridged_metric(metric, dim), dim);
   const std::vector<float> matrix(inverted.begin(), inverted.end());
   std::vector<float> product(rows.gradients.size());
   const int n = static_cast<int>(rows.count()), d = static_cast<int>(dim);

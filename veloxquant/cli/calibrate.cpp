@@ -19,8 +19,6 @@ namespace {
 constexpr int kSetSamples = 40, kLongestSample = 2048;
 constexpr int kSamples = 32, kSampleLength = 512;
 
-constexpr int kWindow = 32, kSinks = 4;
-
 struct Options {
   std::string model, output, method = "rotated_pq";
   double bits = 2.0;
@@ -89,8 +87,8 @@ AdjointPlan rotated_plan(const Options& options, const LoadedModel& loaded, cons
                                   .context = options.context,
                                   .units = units_of(options),
                                   .keys = options.keys == "plane" ? Rotation::kPlane : Rotation::kFull,
-                                  .window = options.window.value_or(kWindow),
-                                  .sinks = options.sinks.value_or(kSinks),
+                                  .window = options.window.value_or(kDefaultWindow),
+                                  .sinks = options.sinks.value_or(kDefaultSinks),
                                   .seed = options.run.seed};
   const int count = options.samples.num_samples > 0 ? options.samples.num_samples : kSetSamples,
             length = options.samples.length > 0 ? options.samples.length
@@ -149,7 +147,11 @@ void report(const Options& options, const AdjointPlan& made, const std::string& 
 void run(const Options& options) {
   check_writable(options.output);
   const std::string frontier_file = frontier_path(options).string();
-  if (options.print_frontier) check_writable(frontier_file);
+  if (options.print_frontier) {
+    check_writable(frontier_file);
+    if (std::filesystem::weakly_canonical(frontier_file) == std::filesystem::weakly_canonical(options.output))
+      throw_invalid("calibrate", "--frontier: expected another file than that of the plan, got {}", frontier_file);
+  }
   const DeviceScope scope = options.run.enter();
   const LoadedModel loaded = load_model(options.model);
   const auto texts = options.text.read();
@@ -199,9 +201,13 @@ void add_calibrate(CLI::App& program) {
       .add_option("--keys", options->keys,
                   "How rotated_pq mixes a key's dimensions: full is the better, plane the faster on CPUs (default: full)")
       ->check(CLI::IsMember({"full", "plane"}));
-  command.add_option("--window", options->window, "Recent tokens that rotated_pq keeps at 8 bits (default: 32)")
+  command
+      .add_option("--window", options->window,
+                  fmt::format("Recent tokens that rotated_pq keeps at 8 bits (default: {})", kDefaultWindow))
       ->check(whole_number(0, 65536));
-  command.add_option("--sinks", options->sinks, "First tokens that rotated_pq keeps at 8 bits (default: 4)")
+  command
+      .add_option("--sinks", options->sinks,
+                  fmt::format("First tokens that rotated_pq keeps at 8 bits (default: {})", kDefaultSinks))
       ->check(whole_number(0, 65536));
   command
       .add_option_function<std::string>(

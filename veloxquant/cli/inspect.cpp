@@ -29,10 +29,6 @@ std::string side_bits(const Plan& plan, int layer, Side side) {
   return fmt::format("{:.3g} ({:.3g} to {:.3g})", mean, *low, *high);
 }
 
-std::string unit_name(const UnitPlan& unit) {
-  return fmt::format("{} {}{}", layer_name(unit.layer), to_string(unit.side), unit.head ? fmt::format(" head {}", *unit.head) : "");
-}
-
 std::string units_text(const std::string& units) {
   static const std::map<std::string, std::string> words = {{"uniform", "one width for all layers"},
                                                            {"layer", "a width per layer"},
@@ -57,7 +53,8 @@ void print_units_at_stake(const Plan& plan) {
   units.resize(std::min(units.size(), kShown));
   std::vector<std::vector<std::string>> rows = {{"most at stake", "bits", "predicted KL"}};
   for (const auto* unit : units)
-    rows.push_back({unit_name(*unit), fmt::format("{:.3g}", bits_of(*unit)), fmt::format("{:.6f}", *unit->predicted_kl)});
+    rows.push_back({unit_name(unit->layer, unit->side, unit->head), fmt::format("{:.3g}", bits_of(*unit)),
+                    fmt::format("{:.6f}", *unit->predicted_kl)});
   fmt::print("\n{}", table(rows));
 }
 

@@ -69,7 +69,7 @@ CLI::Validator whole_number(std::uint64_t least, std::uint64_t most) {
 CLI::Validator token_count() {
   return CLI::Validator(
       [](std::string& text) {
-        constexpr std::uint64_t kMost = std::numeric_limits<int>::max();
+        constexpr std::uint64_t kMost = kMaxContext;
         std::uint64_t value = 0;
         const char* end = text.data() + text.size();
         auto [stop, error] = std::from_chars(text.data(), end, value);

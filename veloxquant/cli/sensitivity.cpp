@@ -15,10 +15,12 @@
 namespace veloxquant::cli {
 namespace {
 
+constexpr double kNoiseScale = 0.1;
+
 struct Options {
   std::string model, method = "perturb";
   std::optional<std::string> output;
-  double noise_scale = 0.1;
+  std::optional<double> noise_scale;
   std::optional<int> window;
   SampleOptions samples;
   TextOptions text;
@@ -48,8 +50,7 @@ void print_units(std::vector<UnitSensitivity> units) {
   for (const auto& [bits, kl] : units[0].widths) rows[0].push_back(fmt::format("{:.3g} bits", bits));
   for (std::size_t i = 0; i < std::min(units.size(), kShown); ++i) {
     const auto& unit = units[i];
-    rows.push_back({fmt::format("{} {} head {}", layer_name(unit.layer), to_string(unit.side), unit.head),
-                    fmt::format("{:.4f}", unit.sensitivity)});
+    rows.push_back({unit_name(unit.layer, unit.side, unit.head), fmt::format("{:.4f}", unit.sensitivity)});
     for (const auto& [bits, kl] : unit.widths) rows.back().push_back(fmt::format("{:.6f}", kl));
   }
   fmt::print("\n{}\nPredicted KL, nats a token, of storing one unit with rotated_pq at these bits of codes; {} of {} units.\n",
@@ -60,6 +61,8 @@ void run(const Options& options) {
   if (options.output) check_writable(*options.output);
   if (options.window && options.method != "adjoint")
     throw_invalid("sensitivity", "--window: only for --method adjoint, got {}", options.method);
+  if (options.noise_scale && options.method != "perturb")
+    throw_invalid("sensitivity", "--noise-scale: only for --method perturb, got {}", options.method);
   const DeviceScope scope = options.run.enter();
   const LoadedModel loaded = load_model(options.model);
   const auto texts = options.text.read();
@@ -72,8 +75,9 @@ void run(const Options& options) {
         adjoint_sensitivities(loaded.model, samples, {.window = options.window.value_or(0), .seed = options.run.seed}, progress);
   } else {
     results.layers = allocators::ratequant::calibrate_layer_sensitivities(
-        loaded.model, loaded.tokenizer, options.samples.num_samples, options.samples.length, options.noise_scale,
-        std::string(device_name(mx::default_device())), {.texts = texts, .seed = options.run.seed, .progress = progress});
+        loaded.model, loaded.tokenizer, options.samples.num_samples, options.samples.length,
+        options.noise_scale.value_or(kNoiseScale), std::string(device_name(mx::default_device())),
+        {.texts = texts, .seed = options.run.seed, .progress = progress});
   }
   clear_progress();
   const auto json = results.units.empty() ? to_json(results.layers) : to_json(results);
@@ -104,9 +108,10 @@ void add_sensitivity(CLI::App& program) {
       ->capture_default_str();
   options->samples.add_to(command);
   command
-      .add_option("--noise-scale", options->noise_scale, "Noise, relative to the standard deviation of the layer's keys (values)")
-      ->check(positive_number())
-      ->capture_default_str();
+      .add_option(
+          "--noise-scale", options->noise_scale,
+          fmt::format("perturb: noise, relative to the standard deviation of the layer's keys (values) (default: {})", kNoiseScale))
+      ->check(positive_number());
   command.add_option("--window", options->window, "adjoint: recent tokens that will be stored exactly (default: 0)")
       ->check(whole_number(0, 65536));
   options->text.add_to(command);

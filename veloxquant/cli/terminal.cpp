@@ -10,6 +10,7 @@
 #include <cstdio>
 
 #include "veloxquant/core/warning.h"
+#include "veloxquant/plan/layer_map.h"
 
 namespace veloxquant::cli {
 namespace {
@@ -104,6 +105,10 @@ std::string table(const std::vector<std::vector<std::string>>& rows) {
     text += line + "\n";
   }
   return text;
+}
+
+std::string unit_name(int layer, Side side, std::optional<int> head) {
+  return fmt::format("{} {}{}", layer_name(layer), to_string(side), head ? fmt::format(" head {}", *head) : "");
 }
 
 std::string bytes_text(std::size_t bytes) {

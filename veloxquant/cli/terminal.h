@@ -1,10 +1,12 @@
 // What commands show a person.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "veloxquant/core/progress.h"
+#include "veloxquant/quantize/registry.h"
 
 namespace veloxquant::cli {
 
@@ -23,6 +25,9 @@ void install_warning_handler();
 
 /// Rows under a header, columns aligned: the first to the left, others to the right.
 std::string table(const std::vector<std::vector<std::string>>& rows);
+
+/// "layer_3 keys head 1"; without a head all of the side.
+std::string unit_name(int layer, Side side, std::optional<int> head);
 
 /// "1.2 MiB" and the like.
 std::string bytes_text(std::size_t bytes);

@@ -26,7 +26,6 @@ constexpr int kPeerSamples = 32, kPeerLength = 512;
 
 // NAME+window keeps these.
 constexpr const char* kWindowSuffix = "+window";
-constexpr int kWindow = 32, kSinks = 4;
 
 struct Request {
   std::string name;
@@ -45,11 +44,12 @@ struct PeerFamily {
 
 // The peer that restores so; bits(context) are its own, without the window.
 Storage restoring_peer(const Request& request, const Restore& keys, const Restore& values, std::function<double(int)> bits) {
-  const ExactTokens exact = request.windowed ? ExactTokens{kWindow, kSinks} : ExactTokens{};
+  const ExactTokens exact = request.windowed ? ExactTokens{kDefaultWindow, kDefaultSinks} : ExactTokens{};
   const CacheFactory factory = [=](int) { return std::make_unique<RestoringCache>(keys, values, exact); };
   if (!request.windowed) return {request.name, factory, bits};
   const double exact_bits = make_quantizer(exact_parameters(Side::kKeys, request.model.config().head_dim))->rate();
-  return {request.name, factory, [=](int context) { return windowed_bits(bits(context), exact_bits, context, kWindow + kSinks); }};
+  return {request.name, factory,
+          [=](int context) { return windowed_bits(bits(context), exact_bits, context, kDefaultWindow + kDefaultSinks); }};
 }
 
 Storage mlx_peer(const Request& request) {

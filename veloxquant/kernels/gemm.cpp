@@ -33,10 +33,14 @@ int piece_of(int size) {
 
 }  // namespace
 
-void gemm(bool transpose_a, bool transpose_b, int m, int n, int k, float alpha, const float* a, int lda, const float* b, int ldb,
-          float beta, float* c, int ldc) {
+void keep_blas_on_one_thread() {
   static const bool single_threaded = (openblas_set_num_threads(1), true);
   (void)single_threaded;
+}
+
+void gemm(bool transpose_a, bool transpose_b, int m, int n, int k, float alpha, const float* a, int lda, const float* b, int ldb,
+          float beta, float* c, int ldc) {
+  keep_blas_on_one_thread();
   // Fortran sees row-major arrays transposed: Cᵀ = op(B)ᵀ · op(A)ᵀ.
   const char first = transpose_b ? 'T' : 'N', second = transpose_a ? 'T' : 'N';
   if (m == 1 && k > 0) {  // one token: the matrix is read once, and copying it into sgemm's order takes 2 to 5 times as long

@@ -10,6 +10,9 @@ namespace veloxquant {
 void gemm(bool transpose_a, bool transpose_b, int m, int n, int k, float alpha, const float* a, int lda, const float* b, int ldb,
           float beta, float* c, int ldc);
 
+/// Keeps BLAS and LAPACK to the calling thread from now on, as gemm() does: results then do not depend on the machine's threads.
+void keep_blas_on_one_thread();
+
 /// Which BLAS does the work, such as "OpenBLAS 0.3.21 (Haswell)".
 std::string blas_description();
 

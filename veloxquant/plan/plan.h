@@ -52,10 +52,16 @@ struct Plan {
   int sinks = 0;                // and so many of the first
   std::vector<UnitPlan> units;  // keys, then values, of layer 0, then of layer 1, …; head by head where they are apart
   Provenance provenance;
-  std::optional<double> predicted_kl;  // nats a token, where sensitivities were measured
+  std::optional<double> predicted_kl;  // nats a token, where it was predicted
 
   bool operator==(const Plan&) const = default;
 };
+
+/// Tokens kept at 8 bits where nothing else is said.
+inline constexpr int kDefaultWindow = 32, kDefaultSinks = 4;
+
+/// Longest context at which a plan may count bits: far beyond any model.
+inline constexpr std::int64_t kMaxContext = 1 << 30;
 
 /// How tokens of the window and sinks are stored: 8-bit codes, with a scale and an offset of 16 bits for each 64 channels.
 QuantizerParameters exact_parameters(Side side, int head_dim);

@@ -24,7 +24,6 @@ constexpr std::int64_t kMaxSize = 1 << 24;
 // As config.json may say; far beyond any model.
 constexpr std::int64_t kMaxLayers = 4096;
 constexpr std::int64_t kMaxHeadDim = 1 << 16;
-constexpr std::int64_t kMaxContext = 1 << 30;
 constexpr std::int64_t kMaxSamples = std::numeric_limits<int>::max();
 
 std::string tensor_name(const UnitPlan& unit, const std::string& name) {

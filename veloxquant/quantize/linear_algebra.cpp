@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "veloxquant/core/error.h"
+#include "veloxquant/kernels/gemm.h"
 
 // LAPACK stores by columns: a symmetric matrix is the same either way, other ones are transposed.
 extern "C" {
@@ -19,6 +20,7 @@ SymmetricEigen symmetric_eigen(SquareMatrix matrix, std::size_t n) {
   const int size = static_cast<int>(n), work_size = std::max(1, 34 * size);
   std::vector<double> work(static_cast<std::size_t>(work_size));
   int info = 0;
+  keep_blas_on_one_thread();
   dsyev_("V", "U", &size, eigen.vectors.data(), &size, eigen.values.data(), work.data(), &work_size, &info);
   if (info != 0) throw_failure("linear algebra", "the eigenvalues of a {} by {} matrix do not converge", n, n);
   return eigen;
@@ -52,6 +54,7 @@ SquareMatrix inverse(const SquareMatrix& matrix, std::size_t n) {
   const int size = static_cast<int>(n);
   std::vector<int> pivots(n);
   int info = 0;
+  keep_blas_on_one_thread();
   // The columns that LAPACK sees are our rows: it inverts the transpose into the transpose.
   dgesv_(&size, &size, a.data(), &size, pivots.data(), result.data(), &size, &info);
   if (info != 0) throw_failure("linear algebra", "a {} by {} matrix has no inverse", n, n);

@@ -5,7 +5,6 @@
 #include <numeric>
 
 #include "veloxquant/core/error.h"
-#include "veloxquant/core/parallel.h"
 #include "veloxquant/core/random.h"
 #include "veloxquant/kernels/gemm.h"
 #include "veloxquant/quantize/half.h"
@@ -17,13 +16,12 @@ namespace {
 constexpr const char* kName = "rotated_pq";
 constexpr int kMaxCentroids = 256, kCodeBits = 8, kMaxPatches = 64;
 constexpr int kPatchBits = 4;
-constexpr float kPatchCentre = 7.5f;  // of codes 0 … 15
-constexpr double kRidge = 0.01;       // of the metric's mean diagonal
+constexpr double kRidge = 0.01;  // of the metric's mean diagonal
 
 // Vectors that K-means looks at: 128 a centroid, as for vecinfer.
 constexpr std::size_t kTrainingRows = 32768;
 
-// Fewer do not fill pairs of tables: training on them is learnt by heart.
+// See stages_for().
 constexpr std::size_t kRowsOfTwoStages = 8192;
 
 // Of one sub-space: its columns of the rotated vector and its codes of the encoded one.
@@ -104,11 +102,6 @@ std::vector<float> to_float(std::span<const double> x) {
   return {x.begin(), x.end()};
 }
 
-// Of a block of tokens.
-std::size_t patches_of(std::size_t patches, std::size_t tokens) {
-  return (patches * tokens + RotatedPqQuantizer::kBlockTokens - 1) / RotatedPqQuantizer::kBlockTokens;
-}
-
 // Place, scale and residuals.
 std::size_t patch_bytes(std::size_t dim) {
   return 3 + (dim * kPatchBits + 7) / 8;
@@ -120,6 +113,20 @@ Tensor matrix_tensor(const SquareMatrix& matrix, std::size_t dim) {
 }
 
 }  // namespace
+
+SquareMatrix ridged_metric(SquareMatrix metric, std::size_t dim) {
+  double trace = 0;
+  for (std::size_t i = 0; i < dim && !metric.empty(); ++i) trace += metric[i * dim + i];
+  const bool silent = !(trace > 0);
+  if (silent) metric.assign(dim * dim, 0.0);
+  for (double& value : metric) value *= silent ? 0.0 : static_cast<double>(dim) / trace;
+  for (std::size_t i = 0; i < dim; ++i) metric[i * dim + i] += silent ? 1.0 : kRidge;
+  return metric;
+}
+
+int stages_for(std::size_t rows) {
+  return rows >= kRowsOfTwoStages ? 2 : 1;
+}
 
 RotatedPqFitter::RotatedPqFitter(std::span<const float> vectors, int dim, ErrorMetric metric, Rotation rotation)
     : vectors_(vectors),
@@ -140,14 +147,8 @@ RotatedPqFitter::RotatedPqFitter(std::span<const float> vectors, int dim, ErrorM
     if (!std::isfinite(value)) throw_invalid(kName, "metric: expected finite values, got {}", value);
 
   // A unit that the model does not listen to has neither a metric nor weights of its own.
-  double trace = 0, total = 0;
-  for (std::size_t i = 0; i < dim_ && !metric_.empty(); ++i) trace += metric_[i * dim_ + i];
-  if (trace <= 0) {
-    metric_.assign(dim_ * dim_, 0.0);
-    trace = 0;
-  }
-  for (double& value : metric_) value *= trace > 0 ? static_cast<double>(dim) / trace : 0.0;
-  for (std::size_t i = 0; i < dim_; ++i) metric_[i * dim_ + i] += trace > 0 ? kRidge : 1.0;
+  metric_ = ridged_metric(std::move(metric_), dim_);
+  double total = 0;
   for (const float weight : weights_) total += weight;
   if (!(total > 0)) weights_.assign(rows, 1.0f), total = static_cast<double>(rows);
 
@@ -288,6 +289,8 @@ RotatedPqQuantizer::RotatedPqQuantizer(const QuantizerParameters& parameters) {
   } catch (const std::runtime_error& error) {
     throw_invalid(kName, "transform: {}", error.what());
   }
+  for (const float value : inverse_)
+    if (!std::isfinite(value)) throw_invalid(kName, "transform: its inverse holds {}", value);
   const auto& codebook = tensor_of(parameters, "codebook", {stages, centroids, dim}).values;
   const auto count = static_cast<std::size_t>(centroids);
   for (const auto& subspace : layout(dim, codes, stages, rotation)) {
@@ -307,19 +310,18 @@ std::size_t RotatedPqQuantizer::encoded_bytes(std::size_t tokens) const {
 void RotatedPqQuantizer::encode(std::span<const float> vectors, std::span<std::uint8_t> encoded) const {
   const std::size_t tokens = vectors.size() / dim_;
   std::vector<float> z(std::min(tokens, kBlockTokens) * dim_), restored(patches_ > 0 ? z.size() : 0);
-  std::vector<std::uint16_t> codes(kBlockTokens);
   std::uint8_t* out = encoded.data();
   for (std::size_t begin = 0; begin < tokens; begin += kBlockTokens) {
     const std::size_t block = std::min(kBlockTokens, tokens - begin);
     rotate(vectors.data() + begin * dim_, block, mean_, transform_, z.data());
-    std::vector<std::uint16_t> wide(block * codes_);
+    std::vector<std::uint16_t> codes(block * codes_);
     std::size_t column = 0, code = 0;
     for (const auto& subspace : subspaces_) {
-      subspace.encode(z.data() + column, block, dim_, wide.data() + code, codes_);
+      subspace.encode(z.data() + column, block, dim_, codes.data() + code, codes_);
       column += static_cast<std::size_t>(subspace.dim());
       code += static_cast<std::size_t>(subspace.stages());
     }
-    std::copy(wide.begin(), wide.end(), out);
+    std::copy(codes.begin(), codes.end(), out);
     if (patches_ > 0) {
       look_up(out, block, restored.data());
       write_patches(z.data(), restored.data(), block, out + block * codes_);
@@ -403,7 +405,7 @@ void RotatedPqQuantizer::add_patches(const std::uint8_t* bytes, std::size_t toke
 std::size_t rotated_pq_bytes(int dim, int codes, int patches, std::size_t tokens) {
   const auto of_block = [&](std::size_t block) {
     return block * static_cast<std::size_t>(codes) +
-           patches_of(static_cast<std::size_t>(patches), block) * patch_bytes(static_cast<std::size_t>(dim));
+           RotatedPqQuantizer::patches_of(static_cast<std::size_t>(patches), block) * patch_bytes(static_cast<std::size_t>(dim));
   };
   constexpr std::size_t kBlock = RotatedPqQuantizer::kBlockTokens;
   return tokens / kBlock * of_block(kBlock) + of_block(tokens % kBlock);
@@ -413,18 +415,19 @@ namespace {
 
 std::vector<double> widths(int dim) {
   std::vector<double> result;
-  for (int codes = 1; codes <= dim && codes * kCodeBits <= 8 * dim; ++codes)
-    result.push_back(static_cast<double>(codes * kCodeBits) / dim);
+  for (int codes = 1; codes <= dim; ++codes) result.push_back(static_cast<double>(codes * kCodeBits) / dim);
   return result;
 }
 
 int codes_of(int dim, double width) {
   check_dim(quantizer_method(kName), dim);
-  const double codes = dim * width / kCodeBits;
-  if (!(codes >= 1 && codes <= dim) || codes != std::floor(codes))
+  const double codes = dim * width / kCodeBits, whole = std::nearbyint(codes);
+  // A width is a quotient, and need not come back as a whole number.
+  constexpr double kRounding = 1e-9;
+  if (!(whole >= 1 && whole <= dim && std::abs(codes - whole) <= kRounding * whole))
     throw_invalid(kName, "{} bits are not a whole number of 8-bit codes for {} values; possible are multiples of {} up to 8", width,
                   dim, 1.0 * kCodeBits / dim);
-  return static_cast<int>(codes);
+  return static_cast<int>(whole);
 }
 
 double rate(int dim, double width) {
@@ -435,7 +438,7 @@ QuantizerParameters fit(std::span<const float> vectors, int dim, const FitOption
   check_vectors(kName, vectors, dim);
   const int codes = codes_of(dim, options.width);
   const auto rows = spread_rows(vectors, dim, kTrainingRows, options.seed);
-  const int stages = rows.size() / static_cast<std::size_t>(dim) >= kRowsOfTwoStages ? 2 : 1;
+  const int stages = stages_for(rows.size() / static_cast<std::size_t>(dim));
   return RotatedPqFitter(rows, dim, {}, Rotation::kFull)
       .fit(options.side, {.codes = codes, .stages = stages, .max_iter = options.max_iter, .seed = options.seed});
 }

@@ -19,6 +19,10 @@ struct ErrorMetric {
   std::vector<float> weights;  // [rows], ≥ 0; empty: all 1
 };
 
+/// G as errors are measured by it: on the scale of a mean diagonal of 1, with 1 % of that added; the identity for a G of zeros, or
+/// an empty one.
+SquareMatrix ridged_metric(SquareMatrix metric, std::size_t dim);
+
 /// How sub-spaces may mix dimensions.
 enum class Rotation {
   kFull,   // any with any
@@ -32,6 +36,9 @@ struct RotatedPqOptions {
   int max_iter = 8;  // of K-means
   std::uint64_t seed = 0;
 };
+
+/// Stages that so many training rows can fill: fewer than 8192 would learn pairs of tables by heart.
+int stages_for(std::size_t rows);
 
 /// Fits rotated_pq to vectors, at several numbers of codes.
 ///
@@ -65,6 +72,12 @@ class RotatedPqQuantizer : public Quantizer {
  public:
   static constexpr std::size_t kBlockTokens = 256;
   static constexpr int kBeam = static_cast<int>(AdditiveCodebook::kBeam);
+  static constexpr float kPatchCentre = 7.5f;  // of patch codes 0 … 15
+
+  /// Patches of a block of so many tokens, where `patches` are those of a whole one: rounded up.
+  static constexpr std::size_t patches_of(std::size_t patches, std::size_t tokens) {
+    return (patches * tokens + kBlockTokens - 1) / kBlockTokens;
+  }
 
   explicit RotatedPqQuantizer(const QuantizerParameters& parameters);
 
