@@ -133,8 +133,10 @@ TEST(RestoringCache, KeepsWindowAndSinks) {
   const auto first = [](const mx::array& x, int begin, int end) { return mx::slice(x, {0, 0, begin, 0}, {1, 2, end, 64}); };
   for (const auto& [window, sinks] : {std::pair(9, 4), std::pair(0, 4), std::pair(5, 0), std::pair(200, 3)}) {
     SCOPED_TRACE(::testing::Message() << "window " << window << ", sinks " << sinks);
-    const auto far_k = mx::concatenate({first(exact.apply(turned), 0, sinks), first(coarse.apply(turned), sinks, kTokens)}, 2),
-               far_v = mx::concatenate({first(exact.apply(v), 0, sinks), first(coarse.apply(v), sinks, kTokens)}, 2);
+    // What leaves a window is coded from what it held.
+    const auto coded = [&, w = window](const mx::array& x) { return coarse.apply(w > 0 ? exact.apply(x) : x); };
+    const auto far_k = mx::concatenate({first(exact.apply(turned), 0, sinks), first(coded(turned), sinks, kTokens)}, 2),
+               far_v = mx::concatenate({first(exact.apply(v), 0, sinks), first(coded(v), sinks, kTokens)}, 2);
     std::optional<NearTokens> near;
     if (window > 0) near = NearTokens{window, exact.apply(turned), exact.apply(v)};
     const auto expected = causal_attention(rope(q, 0), far_k, far_v, spec, near);
@@ -222,13 +224,20 @@ TEST(RestoringCache, PlannedHeadsInAnyChunks) {
   }
 }
 
+TEST(RestoringCache, KeepsTokensAsTheyCameWhereAsked) {
+  const PlannedLayer layer;
+  RestoringCache cache(layer.keys, layer.values, {310, 0, /* eight_bits= */ false});
+  const auto expected = causal_attention(layer.rope(layer.q, 0), layer.rope(layer.k, 0), layer.v, layer.spec);
+  EXPECT_LE(mx::max(mx::abs(mx::subtract(layer.attend(cache, 0, 310), expected))).item<float>(), 1e-5f);
+}
+
 // Where the window reaches back to the first token, all are stored at 8 bits.
 TEST(RestoringCache, NothingIsCodedWithinTheWindow) {
   const PlannedLayer layer;
   RestoringCache windowed(layer.keys, layer.values, {310, 0}), sinks(layer.keys, layer.values, {0, 310});
   const Restore exact = make_restore(exact_parameters(Side::kKeys, 64));
   const auto expected =
-      causal_attention(layer.rope(layer.q, 0), exact.apply(layer.rope(layer.k, 0)), exact.apply(layer.v), layer.spec);
+      causal_attention(layer.rope(layer.q, 0), layer.rope(exact.apply(layer.k), 0), exact.apply(layer.v), layer.spec);
   for (RestoringCache* cache : {&windowed, &sinks})
     EXPECT_LE(mx::max(mx::abs(mx::subtract(layer.attend(*cache, 0, 310), expected))).item<float>(), 1e-5f);
 }

@@ -254,7 +254,7 @@ TEST(AdjointPrediction, RanksUnitsAndWidthsAsMeasuringDoes) {
       const bool keys = unit.side == Side::kKeys;
       const auto stored = demo_model().forward(tokens, demo_model().make_caches([&](int layer) -> std::unique_ptr<AttentionCache> {
         if (layer != unit.layer) return std::make_unique<FullCache>();
-        return std::make_unique<RestoringCache>(keys ? restore : as_it_is, keys ? as_it_is : restore, ExactTokens{32, 4});
+        return std::make_unique<RestoringCache>(keys ? restore : as_it_is, keys ? as_it_is : restore, ExactTokens{32, 4, false});
       }));
       double kl = 0;
       for (int row = 0; row < read; ++row) {

@@ -78,16 +78,18 @@ TEST(Evaluate, EffectiveBitsOfPeers) {
   EXPECT_DOUBLE_EQ(bits("kivi2", 8), (2 + 32.0 / 8 + 3) / 2);  // keys: minimum and step for 8 tokens instead of 32
   EXPECT_DOUBLE_EQ(bits("mlx4+window", 36), 8.5);
   EXPECT_DOUBLE_EQ(bits("mlx4+window", 2048), (36 * 8.5 + 2012 * 4.5) / 2048);
-  EXPECT_DOUBLE_EQ(bits("kivi2+window", 32768), (36 * 8.5 + 32732 * 3.0) / 32768);
+  EXPECT_DOUBLE_EQ(bits("kivi2+window", 32768), (36 * 8.5 + (2 * 32732 + 1023 * 32 + 3 * 32732) / 2.0) / 32768);
   for (const char* name : {"mlx7", "", "+window", "mlx4+", "mlx4+window+window", "vecinfer2+window", "vecinfer3"})
     EXPECT_THROW(peer_storage(name, demo_model()), std::invalid_argument) << name;
 }
 
 TEST(Evaluate, WindowedBits) {
-  EXPECT_DOUBLE_EQ(windowed_bits(2, 8.5, 10, 36), 8.5);
-  EXPECT_DOUBLE_EQ(windowed_bits(2, 8.5, 36, 36), 8.5);
-  EXPECT_DOUBLE_EQ(windowed_bits(2, 8.5, 72, 36), 5.25);
-  EXPECT_DOUBLE_EQ(windowed_bits(2, 8.5, 72, 0), 2);
+  const auto two = [](int) { return 2.0; };
+  EXPECT_DOUBLE_EQ(windowed_bits(two, 8.5, 10, 36), 8.5);
+  EXPECT_DOUBLE_EQ(windowed_bits(two, 8.5, 36, 36), 8.5);
+  EXPECT_DOUBLE_EQ(windowed_bits(two, 8.5, 72, 36), 5.25);
+  EXPECT_DOUBLE_EQ(windowed_bits(two, 8.5, 72, 0), 2);
+  EXPECT_DOUBLE_EQ(windowed_bits([](int coded) { return coded / 10.0; }, 8, 40, 20), 5);  // those of the coded tokens alone
 }
 
 // Every name is made by its own row of the table.

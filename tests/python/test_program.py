@@ -200,7 +200,7 @@ def test_calibrate_gives_each_head_a_width(best_plan, run, demo_model, text):
 
 def test_frontier_and_plan_need_two_files(run, demo_model, tmp_path):
     out = tmp_path / "x.plan"
-    fails(run("calibrate", demo_model, "-o", out, "--frontier", tmp_path / "." / "x.plan"), "--frontier", "another file", out)
+    fails(run("calibrate", demo_model, "-o", out, f"--frontier={tmp_path}/./x.plan"), "--frontier", "another file", out)
     assert not out.exists()
     fails(run("sensitivity", demo_model, "--method", "adjoint", "--noise-scale", 0.1), "--noise-scale", "perturb", "adjoint")
 

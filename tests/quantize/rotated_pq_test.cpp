@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <limits>
+#include <set>
 #include <stdexcept>
 
 #include "tests/quantize/samples.h"
@@ -136,7 +137,7 @@ TEST(RotatedPq, PatchesMendTheWorstVectors) {
     EXPECT_LE(with[row], without[row] * 1.0001);
     mended += with[row] < 0.5 * without[row];
   }
-  EXPECT_EQ(mended, 2 + 2 + 1);  // blocks of 256, 256 and 88 tokens
+  EXPECT_EQ(mended, 2 + 2 + 2);  // blocks of 256, 256 and 88 tokens
   for (const std::size_t row : {3u, 255u, 256u, 400u, 599u}) EXPECT_LT(with[row], 0.05 * without[row]) << row;
 }
 
@@ -149,7 +150,29 @@ TEST(RotatedPq, BytesAreCodesAndPatches) {
   EXPECT_EQ(quantizer->encoded_bytes(0), 0u);
   EXPECT_EQ(quantizer->encoded_bytes(1), 5 + patch);
   EXPECT_EQ(quantizer->encoded_bytes(256), 256 * 5 + 3 * patch);
-  EXPECT_EQ(quantizer->encoded_bytes(600), 600 * 5 + (3 + 3 + 2) * patch);  // 3 · 88 / 256 rounded up
+  EXPECT_EQ(quantizer->encoded_bytes(2), 2 * (5 + patch));
+  EXPECT_EQ(quantizer->encoded_bytes(600), 600 * 5 + 3 * 3 * patch);
+}
+
+// A token that is not patched when it arrives never will be: what a block grows by is encoded without the originals before it.
+TEST(RotatedPq, PatchesOnlyGiveWay) {
+  constexpr int kPatches = 4, kCodes = 3;
+  constexpr std::size_t kPatch = 3 + kDim / 2;
+  const auto vectors = correlated(256, 3);
+  const auto quantizer = make_quantizer(fitted(correlated(2000, 1), {.codes = kCodes, .patches = kPatches}));
+  std::set<int> before;
+  int replaced = 0;
+  for (std::size_t tokens = 1; tokens <= 256; ++tokens) {
+    std::vector<std::uint8_t> encoded(quantizer->encoded_bytes(tokens));
+    quantizer->encode({vectors.data(), tokens * kDim}, encoded);
+    std::set<int> places;
+    for (std::size_t at = tokens * kCodes; at < encoded.size(); at += kPatch) places.insert(encoded[at]);
+    EXPECT_EQ(places.size(), std::min<std::size_t>(tokens, kPatches));
+    for (const int place : places) EXPECT_TRUE(before.count(place) || place == static_cast<int>(tokens) - 1) << tokens;
+    replaced += tokens > kPatches && places != before;
+    before = places;
+  }
+  EXPECT_GT(replaced, 3);
 }
 
 // Sub-spaces of kPlane hold whole planes, and an odd number of codes leaves one sub-space with a single code.

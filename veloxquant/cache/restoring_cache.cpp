@@ -63,6 +63,7 @@ RestoringCache::RestoringCache(Restore keys, Restore values, ExactTokens exact)
     : restore_keys_(std::move(keys)), restore_values_(std::move(values)), exact_(exact) {}
 
 RestoringCache::KeysValues RestoringCache::exactly(const KeysValues& x) {
+  if (!exact_.eight_bits) return x;
   if (!exact_keys_) {
     exact_keys_ = make_restore(exact_parameters(Side::kKeys, x.k.shape(3)));
     exact_values_ = make_restore(exact_parameters(Side::kValues, x.v.shape(3)));
@@ -70,10 +71,9 @@ RestoringCache::KeysValues RestoringCache::exactly(const KeysValues& x) {
   return {exact_keys_->apply(x.k), exact_values_->apply(x.v)};
 }
 
-// Exact copies of the tokens that queries of this call may see in their window.
-std::optional<NearTokens> RestoringCache::remember(const KeysValues& turned) {
+// Tokens that queries of this call may see in their window, keys after RoPE.
+std::optional<NearTokens> RestoringCache::remember(KeysValues near) {
   if (exact_.window == 0) return std::nullopt;
-  auto near = exactly(turned);
   if (recent_) near = {mx::concatenate({recent_->k, near.k}, 2), mx::concatenate({recent_->v, near.v}, 2)};
   const int held = near.k.shape(2), kept = std::min(held, exact_.window - 1);
   recent_ = std::nullopt;
@@ -83,20 +83,25 @@ std::optional<NearTokens> RestoringCache::remember(const KeysValues& turned) {
 
 mx::array RestoringCache::attend(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) {
   const Rope& rope = *spec.rope;
-  const auto queries = rope(q, offset_), turned = rope(k, offset_);
-  const int count = k.shape(2), sinks = std::clamp(exact_.sinks - offset_, 0, count);
+  const bool before_rope = restore_keys_.before_rope;
+  const auto turned = [&](const mx::array& keys, int first) { return before_rope ? rope(keys, first) : keys; };
+  const int count = k.shape(2), first = offset_, sinks = std::clamp(exact_.sinks - first, 0, count);
   offset_ += count;
-  const auto near = remember({turned, v});
+  const auto queries = rope(q, first);
+  KeysValues arrived{before_rope ? k : rope(k, first), v};
+  // What leaves the window is coded from what the window held.
+  if (exact_.window > 0) arrived = exactly(arrived);
+  const auto near = remember({turned(arrived.k, first), arrived.v});
   if (sinks > 0) {
-    const auto first = exactly({tokens(turned, 0, sinks), tokens(v, 0, sinks)});
-    const auto all = stored_.append(first.k, first.v);
+    KeysValues kept{tokens(arrived.k, 0, sinks), tokens(arrived.v, 0, sinks)};
+    if (exact_.window == 0) kept = exactly(kept);
+    const auto all = stored_.append(turned(kept.k, first), kept.v);
     if (sinks == count) return causal_attention(queries, all.first, all.second, spec, near);
   }
-  KeysValues waiting{tokens(restore_keys_.before_rope ? k : turned, sinks, count), tokens(v, sinks, count)};
+  KeysValues waiting{tokens(arrived.k, sinks, count), tokens(arrived.v, sinks, count)};
   if (tail_) waiting = {mx::concatenate({tail_->k, waiting.k}, 2), mx::concatenate({tail_->v, waiting.v}, 2)};
   tail_ = std::nullopt;
-  KeysValues restored{restore_keys_.apply(waiting.k), restore_values_.apply(waiting.v)};
-  if (restore_keys_.before_rope) restored.k = rope(restored.k, stored_.size());
+  const KeysValues restored{turned(restore_keys_.apply(waiting.k), stored_.size()), restore_values_.apply(waiting.v)};
 
   const int group = std::lcm(restore_keys_.token_group, restore_values_.token_group), held = waiting.k.shape(2),
             done = held / group * group;

@@ -19,10 +19,12 @@ struct Restore {
   bool before_rope = false;  // keys: restored as they come, then turned
 };
 
-/// Tokens that are kept exactly, which is at 8 bits (exact_parameters), keys after RoPE: those that a query sees most of.
+/// Tokens that are kept exactly, which is at 8 bits (exact_parameters): those that a query sees most of.  Other tokens are coded
+/// from what the window held of them.
 struct ExactTokens {
-  int window = 0;  // a query sees the last `window` tokens up to its own exactly,
-  int sinks = 0;   // and the first `sinks`
+  int window = 0;          // a query sees the last `window` tokens up to its own exactly,
+  int sinks = 0;           // and the first `sinks`
+  bool eight_bits = true;  // false: as they came, to measure what the coded tokens alone cost
 };
 
 /// Quantises keys and values as they arrive, keeps what is read back in float32 and attends to that: query t sees the keys and
@@ -41,7 +43,7 @@ class RestoringCache : public AttentionCache {
   };
 
   KeysValues exactly(const KeysValues& x);
-  std::optional<NearTokens> remember(const KeysValues& turned);
+  std::optional<NearTokens> remember(KeysValues near);
 
   Restore restore_keys_, restore_values_;
   ExactTokens exact_;

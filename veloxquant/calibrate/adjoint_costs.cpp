@@ -19,6 +19,11 @@ constexpr double kLadderRates[] = {0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0};  // bits
 // included, so that fewer patches never look cheaper.
 constexpr double kLeastShare = 1e-12;
 
+// A set of some tokens may hold no row out.
+const UnitRows& costed_rows(const UnitStatistics& unit) {
+  return unit.held_out.count() > 0 ? unit.held_out : unit.training;
+}
+
 // Of each held-out row, without patches.
 struct RowCosts {
   std::vector<double> nats;    // ½ (gᵀe)²
@@ -28,7 +33,7 @@ struct RowCosts {
 RowCosts row_costs(const UnitStatistics& unit, const QuantizerParameters& quantizer) {
   auto unpatched = quantizer;
   unpatched.numbers["patches"] = 0;
-  const auto& rows = unit.held_out;
+  const auto& rows = costed_rows(unit);
   std::vector<float> restored(rows.vectors.size());
   make_quantizer(unpatched)->restore(rows.vectors, restored);
   const std::size_t dim = static_cast<std::size_t>(quantizer.dim);
@@ -87,7 +92,7 @@ std::vector<int> ladder_codes(int head_dim) {
 
 double predicted_cost(const UnitStatistics& unit, const QuantizerParameters& quantizer, int patches, int samples_counted) {
   const auto costs = row_costs(unit, quantizer);
-  return cost_beyond(costs, by_error(costs), patches, unit.held_out.samples, samples_counted);
+  return cost_beyond(costs, by_error(costs), patches, costed_rows(unit).samples, samples_counted);
 }
 
 namespace {
@@ -129,7 +134,7 @@ CostLadder::CostLadder(const UnitStatistics& unit, Rotation rotation, std::uint6
     codes_.push_back(codes);
     costs_.emplace_back();
     for (std::size_t p = 0; p < std::size(kPatchCounts); ++p) {
-      double cost = cost_beyond(costs, order, kPatchCounts[p], unit.held_out.samples, std::numeric_limits<int>::max());
+      double cost = cost_beyond(costs, order, kPatchCounts[p], costed_rows(unit).samples, std::numeric_limits<int>::max());
       if (p > 0) cost = std::min(cost, costs_.back()[p - 1]);
       if (costs_.size() > 1) cost = std::min(cost, costs_[costs_.size() - 2][p]);
       costs_.back().push_back(cost);

@@ -138,7 +138,7 @@ class Planner {
         const auto factory = [&](int layer) -> std::unique_ptr<AttentionCache> {
           if (layer != unit.layer) return std::make_unique<FullCache>();
           return std::make_unique<RestoringCache>(keys ? restores[k] : as_it_is, keys ? as_it_is : restores[k],
-                                                  ExactTokens{options_.window, options_.sinks});
+                                                  ExactTokens{options_.window, options_.sinks, /* eight_bits= */ false});
         };
         hidden.push_back(model_.forward(tokens, model_.make_caches(factory)));
         mx::eval(hidden.back());

@@ -80,6 +80,8 @@ TokenBatch calibration_samples(const Model& model, const Tokenizer& tokenizer, c
 CalibrationSet calibration_set(const Model& model, const Tokenizer& tokenizer, const std::vector<std::string>& texts,
                                int num_samples, int length, std::uint64_t seed, const ProgressCallback& progress) {
   const int parts = texts.empty() ? 2 : 3, facts = length >= kLeastFactLength && num_samples >= 3 ? num_samples / parts : 0;
+  if (facts == 0)
+    warn(fmt::format("no facts are sown in {} samples of {} tokens: recall is neither taught nor measured", num_samples, length));
   // Before anything is written that takes long.
   const auto given = some_samples(model, tokenizer, texts, std::max(1, num_samples / parts), length);
   CalibrationSet set{TokenBatch(0, length), 0, {}, {}};

@@ -19,7 +19,7 @@ constexpr double kWeightPower = 2.0 / 3;
 constexpr double kRidge = 0.01;  // of the metric's mean diagonal
 
 // Of all rows in memory; the rest lies in a file.
-constexpr std::size_t kRowBytes = std::size_t{64} << 20;
+constexpr std::size_t kRowBytes = std::size_t{64} << 20, kFileBytes = std::size_t{8} << 30;
 
 }  // namespace
 
@@ -35,9 +35,12 @@ UnitStatisticsStore::UnitStatisticsStore(const ModelConfig& config, int num_samp
   if (length <= options.sinks)
     throw_invalid("calibrate", "length: expected samples longer than {} sinks, got {} tokens", options.sinks, length);
   // One of each stretch of a sample; every so many-th row is held out.
-  const std::size_t rows = options.training_rows + options.held_out_rows, usable = static_cast<std::size_t>(length - options.sinks),
-                    count = static_cast<std::size_t>(num_samples), per_sample = std::min((rows + count - 1) / count, usable);
-  const double share = static_cast<double>(options.held_out_rows) / static_cast<double>(rows);
+  const std::size_t affordable = kFileBytes / (metrics_.size() * 2 * static_cast<std::size_t>(dim_) * sizeof(float)),
+                    rows = std::min(options.training_rows + options.held_out_rows, affordable),
+                    usable = static_cast<std::size_t>(length - options.sinks), count = static_cast<std::size_t>(num_samples),
+                    per_sample = std::min((rows + count - 1) / count, usable);
+  const double share =
+      static_cast<double>(options.held_out_rows) / static_cast<double>(options.training_rows + options.held_out_rows);
   for (int sample = 0; sample < num_samples; ++sample) {
     Random random(options.gradients.seed, static_cast<std::uint64_t>(sample));
     for (std::size_t i = 0; i < per_sample; ++i) {

@@ -30,13 +30,13 @@ struct UnitStatistics {
   int head = 0, dim = 0;
   SquareMatrix metric;  // G = E[g gᵀ] over all vectors, [head_dim, head_dim]
   UnitRows training;    // to fit to
-  UnitRows held_out;    // other rows, to predict costs on
+  UnitRows held_out;    // other rows, to predict costs on; none of a set of a few tokens
 };
 
 struct StatisticsOptions {
   GradientOptions gradients;
   int sinks = 0;  // first tokens of each sample that are left out, since they are stored exactly
-  std::size_t training_rows = 49152, held_out_rows = 8192;
+  std::size_t training_rows = 49152, held_out_rows = 8192;  // of a unit; fewer where the file of all would take more than 8 GiB
 };
 
 /// The units of all layers: keys of all heads, then values, of layer 0, then of layer 1, …  Rows lie in a file past a limit.

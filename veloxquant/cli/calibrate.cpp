@@ -19,6 +19,9 @@ namespace {
 constexpr int kSetSamples = 40, kLongestSample = 2048;
 constexpr int kSamples = 32, kSampleLength = 512;
 
+// PLAN with .frontier.json.
+constexpr const char* kBesideThePlan = ".";
+
 struct Options {
   std::string model, output, method = "rotated_pq";
   double bits = 2.0;
@@ -29,7 +32,7 @@ struct Options {
   SampleOptions samples{0, 0};
   TextOptions text;
   RunOptions run;
-  bool json = false, print_frontier = false;
+  bool json = false;
 };
 
 bool is_rotated(const Options& options) {
@@ -47,7 +50,7 @@ Units units_of(const Options& options) {
 }
 
 std::filesystem::path frontier_path(const Options& options) {
-  if (options.frontier && !options.frontier->empty()) return *options.frontier;
+  if (*options.frontier != kBesideThePlan) return *options.frontier;
   return std::filesystem::path(options.output).replace_extension(".frontier.json");
 }
 
@@ -57,7 +60,7 @@ void refuse_options_of_rotated_pq(const Options& options) {
   };
   refuse(options.keys.has_value(), "--keys");
   refuse(options.bytes.has_value(), "--bytes");
-  refuse(options.print_frontier, "--frontier");
+  refuse(options.frontier.has_value(), "--frontier");
   refuse(options.window.value_or(0) != 0, "--window");
   refuse(options.sinks.value_or(0) != 0, "--sinks");
 }
@@ -129,14 +132,14 @@ void report(const Options& options, const AdjointPlan& made, const std::string& 
     auto json = describe_plan(plan);
     if (is_rotated(options))
       json["recall"] = {{"full", optional_number(made.full_recall)}, {"plan", optional_number(made.plan_recall)}};
-    if (options.print_frontier) json["frontier"] = to_json(made.frontier);
+    if (options.frontier) json["frontier"] = to_json(made.frontier);
     return print_json(json);
   }
   print_plan(plan);
   if (made.full_recall && *made.full_recall > 0)
     fmt::print("\nFacts of the calibration text still answered: {:.1f} % of them, {:.1f} % at full precision.\n",
                100 * *made.plan_recall, 100 * *made.full_recall);
-  if (options.print_frontier) {
+  if (options.frontier) {
     print_frontier(made.frontier);
     fmt::print("\nWrote {}.", frontier_file);
   }
@@ -146,8 +149,9 @@ void report(const Options& options, const AdjointPlan& made, const std::string& 
 
 void run(const Options& options) {
   check_writable(options.output);
-  const std::string frontier_file = frontier_path(options).string();
-  if (options.print_frontier) {
+  std::string frontier_file;
+  if (options.frontier) {
+    frontier_file = frontier_path(options).string();
     check_writable(frontier_file);
     if (std::filesystem::weakly_canonical(frontier_file) == std::filesystem::weakly_canonical(options.output))
       throw_invalid("calibrate", "--frontier: expected another file than that of the plan, got {}", frontier_file);
@@ -165,7 +169,7 @@ void run(const Options& options) {
   for (std::size_t i = 0; made.plan.provenance.num_samples > 0 && i < texts.size(); ++i)
     made.plan.provenance.texts.push_back({std::filesystem::path(options.text.files[i]).filename().string(), sha256(texts[i])});
   write_plan(made.plan, options.output);
-  if (options.print_frontier) write_file_atomically(frontier_file, to_json(made.frontier).dump(2) + "\n");
+  if (options.frontier) write_file_atomically(frontier_file, to_json(made.frontier).dump(2) + "\n");
   clear_progress();
   report(options, made, frontier_file);
 }
@@ -209,15 +213,9 @@ void add_calibrate(CLI::App& program) {
       .add_option("--sinks", options->sinks,
                   fmt::format("First tokens that rotated_pq keeps at 8 bits (default: {})", kDefaultSinks))
       ->check(whole_number(0, 65536));
-  command
-      .add_option_function<std::string>(
-          "--frontier",
-          [options](const std::string& file) {
-            options->print_frontier = true;
-            options->frontier = file;
-          },
-          "Also print predicted KL against bits, and save it as JSON (default: PLAN with .frontier.json)")
-      ->expected(0, 1);
+  // A flag, so that only = gives it a value: the word after it may be the model.
+  command.add_flag(fmt::format("--frontier{{{}}}", kBesideThePlan), options->frontier,
+                   "Also print predicted KL against bits, and save it as JSON beside the plan, or --frontier=FILE");
   options->samples.add_to(command, "40 of up to 2048 tokens; other methods than rotated_pq: 32 of 512");
   options->text.add_to(command);
   options->run.add_to(command);

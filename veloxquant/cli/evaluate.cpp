@@ -50,11 +50,10 @@ TokenBatch windows_of(const Options& options, const LoadedModel& loaded, int len
 }
 
 // Full precision first.
-std::vector<Storage> storages_of(const Options& options, const Model& model, const ProgressCallback& progress) {
+std::vector<Storage> storages_of_plans(const Options& options, const Model& model) {
   std::vector<Storage> storages = {full_storage()};
   for (const auto& path : options.plans)
     storages.push_back(plan_storage(std::filesystem::path(path).filename().string(), read_plan_for(model, options.model, path)));
-  for (const auto& name : options.peers) storages.push_back(peer_storage(name, model, progress));
   return storages;
 }
 
@@ -111,8 +110,10 @@ void run(const Options& options) {
             length = options.length > 0 ? options.length : std::min(longest, kLongestWindow);
   if (length > longest) throw_invalid("evaluate", "length: expected at most {} (the model's maximum), got {}", longest, length);
   const auto progress = terminal_progress();
-  const auto storages = storages_of(options, loaded.model, progress);
+  // Plans and texts are read before anything that takes long.
+  auto storages = storages_of_plans(options, loaded.model);
   const TokenBatch windows = windows_of(options, loaded, length, progress);
+  for (const auto& name : options.peers) storages.push_back(peer_storage(name, loaded.model, progress));
   const auto documents = [&](Wording wording) {
     return options.recall > 0 ? make_recall_documents(loaded.tokenizer, windows.tokens, options.recall, length, options.run.seed,
                                                       wording, progress)

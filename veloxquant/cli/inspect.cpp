@@ -61,10 +61,10 @@ void print_units_at_stake(const Plan& plan) {
 std::string samples_text(const Provenance& from) {
   if (from.num_samples == 0) return "without samples, which would not change it";
   std::vector<std::string> names;
+  // rotated_pq mixes the user's texts with the model's own (calibration_set).
+  if (from.texts.empty() || from.method == "rotated_pq") names.push_back("the model's own text");
   for (const auto& text : from.texts) names.push_back(text.name);
-  return fmt::format("on {}: {} samples of {} tokens",
-                     names.empty() ? "the model's own text" : fmt::format("{}", fmt::join(names, ", ")), from.num_samples,
-                     from.sequence_length);
+  return fmt::format("on {}: {} samples of {} tokens", fmt::join(names, ", "), from.num_samples, from.sequence_length);
 }
 
 }  // namespace

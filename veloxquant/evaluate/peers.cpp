@@ -49,7 +49,7 @@ Storage restoring_peer(const Request& request, const Restore& keys, const Restor
   if (!request.windowed) return {request.name, factory, bits};
   const double exact_bits = make_quantizer(exact_parameters(Side::kKeys, request.model.config().head_dim))->rate();
   return {request.name, factory,
-          [=](int context) { return windowed_bits(bits(context), exact_bits, context, kDefaultWindow + kDefaultSinks); }};
+          [=](int context) { return windowed_bits(bits, exact_bits, context, kDefaultWindow + kDefaultSinks); }};
 }
 
 Storage mlx_peer(const Request& request) {
@@ -139,9 +139,9 @@ Storage peer_storage(const std::string& name, const Model& model, const Progress
   throw_invalid("evaluate", "unknown peer \"{}\"; there are {}", name, fmt::join(peer_names(), ", "));
 }
 
-double windowed_bits(double bits, double exact_bits, int context, int exact_tokens) {
-  const double kept = std::min(context, exact_tokens);
-  return (kept * exact_bits + (context - kept) * bits) / context;
+double windowed_bits(const std::function<double(int)>& bits, double exact_bits, int context, int exact_tokens) {
+  const int kept = std::min(context, exact_tokens), coded = context - kept;
+  return (kept * exact_bits + (coded > 0 ? coded * bits(coded) : 0.0)) / context;
 }
 
 }  // namespace veloxquant

@@ -43,7 +43,7 @@ Storage peer_storage(const std::string& name, const Model& model, const Progress
 std::vector<std::string> peer_names();
 
 /// Bits per element where `exact_tokens` of `context` tokens take exact_bits (exact_parameters: 8.5 with heads of 64, 128, …) and
-/// the others `bits`.
-double windowed_bits(double bits, double exact_bits, int context, int exact_tokens);
+/// the others, n of them, bits(n).
+double windowed_bits(const std::function<double(int)>& bits, double exact_bits, int context, int exact_tokens);
 
 }  // namespace veloxquant

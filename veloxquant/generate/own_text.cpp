@@ -13,8 +13,23 @@
 namespace veloxquant {
 namespace {
 
-// Sequences decoded together: enough to keep the matrix products busy, few enough that their keys and values stay small.
+// Sequences decoded together: enough to keep the matrix products busy,
 constexpr int kBatch = 32;
+
+// and few enough that their keys and values stay within this.
+std::size_t cache_budget() {
+  return mx::default_device() == mx::Device::gpu ? std::size_t{16} << 30 : std::size_t{768} << 20;
+}
+
+// As even as batches within both limits can be.
+int batch_size(const ModelConfig& config, int num_samples, int length) {
+  const std::size_t bytes = 2 * sizeof(float) * static_cast<std::size_t>(config.num_layers) *
+                            static_cast<std::size_t>(config.num_kv_heads) * static_cast<std::size_t>(config.head_dim) *
+                            static_cast<std::size_t>(length);
+  const int most = static_cast<int>(std::clamp<std::size_t>(cache_budget() / bytes, 1, kBatch)),
+            batches = (num_samples + most - 1) / most;
+  return (num_samples + batches - 1) / batches;
+}
 
 int first_token(const ModelConfig& config) {
   const auto token = config.bos_token_id ? config.bos_token_id : config.eos_token_id;
@@ -48,9 +63,10 @@ TokenBatch generate_own_text(const Model& model, int num_samples, int length, st
     throw_invalid("own text", "expected a length of 1 to {} (the model's maximum), got {}", longest, length);
   TokenBatch samples(num_samples, length);
   ProgressStage stage(progress, "writing own text", static_cast<std::size_t>(num_samples) * length);
-  for (int first = 0; first < num_samples; first += kBatch) {
+  const int batch = batch_size(model.config(), num_samples, length);
+  for (int first = 0; first < num_samples; first += batch) {
     const auto key = mx::random::key(Random(seed, static_cast<std::uint64_t>(first)).next());
-    decode_batch(model, std::min(kBatch, num_samples - first), key, samples, first, stage);
+    decode_batch(model, std::min(batch, num_samples - first), key, samples, first, stage);
   }
   return samples;
 }

@@ -1,6 +1,7 @@
 // Method "rotated_pq": product quantisation in a basis in which errors cost alike.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -66,18 +67,18 @@ class RotatedPqFitter {
   std::vector<double> variances_;  // kFull: of those columns
 };
 
-/// Encoded: in blocks of 256 tokens, the codes [tokens, codes] of one byte, then ⌈patches · tokens / 256⌉ patches of those vectors
-/// of the block that lost most by the metric: place in the block (1 byte), scale (half), and 4-bit residuals in the metric's basis.
+/// Encoded: in blocks of 256 tokens, the codes [tokens, codes] of one byte, then the patches of those `patches` vectors of the
+/// block that lost most by the metric: place in the block (1 byte), scale (half), and 4-bit residuals in the metric's basis.  A
+/// block that still grows has as many, so that it can be encoded as tokens come: a vector that loses more than one of those patched
+/// takes its place, and no original is needed again.
 class RotatedPqQuantizer : public Quantizer {
  public:
   static constexpr std::size_t kBlockTokens = 256;
   static constexpr int kBeam = static_cast<int>(AdditiveCodebook::kBeam);
   static constexpr float kPatchCentre = 7.5f;  // of patch codes 0 … 15
 
-  /// Patches of a block of so many tokens, where `patches` are those of a whole one: rounded up.
-  static constexpr std::size_t patches_of(std::size_t patches, std::size_t tokens) {
-    return (patches * tokens + kBlockTokens - 1) / kBlockTokens;
-  }
+  /// Patches of a block of so many tokens, where `patches` are those of a whole one.
+  static constexpr std::size_t patches_of(std::size_t patches, std::size_t tokens) { return std::min(patches, tokens); }
 
   explicit RotatedPqQuantizer(const QuantizerParameters& parameters);
 
