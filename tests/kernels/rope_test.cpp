@@ -35,7 +35,7 @@ std::size_t token_major_size(const RopeShape& shape) {
 
 std::vector<float> turned(const RopeShape& shape, const std::vector<float>& x, std::ptrdiff_t offset) {
   std::vector<float> out(x.size());
-  rope(shape, contiguous(shape, x.data()), frequencies_of(shape.head_dim), offset, contiguous(shape, out.data()));
+  rope(shape, contiguous(shape, x.data()), frequencies_of(shape.head_dim), 1.0f, offset, contiguous(shape, out.data()));
   return out;
 }
 
@@ -48,7 +48,8 @@ TEST(Rope, EqualsReference) {
           const RopeShape shape{2, 3, tokens, dim};
           const auto x = normal_values(2 * 3 * tokens * dim, dim);
           std::vector<float> expected(x.size());
-          reference::rope(shape, contiguous(shape, x.data()), frequencies_of(dim), offset, contiguous(shape, expected.data()));
+          reference::rope(shape, contiguous(shape, x.data()), frequencies_of(dim), 1.0f, offset,
+                          contiguous(shape, expected.data()));
           testing::expect_near(turned(shape, x, offset), expected, 1e-6);
         }
       }
@@ -66,10 +67,10 @@ TEST(Rope, StridesOfInputAndOutput) {
       for (std::size_t t = 0; t < 37; ++t) std::copy_n(view.at(b, h, t), 20, contiguous(shape, packed.data()).at(b, h, t));
   const auto expected = turned(shape, packed, 11);
 
-  rope(shape, view, frequencies_of(20), 11, contiguous(shape, from_strided.data()));
+  rope(shape, view, frequencies_of(20), 1.0f, 11, contiguous(shape, from_strided.data()));
   EXPECT_EQ(from_strided, expected);
 
-  rope(shape, contiguous(shape, static_cast<const float*>(packed.data())), frequencies_of(20), 11,
+  rope(shape, contiguous(shape, static_cast<const float*>(packed.data())), frequencies_of(20), 1.0f, 11,
        token_major(shape, to_strided.data()));
   const auto written = token_major(shape, to_strided.data());
   for (std::size_t b = 0; b < 2; ++b)
@@ -84,8 +85,27 @@ TEST(Rope, InPlace) {
   const RopeShape shape{1, 2, 40, 66};
   auto x = normal_values(2 * 40 * 66, 4);
   const auto expected = turned(shape, x, 9);
-  rope(shape, contiguous(shape, static_cast<const float*>(x.data())), frequencies_of(66), 9, contiguous(shape, x.data()));
+  rope(shape, contiguous(shape, static_cast<const float*>(x.data())), frequencies_of(66), 1.0f, 9, contiguous(shape, x.data()));
   EXPECT_EQ(x, expected);
+}
+
+// Some dimensions, lengthened; what does not turn stays as it is.
+TEST(Rope, PartOfAHead) {
+  const RopeShape shape{2, 3, 40, 96};
+  const auto x = normal_values(2 * 3 * 40 * 96, 5);
+  testing::for_each_target([&] {
+    for (const std::size_t dims : {0, 2, 24, 64, 96}) {
+      const auto frequencies = frequencies_of(dims);
+      std::vector<float> actual(x.size()), expected(x.size());
+      rope(shape, contiguous(shape, x.data()), frequencies, 1.25f, 7, contiguous(shape, actual.data()));
+      reference::rope(shape, contiguous(shape, x.data()), frequencies, 1.25f, 7, contiguous(shape, expected.data()));
+      testing::expect_near(actual, expected, 2e-6);
+      for (std::size_t row = 0; row < x.size(); row += 96)
+        EXPECT_TRUE(std::equal(x.begin() + static_cast<std::ptrdiff_t>(row + dims),
+                               x.begin() + static_cast<std::ptrdiff_t>(row + 96),
+                               actual.begin() + static_cast<std::ptrdiff_t>(row + dims)));
+    }
+  });
 }
 
 // A turn keeps lengths, and q·k depends on the distance of positions alone: what attention needs of it.

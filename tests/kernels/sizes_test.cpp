@@ -7,6 +7,7 @@
 #include "tests/kernels/every_target.h"
 #include "veloxquant/kernels/attention.h"
 #include "veloxquant/kernels/divergence.h"
+#include "veloxquant/kernels/gate.h"
 #include "veloxquant/kernels/gaussian_noise.h"
 #include "veloxquant/kernels/hadamard.h"
 #include "veloxquant/kernels/linear.h"
@@ -14,7 +15,6 @@
 #include "veloxquant/kernels/rms_norm.h"
 #include "veloxquant/kernels/rope.h"
 #include "veloxquant/kernels/sampling.h"
-#include "veloxquant/kernels/silu_gate.h"
 
 namespace veloxquant {
 namespace {
@@ -54,11 +54,11 @@ const std::vector<std::pair<const char*, std::function<std::vector<float>(std::s
          rms_norm_backward(x.data(), weight.data(), out.data(), out.data(), rows, kDim, 1e-5f);
          return out.values();
        }},
-      {"silu_gate",
+      {"gate",
        [](std::size_t rows, std::size_t off) {
          Shifted joined(rows * 2 * kDim, off, 1), out(rows * kDim, off, 2), gradient(rows * 2 * kDim, off, 3);
-         silu_gate_joined(joined.data(), out.data(), rows, kDim);
-         silu_gate_joined_backward(joined.data(), out.data(), gradient.data(), rows, kDim);
+         gate_joined(Activation::kGelu, joined.data(), out.data(), rows, kDim);
+         gate_joined_backward(Activation::kGelu, joined.data(), out.data(), gradient.data(), rows, kDim);
          return gradient.values();
        }},
       {"linear",
@@ -73,7 +73,7 @@ const std::vector<std::pair<const char*, std::function<std::vector<float>(std::s
        [](std::size_t rows, std::size_t off) {
          Shifted x(2 * rows * 36, off, 1), out(2 * rows * 36, off, 2);
          const std::vector<float> frequencies(18, 0.3f);
-         rope({1, 2, rows, 36}, view(x, rows, 36), frequencies, 3, heads(out, rows, 36));
+         rope({1, 2, rows, 36}, view(x, rows, 36), frequencies, 1.0f, 3, heads(out, rows, 36));
          return out.values();
        }},
       {"attention",

@@ -9,6 +9,7 @@
 #include "mlx/random.h"
 #include "mlx/transforms.h"
 #include "veloxquant/model/cpu_operation.h"
+#include "veloxquant/model/experts.h"
 #include "veloxquant/model/rope.h"
 
 namespace veloxquant {
@@ -70,17 +71,70 @@ TEST(Ops, LinearBackwardIsTheGradient) {
   EXPECT_LE(largest_difference(ours, linear.backward(gradient)), 1e-5f);
 }
 
-TEST(Ops, SiluGate) {
+TEST(Ops, Gate) {
   Linear gate_up;
   gate_up.add(matrix(12, 17, 1), std::nullopt);
   gate_up.add(matrix(12, 17, 2), std::nullopt);
-  expect_equals_mlx({normal({2, 5, 17}, 3)}, [&](const auto& x) { return silu_gate(gate_up, x[0]); });
+  for (const auto activation : {Activation::kSilu, Activation::kGelu})
+    expect_equals_mlx({normal({2, 5, 17}, 3)}, [&](const auto& x) { return gate(activation, gate_up, x[0]); });
+}
+
+// Parts of one tensor are maps of their own.
+TEST(Ops, LinearOfParts) {
+  const Matrix whole = matrix(24, 17, 1);
+  Linear one, parts;
+  one.add(whole, std::nullopt);
+  for (const auto& [begin, end] : {std::pair(0, 5), std::pair(5, 6), std::pair(6, 24)})
+    parts.add(whole.part(begin, end), std::nullopt);
+  const auto x = normal({3, 17}, 2);
+  EXPECT_LE(largest_difference(one(x), parts(x)), 1e-6f);
+  EXPECT_EQ(parts.parts(x)[1].shape(), (mx::Shape{3, 1}));
+  const MlxOperationsScope scope;
+  EXPECT_LE(largest_difference(one(x), parts(x)), 1e-5f);
+}
+
+TEST(Ops, Experts) {
+  std::vector<Expert> experts;
+  for (std::uint64_t i = 0; i < 5; ++i)
+    experts.push_back({matrix(12, 16, 3 * i), matrix(12, 16, 3 * i + 1), matrix(16, 12, 3 * i + 2)});
+  Linear router;
+  router.add(matrix(5, 16, 99), std::nullopt);
+  for (const bool normalized : {false, true}) {
+    for (const int per_token : {1, 2, 5}) {
+      const ExpertsConfig config{.count = 5, .per_token = per_token, .intermediate_size = 12, .normalized = normalized};
+      const Experts mixture(router, experts, config, Activation::kSilu);
+      expect_equals_mlx({normal({2, 9, 16}, 3)}, [&](const auto& x) { return mixture(x[0]); });
+    }
+  }
+}
+
+// What mx::quantize packs is read as it restores it, on our kernels and on MLX's.
+TEST(Ops, PackedMatrices) {
+  const auto values = normal({24, 64}, 1);
+  for (const int bits : {2, 3, 4, 5, 6, 8}) {
+    const auto packed = mx::quantize(values, 32, bits);
+    const Matrix matrix(PackedMatrix{packed[0], packed[1], packed[2], {"affine", 32, bits}});
+    EXPECT_EQ(matrix.rows(), 24);
+    EXPECT_EQ(matrix.columns(), 64);
+    const auto restored = mx::dequantize(packed[0], packed[1], packed[2], 32, bits);
+    EXPECT_EQ(largest_difference(mx::array(matrix.data(), {24, 64}), restored), 0.0f);
+    EXPECT_EQ(largest_difference(mx::array(matrix.part(3, 9).data(), {6, 64}), mx::slice(restored, {3, 0}, {9, 64})), 0.0f);
+    Linear linear;
+    linear.add(matrix, std::nullopt);
+    expect_equals_mlx({normal({3, 64}, 2)}, [&](const auto& x) { return linear(x[0]); });
+  }
 }
 
 TEST(Ops, Rope) {
-  const Rope rope({.theta = 100.0}, 16);
-  for (const int offset : {0, 77})
-    expect_equals_mlx({normal({2, 3, 50, 16}, 1)}, [&](const auto& x) { return rope(x[0], offset); });
+  RopeConfig config;
+  config.theta = 100;
+  for (const int dims : {16, 6, 0}) {
+    config.dims = dims;
+    config.magnitude = dims == 6 ? 1.25 : 1;
+    const Rope rope(config, 16);
+    for (const int offset : {0, 77})
+      expect_equals_mlx({normal({2, 3, 50, 16}, 1)}, [&](const auto& x) { return rope(x[0], offset); });
+  }
 }
 
 TEST(Ops, Embed) {

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tiny_models import CONFIGS, load_mlx_lm, write_model
+from tiny_models import CONFIGS, WINDOWS_OF_CONFIG, load_mlx_lm, windowed, write_model
 
 # Float32 sums in another order: relative to the range of the logits.
 TOLERANCE = 1e-4
@@ -21,8 +21,11 @@ def our_logits(tools, folder, tokens, tmp_path, chunk=0):
     return load_file(result)["logits"]
 
 
-def their_logits(folder, tokens):
-    return np.array(load_mlx_lm(folder)(mx.array(tokens)))
+def their_logits(folder, tokens, slides=None):
+    model = load_mlx_lm(folder)
+    if slides:
+        model = windowed(model, slides, json.loads((folder / "config.json").read_text())["sliding_window"])
+    return np.array(model(mx.array(tokens)))
 
 
 def assert_same(ours, theirs):
@@ -40,7 +43,7 @@ def test_every_family(name, batch, tools, tmp_path):
     folder = write_model(tmp_path / name, name)
     # 100 tokens: past the 64 that the llama3 scaling takes for the original length
     tokens = random_tokens(batch, 100)
-    theirs = their_logits(folder, tokens)
+    theirs = their_logits(folder, tokens, WINDOWS_OF_CONFIG.get(name))
     assert_same(our_logits(tools, folder, tokens, tmp_path), theirs)
     assert_same(our_logits(tools, folder, tokens, tmp_path, chunk=33), theirs)
 

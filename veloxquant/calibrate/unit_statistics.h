@@ -36,7 +36,7 @@ struct UnitStatistics {
 struct StatisticsOptions {
   GradientOptions gradients;
   int sinks = 0;  // first tokens of each sample that are left out, since they are stored exactly
-  std::size_t training_rows = 49152, held_out_rows = 8192;  // of a unit; fewer where the file of all would take more than 8 GiB
+  std::size_t training_rows = 40960, held_out_rows = 16384;  // of a unit; fewer where the file of all would take more than 8 GiB
 };
 
 /// The units of all layers: keys of all heads, then values, of layer 0, then of layer 1, …  Rows lie in a file past a limit.

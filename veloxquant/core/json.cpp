@@ -87,6 +87,11 @@ bool JsonObject::has(std::string_view field) const {
   return found != json_.end() && !found->is_null();
 }
 
+bool JsonObject::is_null(std::string_view field) const {
+  const auto found = json_.find(field);
+  return found != json_.end() && found->is_null();
+}
+
 const json& JsonObject::at(std::string_view field) const {
   const auto found = json_.find(field);
   if (found == json_.end()) throw_failure("json", "{}: no field {}", where_, field);

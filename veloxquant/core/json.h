@@ -31,6 +31,9 @@ class JsonObject {
   /// Whether the field is there and not null.
   bool has(std::string_view field) const;
 
+  /// Whether the field is there, and null.
+  bool is_null(std::string_view field) const;
+
   std::int64_t integer(std::string_view field, std::int64_t min = std::numeric_limits<std::int64_t>::min(),
                        std::int64_t max = std::numeric_limits<std::int64_t>::max()) const;
   std::int64_t integer_or(std::string_view field, std::int64_t otherwise, std::int64_t min, std::int64_t max) const;

@@ -60,9 +60,9 @@ struct Turn {
 
 }  // namespace
 
-void rope(const RopeShape& shape, StridedView x, std::span<const float> frequencies, std::ptrdiff_t offset,
+void rope(const RopeShape& shape, StridedView x, std::span<const float> frequencies, float magnitude, std::ptrdiff_t offset,
           MutableStridedView out) {
-  const std::size_t half = shape.head_dim / 2;
+  const std::size_t half = frequencies.size(), rest = shape.head_dim - 2 * half;
   // Trigonometry is slow: a position is turned from the begin of its block by one of these, by the addition theorems.
   std::vector<Turn> steps;
   for (std::size_t i = 0; i < std::min(kBlockTokens, shape.tokens); ++i) steps.emplace_back(frequencies, static_cast<double>(i));
@@ -72,12 +72,17 @@ void rope(const RopeShape& shape, StridedView x, std::span<const float> frequenc
     for (std::size_t t = begin; t < end; ++t) {
       const Turn& step = steps[t - begin];
       for (std::size_t i = 0; i < half; ++i) {
-        cosines[i] = static_cast<float>(start.cosines[i] * step.cosines[i] - start.sines[i] * step.sines[i]);
-        sines[i] = static_cast<float>(start.sines[i] * step.cosines[i] + start.cosines[i] * step.sines[i]);
+        cosines[i] = static_cast<float>(magnitude * (start.cosines[i] * step.cosines[i] - start.sines[i] * step.sines[i]));
+        sines[i] = static_cast<float>(magnitude * (start.sines[i] * step.cosines[i] + start.cosines[i] * step.sines[i]));
       }
-      for (std::size_t b = 0; b < shape.batch; ++b)
-        for (std::size_t h = 0; h < shape.heads; ++h)
-          HWY_DYNAMIC_DISPATCH(rope_vector)(x.at(b, h, t), cosines.data(), sines.data(), out.at(b, h, t), half);
+      for (std::size_t b = 0; b < shape.batch; ++b) {
+        for (std::size_t h = 0; h < shape.heads; ++h) {
+          const float* from = x.at(b, h, t);
+          float* to = out.at(b, h, t);
+          HWY_DYNAMIC_DISPATCH(rope_vector)(from, cosines.data(), sines.data(), to, half);
+          if (from != to) std::copy_n(from + 2 * half, rest, to + 2 * half);
+        }
+      }
     }
   });
 }

@@ -4,9 +4,9 @@
 
 namespace veloxquant::reference {
 
-void rope(const RopeShape& shape, StridedView x, std::span<const float> frequencies, std::ptrdiff_t offset,
+void rope(const RopeShape& shape, StridedView x, std::span<const float> frequencies, float magnitude, std::ptrdiff_t offset,
           MutableStridedView out) {
-  const std::size_t half = shape.head_dim / 2;
+  const std::size_t half = frequencies.size();
   for (std::size_t b = 0; b < shape.batch; ++b) {
     for (std::size_t h = 0; h < shape.heads; ++h) {
       for (std::size_t t = 0; t < shape.tokens; ++t) {
@@ -15,9 +15,10 @@ void rope(const RopeShape& shape, StridedView x, std::span<const float> frequenc
         for (std::size_t i = 0; i < half; ++i) {
           const double angle = static_cast<double>(offset + static_cast<std::ptrdiff_t>(t)) * frequencies[i];
           const double first = in[i], second = in[i + half];
-          result[i] = static_cast<float>(first * std::cos(angle) - second * std::sin(angle));
-          result[i + half] = static_cast<float>(first * std::sin(angle) + second * std::cos(angle));
+          result[i] = static_cast<float>(magnitude * (first * std::cos(angle) - second * std::sin(angle)));
+          result[i + half] = static_cast<float>(magnitude * (first * std::sin(angle) + second * std::cos(angle)));
         }
+        for (std::size_t i = 2 * half; i < shape.head_dim; ++i) result[i] = in[i];
       }
     }
   }

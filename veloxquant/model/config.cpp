@@ -3,6 +3,8 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/file.h"
@@ -24,6 +26,33 @@ int size(const JsonObject& json, std::string_view field, std::int64_t max = kMax
   return static_cast<int>(json.integer(field, 1, max));
 }
 
+// Models that keep something else than keys and values of every token are told apart by these fields.
+void refuse_other_states(const JsonObject& json) {
+  struct Sign {
+    const char *field, *what;
+  };
+  constexpr Sign kSigns[] = {{"kv_lora_rank", "multi-head latent attention (MLA)"},
+                             {"ssm_cfg", "state-space layers"},
+                             {"state_size", "state-space layers"},
+                             {"mamba_d_state", "Mamba layers"},
+                             {"mamba_num_heads", "Mamba layers"},
+                             {"hybrid_override_pattern", "hybrid layers"},
+                             {"linear_num_value_heads", "linear-attention layers"},
+                             {"lru_width", "recurrent layers"}};
+  for (const auto& [field, what] : kSigns)
+    if (json.has(field))
+      throw_failure("config", "{}: {}: {} are not supported: expected layers that store keys and values of every token",
+                    json.where(), field, what);
+  for (const char* field : {"layer_types", "layers_block_type", "block_types"}) {
+    if (!json.has(field) || !json.at(field).is_array()) continue;
+    const auto& types = json.at(field);
+    for (std::size_t i = 0; i < types.size(); ++i)
+      if (types[i] != "full_attention" && types[i] != "sliding_attention" && types[i] != "attention")
+        throw_failure("config", "{}: {}[{}]: expected \"full_attention\" or \"sliding_attention\", got {}", json.where(), field, i,
+                      types[i].dump());
+  }
+}
+
 const Family& family_of(const JsonObject& json) {
   const std::string model_type = json.string("model_type");
   std::vector<std::string_view> names;
@@ -32,31 +61,6 @@ const Family& family_of(const JsonObject& json) {
     names.push_back(family.model_type);
   }
   json.refuse("model_type", fmt::format("one of {}", fmt::join(names, ", ")));
-}
-
-// transformers before 5: rope_theta and rope_scaling at the top; since then both in rope_parameters.
-RopeConfig read_rope(const JsonObject& json) {
-  RopeConfig rope;
-  rope.theta = json.number_or("rope_theta", rope.theta, 1e-3, 1e12);
-  const char* field = json.has("rope_parameters") ? "rope_parameters" : "rope_scaling";
-  if (!json.has(field)) return rope;
-  const JsonObject scaling = json.object(field);
-  rope.theta = scaling.number_or("rope_theta", rope.theta, 1e-3, 1e12);
-  const char* type_field = scaling.has("rope_type") ? "rope_type" : "type";
-  const std::string type = scaling.string_or(type_field, "default");
-  if (type == "default") return rope;
-  if (type != "linear" && type != "llama3") scaling.refuse(type_field, "\"default\", \"linear\" or \"llama3\"");
-  rope.factor = scaling.number("factor", 1e-3, 1e6);
-  rope.scaling = RopeConfig::Scaling::kLinear;
-  if (type == "llama3") {
-    rope.scaling = RopeConfig::Scaling::kLlama3;
-    rope.low_freq_factor = scaling.number_or("low_freq_factor", rope.low_freq_factor, 1e-6, 1e6);
-    rope.high_freq_factor = scaling.number_or("high_freq_factor", rope.high_freq_factor, 1e-6, 1e6);
-    if (rope.high_freq_factor <= rope.low_freq_factor) scaling.refuse("high_freq_factor", "more than low_freq_factor");
-    rope.original_max_position_embeddings = static_cast<int>(
-        scaling.integer_or("original_max_position_embeddings", rope.original_max_position_embeddings, 1, kMaxSize));
-  }
-  return rope;
 }
 
 // A list of ids (several ends of text) counts by its first.
@@ -73,15 +77,53 @@ std::optional<int> read_token(const JsonObject& json, std::string_view field, in
 }
 
 void refuse_unsupported(const JsonObject& json) {
-  if (json.string_or("hidden_act", "silu") != "silu") json.refuse("hidden_act", "\"silu\"");
-  if (json.number_or("partial_rotary_factor", 1.0, 0.0, 1.0) != 1.0) json.refuse("partial_rotary_factor", "1");
-  if (json.has("quantization")) json.refuse("quantization", "none: weights in F32, F16 or BF16");
-  if (json.has("quantization_config")) json.refuse("quantization_config", "none: weights in F32, F16 or BF16");
-  if (!json.has("layer_types")) return;
-  const auto& types = json.at("layer_types");
-  if (!types.is_array()) json.refuse("layer_types", "a list");
-  for (const auto& type : types)
-    if (type != "full_attention") json.refuse("layer_types", "only \"full_attention\"");
+  if (json.boolean_or("rope_traditional", false)) json.refuse("rope_traditional", "false: halves of a head turn together");
+  if (json.has("quantization_config") && !json.has("quantization"))
+    json.refuse("quantization_config", "none: weights in F32, F16 or BF16, or packed by mlx_lm (\"quantization\")");
+}
+
+Activation read_activation(const JsonObject& json) {
+  const char* field = json.has("hidden_activation") ? "hidden_activation" : "hidden_act";
+  const std::string name = json.string_or(field, "silu");
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu_pytorch_tanh" || name == "gelu_new") return Activation::kGelu;
+  json.refuse(field, "\"silu\", \"gelu_pytorch_tanh\" or \"gelu_new\"");
+}
+
+PackingConfig read_packing(const JsonObject& json, const PackingConfig& otherwise) {
+  PackingConfig packing;
+  packing.mode = json.string_or("mode", otherwise.mode);
+  packing.group_size = static_cast<int>(json.integer_or("group_size", otherwise.group_size, 1, 1 << 16));
+  packing.bits = static_cast<int>(json.integer_or("bits", otherwise.bits, 1, 64));
+  const auto one_of = [&](const char* field, int value, std::vector<int> accepted) {
+    if (std::find(accepted.begin(), accepted.end(), value) == accepted.end())
+      json.refuse(field, fmt::format("one of {} in mode \"{}\"", fmt::join(accepted, ", "), packing.mode));
+  };
+  if (packing.mode == "affine") {
+    one_of("group_size", packing.group_size, {32, 64, 128});
+    one_of("bits", packing.bits, {2, 3, 4, 5, 6, 8});
+  } else if (packing.mode == "mxfp4" || packing.mode == "mxfp8") {
+    one_of("group_size", packing.group_size, {32});
+    one_of("bits", packing.bits, {packing.mode == "mxfp4" ? 4 : 8});
+  } else {
+    json.refuse("mode", "\"affine\", \"mxfp4\" or \"mxfp8\"");
+  }
+  return packing;
+}
+
+// mlx_lm: {"group_size": 64, "bits": 4, "mode": "affine", "model.layers.0.mlp.down_proj": {"bits": 8} or false, …}.
+void read_packings(const JsonObject& json, ModelConfig& config) {
+  if (!json.has("quantization")) return;
+  const JsonObject packing = json.object("quantization");
+  config.packing = read_packing(packing, {});
+  for (const auto& [module, value] : json.at("quantization").items()) {
+    if (module == "group_size" || module == "bits" || module == "mode") continue;
+    if (value.is_boolean()) {
+      config.packings[module] = value.get<bool>() ? config.packing : std::nullopt;
+    } else {
+      config.packings[module] = read_packing(packing.object(module), *config.packing);
+    }
+  }
 }
 
 void read_heads(const JsonObject& json, ModelConfig& config) {
@@ -97,7 +139,83 @@ void read_heads(const JsonObject& json, ModelConfig& config) {
     throw_failure("config", "{}: head_dim: expected an even number, since RoPE turns pairs, got {}", json.where(), config.head_dim);
 }
 
+// By layer_types, where the config has them.
+void read_layers(const JsonObject& json, ModelConfig& config) {
+  config.layers.assign(static_cast<std::size_t>(config.num_layers), {});
+  if (!json.has("layer_types")) return;
+  const auto& types = json.at("layer_types");
+  if (!types.is_array() || types.size() != config.layers.size())
+    json.refuse("layer_types", fmt::format("a list of {} kinds of layer", config.num_layers));
+  for (std::size_t i = 0; i < types.size(); ++i)
+    if (types[i] == "sliding_attention") config.layers[i].sliding_window = size(json, "sliding_window", 1 << 30);
+}
+
 }  // namespace
+
+void slide_layers(const JsonObject& json, ModelConfig& config, const std::function<bool(int layer)>& slides) {
+  if (json.has("layer_types") || !json.has("sliding_window")) return;
+  const int window = size(json, "sliding_window", 1 << 30);
+  for (int i = 0; i < config.num_layers; ++i)
+    if (slides(i)) config.layers[static_cast<std::size_t>(i)].sliding_window = window;
+}
+
+// transformers before 5: rope_theta and rope_scaling at the top; since then both in rope_parameters.
+RopeConfig read_rope(const JsonObject& json, int dims) {
+  RopeConfig rope;
+  rope.dims = dims;
+  rope.theta = json.number_or("rope_theta", rope.theta, 1e-3, 1e12);
+  const char* field = json.has("rope_parameters") ? "rope_parameters" : "rope_scaling";
+  if (!json.has(field)) return rope;
+  return scale_rope(json.object(field), json, rope);
+}
+
+RopeConfig scale_rope(const JsonObject& scaling, const JsonObject& json, RopeConfig rope) {
+  rope.theta = scaling.number_or("rope_theta", rope.theta, 1e-3, 1e12);
+  const char* type_field = scaling.has("rope_type") ? "rope_type" : "type";
+  const std::string type = scaling.string_or(type_field, "default");
+  const auto factor = [&] { return scaling.number("factor", 1e-3, 1e6); };
+  const auto original = [&](std::int64_t otherwise) {
+    const JsonObject& holder = scaling.has("original_max_position_embeddings") ? scaling : json;
+    return static_cast<int>(holder.integer_or("original_max_position_embeddings", otherwise, 1, kMaxSize));
+  };
+  if (type == "default") return rope;
+  if (type == "linear") {
+    rope.factor = factor();
+    rope.scaling = RopeConfig::Scaling::kLinear;
+  } else if (type == "llama3") {
+    rope.factor = factor();
+    rope.scaling = RopeConfig::Scaling::kLlama3;
+    rope.low_freq_factor = scaling.number_or("low_freq_factor", rope.low_freq_factor, 1e-6, 1e6);
+    rope.high_freq_factor = scaling.number_or("high_freq_factor", rope.high_freq_factor, 1e-6, 1e6);
+    if (rope.high_freq_factor <= rope.low_freq_factor) scaling.refuse("high_freq_factor", "more than low_freq_factor");
+    rope.original_max_position_embeddings = original(8192);
+  } else if (type == "yarn") {
+    rope.factor = factor();
+    rope.scaling = RopeConfig::Scaling::kYarn;
+    rope.beta_fast = scaling.number_or("beta_fast", rope.beta_fast, 1e-6, 1e6);
+    rope.beta_slow = scaling.number_or("beta_slow", rope.beta_slow, 1e-6, 1e6);
+    rope.original_max_position_embeddings = original(4096);
+    const auto magnitude = [&](const char* field, double otherwise) {
+      const double scale = scaling.number_or(field, otherwise, 0.0, 1e3);
+      return rope.factor <= 1 ? 1.0 : 0.1 * scale * std::log(rope.factor) + 1.0;
+    };
+    rope.magnitude = magnitude("mscale", 1.0) / magnitude("mscale_all_dim", 0.0);
+  } else if (type == "longrope" || type == "su") {
+    rope.scaling = RopeConfig::Scaling::kLongRope;
+    rope.original_max_position_embeddings = original(4096);
+    const auto& factors = scaling.at("long_factor");
+    const auto pairs = static_cast<std::size_t>(*rope.dims / 2);
+    const bool numbers = factors.is_array() && factors.size() == pairs &&
+                         std::all_of(factors.begin(), factors.end(), [](const auto& x) { return x.is_number() && x > 0; });
+    if (!numbers) scaling.refuse("long_factor", fmt::format("a list of {} numbers above 0", pairs));
+    rope.factors = factors.get<std::vector<double>>();
+    const double stretch = json.number_or("max_position_embeddings", 131072, 1, 1 << 30) / rope.original_max_position_embeddings;
+    if (stretch > 1) rope.magnitude = std::sqrt(1 + std::log(stretch) / std::log(rope.original_max_position_embeddings));
+  } else {
+    scaling.refuse(type_field, "\"default\", \"linear\", \"llama3\", \"yarn\" or \"longrope\"");
+  }
+  return rope;
+}
 
 ModelConfig read_config(const std::filesystem::path& folder) {
   if (!std::filesystem::is_directory(folder))
@@ -108,6 +226,7 @@ ModelConfig read_config(const std::filesystem::path& folder) {
   const JsonObject json(document, path.string());
 
   ModelConfig config;
+  refuse_other_states(json);
   const Family& family = family_of(json);
   config.model_type = family.model_type;
   config.hash = sha256(text);
@@ -119,11 +238,18 @@ ModelConfig read_config(const std::filesystem::path& folder) {
   config.rms_norm_eps = json.number_or("rms_norm_eps", config.rms_norm_eps, 0.0, 1.0);
   if (json.has("tie_word_embeddings")) config.tie_word_embeddings = json.boolean("tie_word_embeddings");
   read_heads(json, config);
+  read_layers(json, config);
+  read_packings(json, config);
   config.bos_token_id = read_token(json, "bos_token_id", config.vocab_size);
   config.eos_token_id = read_token(json, "eos_token_id", config.vocab_size);
-  config.rope = read_rope(json);
+  config.attention_scale = 1 / std::sqrt(static_cast<double>(config.head_dim));
+  config.activation = read_activation(json);
   refuse_unsupported(json);
   family.configure(json, config);
+  if (config.ropes.empty()) {
+    if (json.number_or("partial_rotary_factor", 1.0, 0.0, 1.0) != 1.0) json.refuse("partial_rotary_factor", "1");
+    config.ropes = {read_rope(json, config.head_dim)};
+  }
   return config;
 }
 

@@ -1,12 +1,13 @@
 #include "veloxquant/model/model.h"
 
 #include <algorithm>
-#include <cmath>
+#include <numeric>
 #include <utility>
 
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
 #include "veloxquant/core/error.h"
+#include "veloxquant/model/experts.h"
 #include "veloxquant/model/ops.h"
 #include "veloxquant/model/weights.h"
 
@@ -15,41 +16,87 @@ namespace veloxquant {
 struct Model::Layer {
   mx::array attention_norm;
   Linear query_key_value, output;
-  std::optional<mx::array> query_norm, key_norm;
+  std::optional<mx::array> query_norm, key_norm, attention_norm_after;
   mx::array mlp_norm;
   Linear gate_up, down;
+  std::optional<Experts> experts;
+  std::optional<mx::array> mlp_norm_after;
 };
 
-namespace {
-
 // Takes the tensors of one model by the names that Hugging Face gives them.
-class LayerReader {
+class Model::Reader {
  public:
-  explicit LayerReader(Weights& weights) : weights_(weights) {}
+  Reader(Weights& weights, const ModelConfig& config) : weights_(weights), config_(config) {}
 
-  mx::array take(const std::string& name, const mx::Shape& shape) { return weights_.take(name, shape); }
-  Matrix take_matrix(const std::string& name, int rows, int columns) { return weights_.take_matrix(name, rows, columns); }
+  mx::array norm(const std::string& module, int size) {
+    const auto weight = weights_.take(module + ".weight", {size});
+    return config_.norm_offset == 0 ? weight : mx::add(weight, mx::array(static_cast<float>(config_.norm_offset)));
+  }
 
-  Linear linear(const std::string& name, int out, int in, bool bias) { return joined({{name, out}}, in, bias); }
+  std::optional<mx::array> norm_if(bool there, const std::string& module, int size) {
+    return there ? std::optional(norm(module, size)) : std::nullopt;
+  }
+
+  // count > 0: so many of them in one tensor.
+  Matrix matrix(const std::string& module, int rows, int columns, int count = 0) {
+    const auto own = config_.packings.find(module);
+    return weights_.take_matrix(module, rows, columns, own == config_.packings.end() ? config_.packing : own->second, count);
+  }
+
+  Linear linear(const std::string& module, int out, int in, bool bias) { return maps({{module, out}}, in, bias); }
 
   struct Map {
-    std::string name;
+    std::string module;
     int out;
   };
 
   // Maps of the same input.
-  Linear joined(const std::vector<Map>& maps, int in, bool bias) {
+  Linear maps(const std::vector<Map>& maps, int in, bool bias) {
     Linear linear;
-    for (const auto& [name, out] : maps) {
-      auto weight = take_matrix(name + ".weight", out, in);
-      linear.add(std::move(weight), bias ? std::optional(take(name + ".bias", {out})) : std::nullopt);
+    for (const auto& [module, out] : maps) {
+      auto weight = matrix(module, out, in);
+      linear.add(std::move(weight), bias ? std::optional(weights_.take(module + ".bias", {out})) : std::nullopt);
     }
     return linear;
   }
 
+  // Maps of the same input that one tensor holds one after another.
+  Linear joined(const std::string& module, const std::vector<int>& outs, int in) {
+    const auto all = matrix(module, std::accumulate(outs.begin(), outs.end(), 0), in);
+    Linear linear;
+    int begin = 0;
+    for (const int out : outs) linear.add(all.part(begin, begin + out), std::nullopt), begin += out;
+    return linear;
+  }
+
+  Experts experts(const std::string& layer) {
+    const auto& c = config_.experts;
+    const std::string block = layer + c.block;
+    const auto all = [&](const char* stacked, const std::string& single, int rows, int columns) {
+      std::vector<Matrix> matrices;
+      if (const std::string module = block + "switch_mlp." + stacked; weights_.has_matrix(module)) {  // as mlx_lm writes them
+        const auto stack = matrix(module, rows, columns, c.count);
+        for (int i = 0; i < c.count; ++i) matrices.push_back(stack.part(i * rows, (i + 1) * rows));
+      } else {
+        for (int i = 0; i < c.count; ++i)
+          matrices.push_back(matrix(fmt::format("{}experts.{}.{}", block, i, single), rows, columns));
+      }
+      return matrices;
+    };
+    const auto gate = all("gate_proj", c.gate, c.intermediate_size, config_.hidden_size),
+               up = all("up_proj", c.up, c.intermediate_size, config_.hidden_size),
+               down = all("down_proj", c.down, config_.hidden_size, c.intermediate_size);
+    std::vector<Expert> experts;
+    for (std::size_t i = 0; i < gate.size(); ++i) experts.push_back({gate[i], up[i], down[i]});
+    return {linear(block + "gate", c.count, config_.hidden_size, false), std::move(experts), c, config_.activation};
+  }
+
  private:
   Weights& weights_;
+  const ModelConfig& config_;
 };
+
+namespace {
 
 ModelIdentity make_identity(const ModelConfig& config, const Weights& weights) {
   ModelIdentity identity;
@@ -66,7 +113,9 @@ ModelIdentity make_identity(const ModelConfig& config, const Weights& weights) {
 
 }  // namespace
 
-Model::Model(ModelConfig config) : config_(std::move(config)), rope_(config_.rope, config_.head_dim) {}
+Model::Model(ModelConfig config) : config_(std::move(config)) {
+  for (const auto& rope : config_.ropes) ropes_.emplace_back(rope, config_.head_dim);
+}
 Model::Model(Model&&) noexcept = default;
 Model::~Model() = default;
 
@@ -74,55 +123,84 @@ Model Model::load(const std::filesystem::path& folder) {
   Model model(read_config(folder));
   const ModelConfig& c = model.config_;
   Weights weights(folder);
-  LayerReader reader(weights);
+  Reader reader(weights, c);
   model.identity_ = make_identity(c, weights);
 
-  model.embedding_ = reader.take_matrix("model.embed_tokens.weight", c.vocab_size, c.hidden_size);
-  const int query_size = c.num_heads * c.head_dim, kv_size = c.num_kv_heads * c.head_dim;
+  model.embedding_ = reader.matrix("model.embed_tokens", c.vocab_size, c.hidden_size);
   for (int i = 0; i < c.num_layers; ++i) {
-    const std::string layer = fmt::format("model.layers.{}.", i), attention = layer + "self_attn.", mlp = layer + "mlp.";
-    const auto head_norm = [&](const char* name) {
-      return c.query_key_norm ? std::optional(reader.take(attention + name, {c.head_dim})) : std::nullopt;
-    };
-    model.layers_.push_back({
-        .attention_norm = reader.take(layer + "input_layernorm.weight", {c.hidden_size}),
-        .query_key_value =
-            reader.joined({{attention + "q_proj", query_size}, {attention + "k_proj", kv_size}, {attention + "v_proj", kv_size}},
-                          c.hidden_size, c.query_key_value_bias),
-        .output = reader.linear(attention + "o_proj", c.hidden_size, query_size, c.attention_output_bias),
-        .query_norm = head_norm("q_norm.weight"),
-        .key_norm = head_norm("k_norm.weight"),
-        .mlp_norm = reader.take(layer + "post_attention_layernorm.weight", {c.hidden_size}),
-        .gate_up = reader.joined({{mlp + "gate_proj", c.intermediate_size}, {mlp + "up_proj", c.intermediate_size}}, c.hidden_size,
-                                 c.mlp_bias),
-        .down = reader.linear(mlp + "down_proj", c.hidden_size, c.intermediate_size, c.mlp_bias),
-    });
-    weights.skip(attention + "rotary_emb.inv_freq");  // old checkpoints carry what the config implies
+    model.layers_.push_back(read_layer(reader, c, i));
+    weights.skip(fmt::format("model.layers.{}.self_attn.rotary_emb.inv_freq", i));  // old checkpoints carry what the config implies
   }
-  model.final_norm_ = reader.take("model.norm.weight", {c.hidden_size});
-  if (c.tie_word_embeddings.value_or(!weights.has("lm_head.weight"))) {
+  model.final_norm_ = reader.norm("model.norm", c.hidden_size);
+  if (c.tie_word_embeddings.value_or(!weights.has_matrix("lm_head"))) {
     model.head_.add(*model.embedding_, std::nullopt);
-    weights.skip("lm_head.weight");
+    for (const char* name : {"lm_head.weight", "lm_head.scales", "lm_head.biases"}) weights.skip(name);
   } else {
-    model.head_.add(reader.take_matrix("lm_head.weight", c.vocab_size, c.hidden_size), std::nullopt);
+    model.head_.add(reader.matrix("lm_head", c.vocab_size, c.hidden_size), std::nullopt);
   }
   weights.expect_all_taken();
   return model;
 }
 
-mx::array Model::embed(const mx::array& tokens) const {
-  return veloxquant::embed(*embedding_, tokens);
+Model::Layer Model::read_layer(Reader& reader, const ModelConfig& c, int index) {
+  const std::string layer = fmt::format("model.layers.{}.", index), attention = layer + "self_attn.", mlp = layer + "mlp.";
+  const int query_size = c.num_heads * c.head_dim, kv_size = c.num_kv_heads * c.head_dim, hidden = c.hidden_size;
+  const bool mixed = c.layers[static_cast<std::size_t>(index)].experts;
+  const auto query_key_value = [&] {
+    if (c.joined_projections) return reader.joined(attention + "qkv_proj", {query_size, kv_size, kv_size}, hidden);
+    return reader.maps({{attention + "q_proj", query_size}, {attention + "k_proj", kv_size}, {attention + "v_proj", kv_size}},
+                       hidden, c.query_key_value_bias);
+  };
+  const auto gate_up = [&] {
+    if (mixed) return Linear();
+    if (c.joined_projections) return reader.joined(mlp + "gate_up_proj", {c.intermediate_size, c.intermediate_size}, hidden);
+    return reader.maps({{mlp + "gate_proj", c.intermediate_size}, {mlp + "up_proj", c.intermediate_size}}, hidden, c.mlp_bias);
+  };
+  return {
+      .attention_norm = reader.norm(layer + "input_layernorm", hidden),
+      .query_key_value = query_key_value(),
+      .output = reader.linear(attention + "o_proj", hidden, query_size, c.attention_output_bias),
+      .query_norm = reader.norm_if(c.query_key_norm, attention + "q_norm", c.head_dim),
+      .key_norm = reader.norm_if(c.query_key_norm, attention + "k_norm", c.head_dim),
+      .attention_norm_after = reader.norm_if(c.norms_after, layer + "post_attention_layernorm", hidden),
+      .mlp_norm = reader.norm(layer + (c.norms_after ? "pre_feedforward_layernorm" : "post_attention_layernorm"), hidden),
+      .gate_up = gate_up(),
+      .down = mixed ? Linear() : reader.linear(mlp + "down_proj", hidden, c.intermediate_size, c.mlp_bias),
+      .experts = mixed ? std::optional(reader.experts(layer)) : std::nullopt,
+      .mlp_norm_after = reader.norm_if(c.norms_after, layer + "post_feedforward_layernorm", hidden),
+  };
 }
 
-mx::array Model::attention(const Layer& layer, const mx::array& x, AttentionCache& cache) const {
+namespace {
+
+mx::array scaled(const mx::array& x, double factor) {
+  return factor == 1 ? x : mx::multiply(x, mx::array(static_cast<float>(factor)));
+}
+
+}  // namespace
+
+mx::array Model::embed(const mx::array& tokens) const {
+  return scaled(veloxquant::embed(*embedding_, tokens), config_.embedding_scale);
+}
+
+mx::array Model::normed(const mx::array& x, const mx::array& weight) const {
+  return rms_norm(x, weight, static_cast<float>(config_.rms_norm_eps));
+}
+
+mx::array Model::attention(int index, const mx::array& x, AttentionCache& cache) const {
+  const Layer& layer = layers_[static_cast<std::size_t>(index)];
+  const LayerConfig& kind = config_.layers[static_cast<std::size_t>(index)];
   const int batch = x.shape(0), tokens = x.shape(1);
   const auto parts = layer.query_key_value.parts(x);
   const auto heads = [&](const mx::array& part, int count, const std::optional<mx::array>& norm) {
     auto y = mx::reshape(part, {batch, tokens, count, config_.head_dim});
-    if (norm) y = rms_norm(y, *norm, static_cast<float>(config_.rms_norm_eps));
+    if (norm) y = normed(y, *norm);
     return mx::transpose(y, {0, 2, 1, 3});
   };
-  const AttentionSpec spec{.scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim)), .rope = &rope_};
+  const AttentionSpec spec{.scale = static_cast<float>(config_.attention_scale),
+                           .rope = &ropes_[static_cast<std::size_t>(kind.rope)],
+                           .soft_cap = static_cast<float>(config_.attention_soft_cap),
+                           .sliding_window = kind.sliding_window};
   const auto attended =
       cache.attend(heads(parts[0], config_.num_heads, layer.query_norm), heads(parts[1], config_.num_kv_heads, layer.key_norm),
                    heads(parts[2], config_.num_kv_heads, std::nullopt), spec);
@@ -131,13 +209,31 @@ mx::array Model::attention(const Layer& layer, const mx::array& x, AttentionCach
 
 mx::array Model::layer(int index, const mx::array& hidden, AttentionCache& cache) const {
   const Layer& layer = layers_.at(static_cast<std::size_t>(index));
-  const auto eps = static_cast<float>(config_.rms_norm_eps);
-  const auto attended = layer.output(attention(layer, rms_norm(hidden, layer.attention_norm, eps), cache), hidden);
-  return layer.down(silu_gate(layer.gate_up, rms_norm(attended, layer.mlp_norm, eps)), attended);
+  const auto add = [&](const mx::array& part, const std::optional<mx::array>& norm, const mx::array& to) {
+    return mx::add(to, scaled(norm ? normed(part, *norm) : part, config_.residual_scale));
+  };
+  // A map adds what it says to the rest itself where nothing stands between.
+  const auto add_map = [&](const Linear& map, const mx::array& x, const std::optional<mx::array>& norm, const mx::array& to) {
+    return norm || config_.residual_scale != 1 ? add(map(x), norm, to) : map(x, to);
+  };
+  const auto attended =
+      add_map(layer.output, attention(index, normed(hidden, layer.attention_norm), cache), layer.attention_norm_after, hidden);
+  const auto x = normed(attended, layer.mlp_norm);
+  if (layer.experts) return add((*layer.experts)(x), layer.mlp_norm_after, attended);
+  return add_map(layer.down, gate(config_.activation, layer.gate_up, x), layer.mlp_norm_after, attended);
 }
 
+namespace {
+
+mx::array soft_capped(const mx::array& x, double cap) {
+  const mx::array c(static_cast<float>(cap));
+  return cap == 0 ? x : mx::multiply(mx::tanh(mx::divide(x, c)), c);
+}
+
+}  // namespace
+
 mx::array Model::logits(const mx::array& hidden) const {
-  return head_(rms_norm(hidden, *final_norm_, static_cast<float>(config_.rms_norm_eps)));
+  return soft_capped(scaled(head_(normed(hidden, *final_norm_)), config_.logit_scale), config_.logit_soft_cap);
 }
 
 int Model::logit_rows() const {
@@ -146,10 +242,13 @@ int Model::logit_rows() const {
 }
 
 mx::array Model::hidden_gradient(const mx::array& hidden, const mx::array& gradient) const {
-  const auto norm = [this](const std::vector<mx::array>& x) {
-    return std::vector<mx::array>{rms_norm(x[0], *final_norm_, static_cast<float>(config_.rms_norm_eps))};
-  };
-  return mx::vjp(norm, {hidden}, {head_.backward(gradient)}).second[0];
+  const auto norm = [this](const std::vector<mx::array>& x) { return std::vector<mx::array>{normed(x[0], *final_norm_)}; };
+  auto by_scores = gradient;
+  if (config_.logit_soft_cap > 0) {
+    const auto bent = mx::divide(logits(hidden), mx::array(static_cast<float>(config_.logit_soft_cap)));
+    by_scores = mx::multiply(gradient, mx::subtract(mx::array(1.0f), mx::square(bent)));
+  }
+  return mx::vjp(norm, {hidden}, {head_.backward(scaled(by_scores, config_.logit_scale))}).second[0];
 }
 
 mx::array Model::forward(const mx::array& tokens, const AttentionCaches& caches) const {

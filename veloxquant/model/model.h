@@ -16,8 +16,9 @@
 
 namespace veloxquant {
 
-/// A decoder-only transformer with pre-norm blocks, grouped-query attention with RoPE and a gated MLP, in float32.  The families
-/// (families/) are variations of it.  Layers are called one by one, since calibration walks layer by layer over all samples.
+/// A decoder-only transformer with pre-norm blocks, grouped-query attention with RoPE and a gated MLP or a mixture of them, in
+/// float32 (on a GPU, products with weights in the precision in which these are stored).  The families (families/) are variations
+/// of it.  Layers are called one by one, since calibration walks layer by layer over all samples.
 ///
 /// A model is immutable and runs on MLX's default device at the time of the call (DeviceScope).
 class Model {
@@ -56,14 +57,17 @@ class Model {
 
  private:
   struct Layer;
+  class Reader;
 
   explicit Model(ModelConfig config);
 
-  mx::array attention(const Layer& layer, const mx::array& x, AttentionCache& cache) const;
+  static Layer read_layer(Reader& reader, const ModelConfig& config, int index);
+  mx::array normed(const mx::array& x, const mx::array& weight) const;
+  mx::array attention(int index, const mx::array& x, AttentionCache& cache) const;
 
   ModelConfig config_;
   ModelIdentity identity_;
-  Rope rope_;
+  std::vector<Rope> ropes_;
   std::vector<Layer> layers_;
   std::optional<Matrix> embedding_;
   std::optional<mx::array> final_norm_;

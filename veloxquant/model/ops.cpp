@@ -1,14 +1,16 @@
 #include "veloxquant/model/ops.h"
 
 #include <algorithm>
+#include <cmath>
+#include <numbers>
 #include <numeric>
 #include <stdexcept>
 
 #include "mlx/fast.h"
 #include "mlx/ops.h"
+#include "veloxquant/kernels/gate.h"
 #include "veloxquant/kernels/linear.h"
 #include "veloxquant/kernels/rms_norm.h"
-#include "veloxquant/kernels/silu_gate.h"
 #include "veloxquant/model/cpu_operation.h"
 
 namespace veloxquant {
@@ -50,12 +52,17 @@ void Linear::add(Matrix weight, std::optional<mx::array> bias) {
   biases_.push_back(std::move(bias));
 }
 
+void Linear::prepare() const {
+  for (const auto& weight : weights_) weight.data();
+}
+
 mx::array Linear::operator()(const mx::array& x, const std::optional<mx::array>& residual) const {
   if (!own_kernels()) {
     const auto outputs = parts(x);
     const auto joined = outputs.size() == 1 ? outputs[0] : mx::concatenate(outputs, -1);
     return residual ? mx::add(*residual, joined) : joined;
   }
+  prepare();
   std::vector<mx::array> inputs = {mx::contiguous(x)};
   std::vector<bool> biased;
   for (const auto& bias : biases_) {
@@ -93,11 +100,12 @@ mx::array Linear::backward(const mx::array& gradient) const {
       mx::Shape first(gradient.ndim(), 0), last = gradient.shape();
       first.back() = begin;
       last.back() = begin += weight.rows();
-      const auto part = mx::matmul(mx::slice(gradient, first, last), weight.array());
+      const auto part = weight.product_back(mx::slice(gradient, first, last));
       sum = sum ? mx::add(*sum, part) : part;
     }
     return *sum;
   }
+  prepare();
   return cpu_operation("LinearBackward", {mx::contiguous(gradient)}, {with_last(gradient.shape(), weights_[0].columns())},
                        [weights = weights_](const auto& in, auto& out) {
                          linear_backward(in[0].template data<float>(), rows_of(in[0]), static_cast<std::size_t>(out[0].shape(-1)),
@@ -115,14 +123,15 @@ std::vector<mx::array> Linear::parts(const mx::array& x) const {
   }
   std::vector<mx::array> outputs;
   for (std::size_t i = 0; i < weights_.size(); ++i) {
-    const auto product = mx::matmul(x, mx::transpose(weights_[i].array()));
+    const auto product = weights_[i].product(x);
     outputs.push_back(biases_[i] ? mx::add(product, *biases_[i]) : product);
   }
   return outputs;
 }
 
 mx::array embed(const Matrix& table, const mx::array& tokens) {
-  if (!own_kernels()) return mx::take(table.array(), tokens, 0);
+  if (!own_kernels()) return table.take(tokens);
+  table.data();  // kernels find it there
   auto shape = tokens.shape();
   shape.push_back(table.columns());
   return cpu_operation("Embed", {mx::contiguous(tokens)}, {shape}, [table](const auto& in, auto& out) {
@@ -154,26 +163,32 @@ mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps) {
       })[0];
 }
 
-mx::array silu_gate(const Linear& gate_up, const mx::array& x) {
+mx::array activate(Activation activation, const mx::array& x) {
+  if (activation == Activation::kSilu) return mx::multiply(x, mx::sigmoid(x));
+  const auto cubic = mx::multiply(x, mx::add(mx::array(1.0f), mx::multiply(mx::array(0.044715f), mx::square(x))));
+  const float scale = 2 * std::sqrt(2 / std::numbers::pi_v<float>);
+  return mx::multiply(x, mx::sigmoid(mx::multiply(mx::array(scale), cubic)));
+}
+
+mx::array gate(Activation activation, const Linear& gate_up, const mx::array& x) {
   if (!own_kernels()) {
     const auto parts = gate_up.parts(x);
-    return mx::multiply(mx::multiply(parts[0], mx::sigmoid(parts[0])), parts[1]);
+    return mx::multiply(activate(activation, parts[0]), parts[1]);
   }
   const auto joined = gate_up(x);
   const int width = joined.shape(-1) / 2;
   return cpu_operation(
-      "SiluGate", {joined}, {with_last(joined.shape(), width)},
-      [](const auto& in, auto& out) {
-        silu_gate_joined(in[0].template data<float>(), out[0].template data<float>(), rows_of(out[0]),
-                         static_cast<std::size_t>(out[0].shape(-1)));
+      "Gate", {joined}, {with_last(joined.shape(), width)},
+      [activation](const auto& in, auto& out) {
+        gate_joined(activation, in[0].template data<float>(), out[0].template data<float>(), rows_of(out[0]),
+                    static_cast<std::size_t>(out[0].shape(-1)));
       },
-      [](const auto& in, const auto&, const auto& gradients, const auto&) {
-        return cpu_operation("SiluGateBackward", {in[0], mx::contiguous(gradients[0])}, {in[0].shape()},
-                             [](const auto& read, auto& out) {
-                               silu_gate_joined_backward(read[0].template data<float>(), read[1].template data<float>(),
-                                                         out[0].template data<float>(), rows_of(read[1]),
-                                                         static_cast<std::size_t>(read[1].shape(-1)));
-                             });
+      [activation](const auto& in, const auto&, const auto& gradients, const auto&) {
+        return cpu_operation(
+            "GateBackward", {in[0], mx::contiguous(gradients[0])}, {in[0].shape()}, [activation](const auto& read, auto& out) {
+              gate_joined_backward(activation, read[0].template data<float>(), read[1].template data<float>(),
+                                   out[0].template data<float>(), rows_of(read[1]), static_cast<std::size_t>(read[1].shape(-1)));
+            });
       })[0];
 }
 

@@ -25,6 +25,9 @@ class Linear {
   mx::array backward(const mx::array& gradient) const;
 
  private:
+  // So that kernels find float32 there; on the thread that builds the graph.
+  void prepare() const;
+
   std::vector<Matrix> weights_;
   std::vector<std::optional<mx::array>> biases_;
 };
@@ -35,7 +38,10 @@ mx::array embed(const Matrix& table, const mx::array& tokens);
 /// x / rms(x) · weight over the last axis (arXiv 1910.07467).
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps);
 
-/// silu(gate) · up of the two maps of gate_up: x [..., in] → [..., out].
-mx::array silu_gate(const Linear& gate_up, const mx::array& x);
+/// activation(gate) · up of the two maps of gate_up: x [..., in] → [..., out].
+mx::array gate(Activation activation, const Linear& gate_up, const mx::array& x);
+
+/// activation(x) by MLX's operations.
+mx::array activate(Activation activation, const mx::array& x);
 
 }  // namespace veloxquant

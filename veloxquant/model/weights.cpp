@@ -8,9 +8,11 @@
 #include <set>
 #include <span>
 
+#include "mlx/ops.h"
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/hash.h"
 #include "veloxquant/core/json.h"
+#include "veloxquant/model/cpu_operation.h"
 
 namespace veloxquant {
 namespace {
@@ -47,6 +49,26 @@ void check_finite(std::span<const float> values, const std::string& name, const 
 
 bool is_aligned_float32(const SafetensorsEntry& entry) {
   return entry.dtype == "F32" && reinterpret_cast<std::uintptr_t>(entry.data.data()) % alignof(float) == 0;
+}
+
+// A copy, in the type in which the file has it.
+mx::array as_stored(const SafetensorsEntry& entry, const mx::Shape& shape, const std::string& name, const std::string& path) {
+  static const std::map<std::string, mx::Dtype> types = {
+      {"F32", mx::float32}, {"F16", mx::float16}, {"BF16", mx::bfloat16}, {"U32", mx::uint32}, {"U8", mx::uint8}};
+  const auto type = types.find(entry.dtype);
+  if (type == types.end()) throw_failure("weights", "{}: tensor {}: expected F32, F16 or BF16, got {}", path, name, entry.dtype);
+  const auto* bytes = reinterpret_cast<const std::uint8_t*>(entry.data.data());
+  auto flat = shape;
+  flat.back() *= static_cast<int>(mx::size_of(type->second));
+  return mx::view(mx::array(bytes, flat, mx::uint8), type->second);
+}
+
+// In float32, in memory of its own.
+mx::array restored(const PackedMatrix& packed) {
+  auto values = mx::contiguous(mx::dequantize(packed.weight, packed.scales, packed.biases, packed.packing.group_size,
+                                              packed.packing.bits, packed.packing.mode, std::nullopt, mx::float32));
+  values.eval();
+  return values;
 }
 
 std::string shape_text(const auto& shape) {
@@ -89,16 +111,54 @@ mx::array Weights::take(const std::string& name, const mx::Shape& shape) {
   return mx::array(tensor.values.data(), shape);
 }
 
-Matrix Weights::take_matrix(const std::string& name, int rows, int columns) {
-  const Source source = find(name, {rows, columns});
+Matrix Weights::take_matrix(const std::string& module, int rows, int columns, const std::optional<PackingConfig>& packing,
+                            int count) {
+  const int all_rows = std::max(count, 1) * rows;
+  const auto shape = [&](int last) { return count > 0 ? mx::Shape{count, rows, last} : mx::Shape{rows, last}; };
+  const auto flat = [&](const mx::array& x) { return mx::reshape(x, {all_rows, x.shape(-1)}); };
+  const std::string name = module + ".weight";
+  if (has(module + ".scales")) {
+    if (!packing)
+      throw_failure("weights", "{}: {}.scales is there, but config.json has no \"quantization\" that says how {} is packed",
+                    folder_.string(), module, name);
+    const int groups = columns / packing->group_size;
+    if (columns % packing->group_size != 0 || columns * packing->bits % 32 != 0)
+      throw_failure("weights", "{}: {}: {} columns are no whole groups of {} at {} bits", folder_.string(), name, columns,
+                    packing->group_size, packing->bits);
+    const bool affine = packing->mode == "affine";
+    PackedMatrix packed{flat(take_packed(name, shape(columns * packing->bits / 32), "U32")),
+                        flat(take_packed(module + ".scales", shape(groups), affine ? "F32 F16 BF16" : "U8")), std::nullopt,
+                        *packing};
+    if (affine) packed.biases = flat(take_packed(module + ".biases", shape(groups), "F32 F16 BF16"));
+    Matrix matrix(packed);
+    if (own_kernels()) matrix = Matrix(restored(packed));
+    return matrix;
+  }
+  const Source source = find(name, shape(columns));
   if (is_aligned_float32(*source.entry)) {
     const auto* data = reinterpret_cast<const float*>(source.entry->data.data());
     check_finite({data, source.entry->data.size() / sizeof(float)}, name, source.path);
-    return {source.file, data, rows, columns};
+    return {source.file, data, all_rows, columns};
+  }
+  if (!own_kernels()) {
+    const auto values = flat(as_stored(*source.entry, shape(columns), name, source.path));
+    if (!mx::all(mx::isfinite(values)).item<bool>())
+      throw_failure("weights", "{}: tensor {}: expected finite values", source.path, name);
+    return Matrix(values);
   }
   const auto tensor = std::make_shared<const Tensor>(to_float32(*source.entry, name, source.path));
   check_finite(tensor->values, name, source.path);
-  return {tensor, tensor->values.data(), rows, columns};
+  return {tensor, tensor->values.data(), all_rows, columns};
+}
+
+mx::array Weights::take_packed(const std::string& name, const mx::Shape& shape, std::string_view dtypes) {
+  const Source source = find(name, shape);
+  if (dtypes.find(source.entry->dtype) == std::string_view::npos)
+    throw_failure("weights", "{}: tensor {}: expected one of {}, got {}", source.path, name, dtypes, source.entry->dtype);
+  const auto values = as_stored(*source.entry, shape, name, source.path);
+  if (mx::issubdtype(values.dtype(), mx::floating) && !mx::all(mx::isfinite(values)).item<bool>())
+    throw_failure("weights", "{}: tensor {}: expected finite values", source.path, name);
+  return values;
 }
 
 void Weights::expect_all_taken() const {

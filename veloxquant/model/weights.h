@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -26,8 +27,13 @@ class Weights {
   /// The tensor in float32.  Throws unless it is there, F32, F16 or BF16, of `shape`, and finite everywhere.
   mx::array take(const std::string& name, const mx::Shape& shape);
 
-  /// The same of a matrix [rows, columns], which is not copied where it is stored as float32.
-  Matrix take_matrix(const std::string& name, int rows, int columns);
+  /// Whether there is a matrix `module`.weight.
+  bool has_matrix(const std::string& module) const { return has(module + ".weight"); }
+
+  /// The matrix `module`.weight [rows, columns] by the same rules: not copied where it is stored as float32, and on a GPU left in
+  /// the precision in which it is stored.  Where there is `module`.scales it is packed as `packing` says (`module`.biases too).
+  /// count > 0: [count, rows, columns], one after another.
+  Matrix take_matrix(const std::string& module, int rows, int columns, const std::optional<PackingConfig>& packing, int count = 0);
 
   /// Says that a tensor is known but not needed; one that is not there is fine.
   void skip(const std::string& name) { tensors_.erase(name); }
@@ -47,6 +53,7 @@ class Weights {
 
   void add_file(const std::filesystem::path& path);
   Source find(const std::string& name, const mx::Shape& shape);
+  mx::array take_packed(const std::string& name, const mx::Shape& shape, std::string_view dtypes);
 
   std::map<std::string, Source> tensors_;
   std::string headers_hash_;
