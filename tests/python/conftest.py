@@ -23,6 +23,14 @@ def program():
 
 
 @pytest.fixture(scope="session")
+def installed(tools, tmp_path_factory):
+    """Where the build was installed."""
+    prefix = tmp_path_factory.mktemp("installed")
+    subprocess.run(["cmake", "--install", tools.parent, "--prefix", prefix], check=True, capture_output=True)
+    return prefix
+
+
+@pytest.fixture(scope="session")
 def demo_model():
     return ROOT / "examples" / "demo"
 
