@@ -124,7 +124,7 @@ TEST(WidthAllocation, UnitsShareWidthsAndFinerOnesAreNeverWorse) {
 TEST(WidthAllocation, CountsBytesAsPlansDo) {
   const auto units = some_units();
   const auto heads = allocation(units, Units::kHead);
-  const auto [least, most] = possible_bytes(small_config(), kContext, kExact);
+  const auto [least, most] = possible_bytes(small_config(), static_cast<std::size_t>(small_config().num_layers), kContext, kExact);
   EXPECT_EQ(least, bytes_of_plan(std::vector<Width>(4, {1, 0})));
   EXPECT_EQ(most, bytes_of_plan(std::vector<Width>(4, {8, 16})));
   EXPECT_EQ(heads.solve(least), std::vector<Width>(4, {1, 0}));
@@ -160,7 +160,9 @@ TEST(WidthAllocation, FrontierFallsFromTheLeastToTheBest) {
     EXPECT_GT(frontier[i].bits, frontier[i - 1].bits);
     EXPECT_LT(frontier[i].predicted_kl, frontier[i - 1].predicted_kl);
   }
-  EXPECT_DOUBLE_EQ(frontier.front().bits, heads.bits_of(possible_bytes(small_config(), kContext, kExact).least));
+  EXPECT_DOUBLE_EQ(
+      frontier.front().bits,
+      heads.bits_of(possible_bytes(small_config(), static_cast<std::size_t>(small_config().num_layers), kContext, kExact).least));
   for (const auto& [bits, kl] : {frontier[1], frontier[frontier.size() / 2]})
     EXPECT_NEAR(cost_of(units, heads.solve(heads.bytes_of(bits))), kl, 1e-9 * kl);  // a corner is a choice
 }

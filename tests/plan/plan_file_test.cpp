@@ -87,7 +87,7 @@ TEST_F(PlanFile, SamePlanSameBytes) {
 TEST_F(PlanFile, IsTheDocumentedFile) {
   const Parts parts = parts_of(some_plan());
   EXPECT_EQ(parts.metadata.at("format"), "veloxquant-plan");
-  EXPECT_EQ(parts.metadata.at("version"), "2");
+  EXPECT_EQ(parts.metadata.at("version"), "3");
   EXPECT_EQ(parts.metadata.at("checksum"), parts.checksum());
   EXPECT_EQ(parts.tensors.at("layers.0.keys.codebook").shape, (std::vector<std::int64_t>{2, 2, 2}));
   EXPECT_EQ(parts.json.at("units").at(0).at("tensors").at("codebook"), "layers.0.keys.codebook");

@@ -5,6 +5,8 @@ import subprocess
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.utils import quantize_model
 from safetensors.numpy import load_file, save_file
 
 from tiny_models import CONFIGS, WINDOWS_OF_CONFIG, load_mlx_lm, windowed, write_model
@@ -69,6 +71,64 @@ def test_storage_types_and_shards(dtype, shards, tools, tmp_path):
     folder = write_model(tmp_path / "m", "qwen3", dtype=dtype, shards=shards)
     tokens = random_tokens(1, 50)
     assert_same(our_logits(tools, folder, tokens, tmp_path), their_logits(folder, tokens))
+
+
+def expert_by_expert(folder, names):
+    """As Hugging Face writes experts: a tensor for each."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    for name in [n for n in weights if ".switch_mlp." in n]:
+        stack = weights.pop(name)
+        block, part = name.split("switch_mlp.")
+        for i, one in enumerate(stack):
+            weights[f"{block}experts.{i}.{names[part.split('.')[0]]}.weight"] = np.ascontiguousarray(one)
+    save_file(weights, path)
+
+
+@pytest.mark.parametrize("name, names", [
+    ("qwen3_moe", {n: n for n in ("gate_proj", "up_proj", "down_proj")}),
+    ("mixtral", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
+])
+def test_experts_as_hugging_face_writes_them(name, names, tools, tmp_path):
+    folder = write_model(tmp_path / name, name)
+    tokens = random_tokens(1, 40)
+    theirs = their_logits(folder, tokens)
+    expert_by_expert(folder, names)
+    assert_same(our_logits(tools, folder, tokens, tmp_path), theirs)
+
+
+def pack(folder, **options):
+    """The same model as mlx_lm packs it: config, logits."""
+    config = json.loads((folder / "config.json").read_text())
+    model, config = quantize_model(load_mlx_lm(folder), config, **options)
+    (folder / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    return lambda tokens: np.array(model(mx.array(tokens)))
+
+
+@pytest.mark.parametrize("name, bits, mode", [
+    ("llama", 4, "affine"), ("qwen3", 3, "affine"), ("qwen2", 8, "affine"), ("llama", 4, "mxfp4"), ("phi3", 6, "affine"), ("mixtral", 4, "affine"),
+])
+def test_packed_weights(name, bits, mode, tools, tmp_path):
+    # Widths that groups of 32 divide; mixtral's router stays as it is.
+    folder = write_model(tmp_path / "m", name, hidden_size=64, intermediate_size=96)
+    theirs = pack(folder, group_size=32, bits=bits, mode=mode)
+    tokens = random_tokens(2, 40)
+    assert_same(our_logits(tools, folder, tokens, tmp_path), theirs(tokens))
+
+
+def test_packed_weights_of_several_widths(tools, tmp_path):
+    folder = write_model(tmp_path / "m", "llama", intermediate_size=128)
+
+    def width(path, module):
+        if "down_proj" in path:
+            return {"group_size": 32, "bits": 8}
+        return "v_proj" not in path and hasattr(module, "to_quantized")
+
+    theirs = pack(folder, group_size=64, bits=4, quant_predicate=width)
+    assert "model.layers.0.mlp.down_proj" in json.loads((folder / "config.json").read_text())["quantization"]
+    tokens = random_tokens(1, 40)
+    assert_same(our_logits(tools, folder, tokens, tmp_path), theirs(tokens))
 
 
 def test_rope_parameters_of_newer_configs(tools, tmp_path):

@@ -10,6 +10,7 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm import convert
 
 from tiny_models import write_model
 
@@ -196,6 +197,82 @@ def test_calibrate_gives_each_head_a_width(best_plan, run, demo_model, text):
     assert 0 < ours["kl_mean"] < theirs["kl_mean"]
     shown = run("inspect", path).stdout
     assert "a width for each head's keys" in shown and "most at stake" in shown and "the last 32 and first 4 tokens at 8 bits" in shown
+
+
+@pytest.fixture(scope="module")
+def sliding_model(demo_model, tmp_path_factory):
+    """demo, every third layer of which sees all tokens, the others 100."""
+    folder = tmp_path_factory.mktemp("sliding") / "model"
+    shutil.copytree(demo_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["layer_types"] = ["full_attention" if i % 3 == 2 else "sliding_attention" for i in range(12)]
+    config["sliding_window"] = 100
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_sliding_layers_stay_full(sliding_model, run, text, tmp_path):
+    few = ["--samples", 3, "--length", 256, "--text", text, "--json"]
+    path, beside = tmp_path / "full.plan", tmp_path / "quantize.plan"
+    made = json.loads(run("calibrate", sliding_model, "--bits", 1.5, "-o", path, *few).stdout)
+    assert made["sliding"] == [{"layer": i, "window": 100} for i in range(12) if i % 3 != 2]
+    assert {u["layer"] for u in made["units"]} == {2, 5, 8, 11} and 1.49 < made["effective_bits"] <= 1.5
+    assert made["sliding_bytes"] == 8 * 100 * 2 * 2 * 64 * 2
+    assert made["contexts"]["2048"]["bytes_at_16_bits"] == 4 * 2048 * 2 * 2 * 64 * 2
+    shown = run("inspect", path).stdout
+    assert "8 layers keep the tokens of their window at full precision" in shown and "full, last 100" in shown
+    assert run("verify", path, "--model", sliding_model).returncode == 0
+    quantized = json.loads(run("calibrate", sliding_model, "--bits", 1.5, "-o", beside, "--sliding", "quantize", *few).stdout)
+    assert quantized["sliding"] == [] and {u["layer"] for u in quantized["units"]} == set(range(12))
+    rows = json.loads(run("evaluate", sliding_model, "--plan", path, "--plan", beside, "--text", text, "--windows", 2, "--length", 512, "--json").stdout)
+    assert 0 < rows[1]["kl_mean"] < rows[2]["kl_mean"]
+    documented = json.loads(run("calibrate", sliding_model, "--bits", 2, "--method", "turboquant", "--units", "uniform", "-o", path, "--json").stdout)
+    assert {u["layer"] for u in documented["units"]} == {2, 5, 8, 11}
+
+
+def test_a_model_whose_layers_all_slide(sliding_model, run, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(sliding_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "layer_types": ["sliding_attention"] * 12}))
+    for method in ("rotated_pq", "vecinfer"):
+        fails(run("calibrate", folder, "-o", tmp_path / "x", "--method", method), "sliding", "all 12 layers", "quantize")
+
+
+def test_calibrate_a_packed_model(demo_model, run, text, tmp_path):
+    """A 4-bit copy as mlx_lm writes it."""
+    folder = tmp_path / "packed"
+    convert(str(demo_model), mlx_path=str(folder), quantize=True, q_bits=4)
+    path = tmp_path / "x.plan"
+    made = json.loads(run("calibrate", folder, "--bits", 1.5, "--samples", 3, "--length", 256, "--text", text, "-o", path, "--json").stdout)
+    assert made["effective_bits"] <= 1.5
+    rows = json.loads(run("evaluate", folder, "--plan", path, "--text", text, "--windows", 1, "--length", 256, "--json").stdout)
+    assert 0 < rows[1]["kl_mean"] < 0.05
+    fails(run("verify", path, "--model", demo_model), "another model")
+
+
+@pytest.mark.parametrize("change, parts", [
+    ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, ["kv_lora_rank", "multi-head latent attention"]),
+    ({"model_type": "jamba", "mamba_d_state": 16}, ["mamba_d_state", "Mamba"]),
+    ({"layer_types": ["linear_attention"] + ["full_attention"] * 11}, ["layer_types[0]", "linear_attention"]),
+    ({"model_type": "zebra"}, ["model_type", "zebra", "gemma3_text", "mistral"]),
+    ({"rope_parameters": {"rope_type": "spiral", "factor": 2.0}}, ["rope_type", "spiral", "longrope"]),
+    ({"rope_scaling": {"type": "longrope", "long_factor": [1.0]}, "rope_parameters": None}, ["long_factor", "32 numbers"]),
+    ({"quantization": {"group_size": 64, "bits": 4, "mode": "zip"}}, ["quantization", "mode", "zip", "affine"]),
+    ({"quantization": {"group_size": 64, "bits": 7}}, ["bits", "7", "2, 3, 4, 5, 6, 8"]),
+    ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "mlx_lm"]),
+    ({"hidden_act": "relu"}, ["hidden_act", "relu", "silu"]),
+    ({"layer_types": ["sliding_attention"] * 12}, ["sliding_window"]),
+    ({"num_attention_heads": 8, "num_hidden_layers": 11, "intermediate_size": 700, "layer_types": None},
+     ["q_proj.weight: expected shape [512, 256]", "gate_proj.weight: expected shape [700, 256]", "model.layers.11."]),
+])
+def test_models_that_cannot_be_read(change, parts, demo_model, run, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(demo_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.setdefault("head_dim", 64)
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    fails(run("calibrate", folder, "-o", tmp_path / "x"), *parts)
 
 
 def test_frontier_and_plan_need_two_files(run, demo_model, tmp_path):

@@ -145,11 +145,13 @@ CacheFactory restoring_factory(const Plan& plan) {
     auto& [keys, values] = units.at(static_cast<std::size_t>(unit.layer));
     (unit.side == Side::kKeys ? keys : values).push_back(unit.quantizer);
   }
-  std::vector<std::pair<Restore, Restore>> layers;
-  for (const auto& [keys, values] : units) layers.emplace_back(make_restore(keys), make_restore(values));
-  return [layers = std::move(layers), exact = ExactTokens{plan.window, plan.sinks}](int layer) {
-    const auto& [keys, values] = layers.at(static_cast<std::size_t>(layer));
-    return std::make_unique<RestoringCache>(keys, values, exact);
+  std::vector<std::optional<std::pair<Restore, Restore>>> layers;  // none: the layer slides
+  for (const auto& [keys, values] : units)
+    layers.push_back(keys.empty() ? std::nullopt : std::optional(std::pair(make_restore(keys), make_restore(values))));
+  return [layers = std::move(layers), exact = ExactTokens{plan.window, plan.sinks}](int layer) -> std::unique_ptr<AttentionCache> {
+    const auto& stored = layers.at(static_cast<std::size_t>(layer));
+    if (!stored) return std::make_unique<FullCache>();
+    return std::make_unique<RestoringCache>(stored->first, stored->second, exact);
   };
 }
 

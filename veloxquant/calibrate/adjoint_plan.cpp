@@ -10,6 +10,7 @@
 #include "mlx/transforms.h"
 #include "veloxquant/cache/restoring_cache.h"
 #include "veloxquant/calibrate/adjoint_costs.h"
+#include "veloxquant/calibrate/make_plan.h"
 #include "veloxquant/calibrate/observe.h"
 #include "veloxquant/calibrate/recall.h"
 #include "veloxquant/core/error.h"
@@ -34,6 +35,18 @@ int context_of(const ModelConfig& config, const AdjointPlanOptions& options) {
   return options.context > 0 ? options.context : config.max_position_embeddings;
 }
 
+std::vector<SlidingLayer> left_alone(const ModelConfig& config, const AdjointPlanOptions& options) {
+  return options.quantize_sliding ? std::vector<SlidingLayer>() : sliding_layers(config);
+}
+
+// What is left of the bytes asked for once layers that slide are kept.
+std::int64_t bytes_for_units(const ModelConfig& config, const AdjointPlanOptions& options) {
+  ModelIdentity shape;
+  shape.num_kv_heads = config.num_kv_heads;
+  shape.head_dim = config.head_dim;
+  return *options.bytes - sliding_bytes(shape, left_alone(config, options), context_of(config, options));
+}
+
 class Planner {
  public:
   Planner(const Model& model, const CalibrationSet& set, const AdjointPlanOptions& options, const ProgressCallback& progress)
@@ -42,7 +55,7 @@ class Planner {
   AdjointPlan run() {
     measure_ladders();
     const auto first = allocation();
-    const std::int64_t bytes = options_.bytes ? *options_.bytes : first.bytes_of(options_.bits);
+    const std::int64_t bytes = options_.bytes ? bytes_for_units(model_.config(), options_) : first.bytes_of(options_.bits);
     correct(first.solve(bytes));
     const auto corrected = allocation();
     const auto widths = corrected.solve(bytes);
@@ -60,7 +73,8 @@ class Planner {
 
   void measure_ladders() {
     const StatisticsOptions wanted{.gradients = {.window = options_.window, .weights = set_.weights, .seed = options_.seed},
-                                   .sinks = options_.sinks};
+                                   .sinks = options_.sinks,
+                                   .quantize_sliding = options_.quantize_sliding};
     store_.emplace(unit_statistics(model_, set_.samples, wanted, progress_));
     std::vector<std::optional<MeasuredUnit>> units(store_->size());
     ProgressStage stage(progress_, "predicting costs", units.size());
@@ -163,6 +177,7 @@ class Planner {
               .window = options_.window,
               .sinks = options_.sinks,
               .units = {},
+              .sliding = left_alone(config, options_),
               .provenance = {},
               .predicted_kl = 0.0};
     plan.units.resize(units_.size());
@@ -231,14 +246,18 @@ void check_adjoint_plan_options(const ModelConfig& config, const AdjointPlanOpti
     throw_invalid("calibrate", "length: expected samples longer than the {} tokens of window and sinks, got {}", exact, length);
   if (options.keys == Rotation::kPlane && config.head_dim % 2 != 0)
     throw_invalid("calibrate", "keys: plane needs an even head_dim, got {}", config.head_dim);
-  const auto [least, most] = possible_bytes(config, context, exact);
+  check_stored_layers(config, options.quantize_sliding);
+  const std::size_t layers = stored_layers(config, options.quantize_sliding).size();
+  const auto [least, most] = possible_bytes(config, layers, context, exact);
   if (options.bytes) {
-    if (*options.bytes < least || *options.bytes > most)
-      throw_invalid("calibrate", "bytes: possible are {} to {} for {} tokens, got {}", least, most, context, *options.bytes);
+    const std::int64_t bytes = bytes_for_units(config, options), sliding = *options.bytes - bytes;
+    if (bytes < least || bytes > most)
+      throw_invalid("calibrate", "bytes: possible are {} to {} for {} tokens, got {}", least + sliding, most + sliding, context,
+                    *options.bytes);
     return;
   }
   const auto bits = [&](std::int64_t bytes) {
-    return 8.0 * static_cast<double>(bytes) / (2.0 * config.num_layers * config.num_kv_heads * config.head_dim * context);
+    return 8.0 * static_cast<double>(bytes) / (2.0 * static_cast<double>(layers) * config.num_kv_heads * config.head_dim * context);
   };
   // Rounded towards the inside, so that what the message says is accepted.
   if (!(options.bits >= bits(least) && options.bits <= bits(most)))

@@ -16,12 +16,14 @@ namespace veloxquant {
 
 struct AdjointPlanOptions {
   double bits = 2.0;                                 // effective bits on average at `context`, everything counted
-  std::optional<std::int64_t> bytes = std::nullopt;  // in place of bits: of keys and values of a sequence of `context` tokens
+  std::optional<std::int64_t> bytes = std::nullopt;  // in place of bits: of keys and values of a sequence of `context` tokens,
+                                                     // layers that slide included
   int context = 0;                                   // 0: the model's maximum
   Units units = Units::kHead;
   Rotation keys = Rotation::kFull;
   int window = kDefaultWindow, sinks = kDefaultSinks;
   std::uint64_t seed = 0;
+  bool quantize_sliding = false;  // also layers with a sliding window, counted as if they kept all tokens
 };
 
 struct AdjointPlan {

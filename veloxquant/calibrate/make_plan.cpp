@@ -85,6 +85,7 @@ double layer_distortion(const QuantizerMethod& method, const LayerObservation& o
 std::vector<double> learned_widths(const Model& model, const TokenBatch& samples, const QuantizerMethod& method, Ladder ladder,
                                    const LayerMap<SensitivityResult>& sensitivities, const PlanOptions& options,
                                    const ProgressCallback& progress) {
+  const auto layers = stored_layers(model.config(), options.quantize_sliding);
   while (ladder.widths.size() > 1 && ladder.widths.front() < kRates.front() && ladder.widths[1] <= options.bits)
     ladder.widths.erase(ladder.widths.begin());
   const int head_dim = model.config().head_dim;
@@ -92,6 +93,7 @@ std::vector<double> learned_widths(const Model& model, const TokenBatch& samples
   observe_layers(
       model, samples,
       [&](int layer, const LayerObservation& observation) {
+        if (!std::binary_search(layers.begin(), layers.end(), layer)) return;
         const double factor = sensitivity_squared(sensitivities.at(layer_name(layer))) / 2;
         units.emplace_back();
         for (const double width : ladder.widths) {
@@ -113,13 +115,16 @@ void fit_units(const Model& model, const TokenBatch& samples, const QuantizerMet
                const LayerMap<SensitivityResult>& sensitivities, const PlanOptions& options, Plan& plan,
                const ProgressCallback& progress) {
   const int head_dim = model.config().head_dim;
+  const auto layers = stored_layers(model.config(), options.quantize_sliding);
   double predicted = 0;
   const auto fit_layer = [&](int layer, const LayerObservation* observation) {
+    const auto at = std::lower_bound(layers.begin(), layers.end(), layer);
+    if (at == layers.end() || *at != layer) return;
     double distortion = 0;
     for (const Side side : {Side::kKeys, Side::kValues}) {
       const std::span<const float> vectors = observation ? observation->span(side) : std::span<const float>();
       const FitOptions fit{.side = side,
-                           .width = widths[static_cast<std::size_t>(layer)],
+                           .width = widths[static_cast<std::size_t>(at - layers.begin())],
                            .seed = Random(options.seed, static_cast<std::uint64_t>(layer)).next()};
       plan.units.push_back({layer, side, method.fit(vectors, head_dim, fit)});
       if (observation && !sensitivities.empty())
@@ -140,6 +145,21 @@ void fit_units(const Model& model, const TokenBatch& samples, const QuantizerMet
 
 }  // namespace
 
+std::vector<SlidingLayer> sliding_layers(const ModelConfig& config) {
+  std::vector<SlidingLayer> sliding;
+  for (int i = 0; i < config.num_layers; ++i)
+    if (const int window = config.layers[static_cast<std::size_t>(i)].sliding_window; window > 0) sliding.push_back({i, window});
+  return sliding;
+}
+
+void check_stored_layers(const ModelConfig& config, bool quantize_sliding) {
+  if (stored_layers(config, quantize_sliding).empty())
+    throw_invalid(
+        "calibrate",
+        "sliding: full leaves nothing to store in few bits: all {} layers have a sliding window; quantize stores them too",
+        config.num_layers);
+}
+
 std::string_view to_string(Units units) {
   constexpr std::string_view kNames[] = {"uniform", "layer", "kv", "head"};
   return kNames[static_cast<std::size_t>(units)];
@@ -154,6 +174,7 @@ void check_plan_options(const ModelConfig& config, const PlanOptions& options, i
   if (method.keys_before_rope) throw_invalid("calibrate", "{} has a way of its own, make_adjoint_plan", options.method);
   if (options.units != Units::kUniform && options.units != Units::kLayer)
     throw_invalid("calibrate", "units: {} offers uniform and layer, got {}", options.method, to_string(options.units));
+  check_stored_layers(config, options.quantize_sliding);
   const Ladder ladder = ladder_of(method, options.units, config.head_dim);
   check_bits(method, ladder, options, config.head_dim);
   check_batch_size(num_samples, length);
@@ -169,19 +190,22 @@ Plan make_plan(const Model& model, const TokenBatch& samples, const PlanOptions&
   const Ladder ladder = ladder_of(method, options.units, model.config().head_dim);
   const bool reads = reads_samples(options);
 
+  const auto sliding = options.quantize_sliding ? std::vector<SlidingLayer>() : sliding_layers(model.config());
   LayerMap<SensitivityResult> sensitivities;
   std::vector<double> widths;
   if (options.units == Units::kUniform) {
-    widths.assign(static_cast<std::size_t>(model.config().num_layers), uniform_width(method, ladder, options));
+    widths.assign(stored_layers(model.config(), options.quantize_sliding).size(), uniform_width(method, ladder, options));
   } else {
     ProbeOptions probe{.seed = options.seed, .quantizers = {}, .rates = kRates};
     if (!method.learns()) probe.quantizers = {options.method};
     sensitivities = probe_sensitivities(model, samples, probe, progress);
+    for (const auto& layer : sliding) sensitivities.erase(layer_name(layer.layer));
     widths = method.learns() ? learned_widths(model, samples, method, ladder, sensitivities, options, progress)
                              : scalar_widths(method, ladder, sensitivities, options);
   }
   Plan plan;
   plan.model = model.identity();
+  plan.sliding = sliding;
   fit_units(model, samples, method, widths, sensitivities, options, plan, progress);
   plan.provenance = {.program = fmt::format("veloxquant {}", VELOXQUANT_VERSION),
                      .method = options.method,

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "veloxquant/core/progress.h"
 #include "veloxquant/model/model.h"
@@ -27,8 +28,15 @@ struct PlanOptions {
   double bits = 2.0;  // effective bits on average: scales and norms count
   Units units = Units::kUniform;
   std::uint64_t seed = 0;
-  int context = 0;  // tokens at which bits are counted; 0: the model's maximum.  They are the same at any
+  int context = 0;                // tokens at which bits are counted; 0: the model's maximum.  They are the same at any
+  bool quantize_sliding = false;  // also layers with a sliding window, counted as if they kept all tokens
 };
+
+/// What a plan that leaves sliding layers as they are says of them.
+std::vector<SlidingLayer> sliding_layers(const ModelConfig& config);
+
+/// Throws std::invalid_argument where that leaves no layer.
+void check_stored_layers(const ModelConfig& config, bool quantize_sliding);
 
 /// Whether make_plan looks at samples at all: one width of a quantizer that does not learn needs none.
 bool reads_samples(const PlanOptions& options);

@@ -24,14 +24,15 @@ constexpr std::size_t kRowBytes = std::size_t{64} << 20, kFileBytes = std::size_
 }  // namespace
 
 UnitStatisticsStore::UnitStatisticsStore(const ModelConfig& config, int num_samples, int length, const StatisticsOptions& options)
-    : num_kv_heads_(config.num_kv_heads),
+    : layers_(stored_layers(config, options.quantize_sliding)),
+      num_kv_heads_(config.num_kv_heads),
       dim_(config.head_dim),
       sinks_(options.sinks),
       num_vectors_(static_cast<double>(num_samples) * (length - options.sinks)),
-      metrics_(2 * static_cast<std::size_t>(config.num_layers * config.num_kv_heads),
+      metrics_(2 * layers_.size() * static_cast<std::size_t>(config.num_kv_heads),
                SquareMatrix(static_cast<std::size_t>(dim_ * dim_))),
       rows_(kRowBytes),
-      steps_(static_cast<std::size_t>(config.num_layers)) {
+      steps_(layers_.size()) {
   if (length <= options.sinks)
     throw_invalid("calibrate", "length: expected samples longer than {} sinks, got {} tokens", options.sinks, length);
   // One of each stretch of a sample; every so many-th row is held out.
@@ -60,6 +61,9 @@ std::span<const UnitStatisticsStore::Place> UnitStatisticsStore::places_of(int f
 }
 
 void UnitStatisticsStore::add(const LayerGradients& step) {
+  const auto found = std::lower_bound(layers_.begin(), layers_.end(), step.layer);
+  if (found == layers_.end() || *found != step.layer) return;
+  const auto layer = static_cast<std::size_t>(found - layers_.begin());
   const int count = step.keys.shape(0), length = step.keys.shape(2);
   const auto units = static_cast<std::size_t>(2 * num_kv_heads_), dim = static_cast<std::size_t>(dim_);
   const auto places = places_of(step.first_sample, count);
@@ -78,7 +82,7 @@ void UnitStatisticsStore::add(const LayerGradients& step) {
       return run * static_cast<std::size_t>(length) * dim;
     };
     std::vector<float> square(dim * dim);
-    auto& metric = metrics_[static_cast<std::size_t>(step.layer) * units + u];
+    auto& metric = metrics_[layer * units + u];
     for (int sample = step.first_sample; sample < step.first_sample + count; ++sample) {
       const float* counted = gradients + run_of(sample) + static_cast<std::size_t>(sinks_) * dim;
       gemm(true, false, dim_, dim_, length - sinks_, 1.0f, counted, dim_, counted, dim_, 0.0f, square.data(), dim_);
@@ -91,14 +95,14 @@ void UnitStatisticsStore::add(const LayerGradients& step) {
       out = std::copy_n(gradients + at, dim, out);
     }
   });
-  steps_[static_cast<std::size_t>(step.layer)].push_back(rows_.size());
+  steps_[layer].push_back(rows_.size());
   rows_.add(mx::array(rows.data(), {static_cast<int>(units), static_cast<int>(places.size()), 2 * dim_}));
 }
 
 UnitStatistics UnitStatisticsStore::get(std::size_t index) const {
   const auto of_layer = static_cast<std::size_t>(2 * num_kv_heads_), layer = index / of_layer, unit = index % of_layer,
              dim = static_cast<std::size_t>(dim_);
-  UnitStatistics result{.layer = static_cast<int>(layer),
+  UnitStatistics result{.layer = layers_[layer],
                         .side = unit < of_layer / 2 ? Side::kKeys : Side::kValues,
                         .head = static_cast<int>(unit % static_cast<std::size_t>(num_kv_heads_)),
                         .dim = dim_,

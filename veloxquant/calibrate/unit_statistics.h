@@ -35,11 +35,13 @@ struct UnitStatistics {
 
 struct StatisticsOptions {
   GradientOptions gradients;
-  int sinks = 0;  // first tokens of each sample that are left out, since they are stored exactly
+  int sinks = 0;                 // first tokens of each sample that are left out, since they are stored exactly
+  bool quantize_sliding = true;  // also of layers with a sliding window
   std::size_t training_rows = 40960, held_out_rows = 16384;  // of a unit; fewer where the file of all would take more than 8 GiB
 };
 
-/// The units of all layers: keys of all heads, then values, of layer 0, then of layer 1, …  Rows lie in a file past a limit.
+/// The units of all layers, or of those that do not slide: keys of all heads, then values, of the first, then of the next, …  Rows
+/// lie in a file past a limit.
 class UnitStatisticsStore {
  public:
   UnitStatisticsStore(const ModelConfig& config, int num_samples, int length, const StatisticsOptions& options);
@@ -58,6 +60,7 @@ class UnitStatisticsStore {
 
   std::span<const Place> places_of(int first_sample, int samples) const;
 
+  std::vector<int> layers_;
   int num_kv_heads_, dim_, sinks_;
   double num_vectors_;
   std::vector<Place> places_;  // ascending in sample and position

@@ -32,9 +32,9 @@ std::size_t exact_bytes(const ModelConfig& config, int tokens) {
 
 }  // namespace
 
-ByteRange possible_bytes(const ModelConfig& config, int context, int exact_tokens) {
+ByteRange possible_bytes(const ModelConfig& config, std::size_t layers, int context, int exact_tokens) {
   const auto codes = ladder_codes(config.head_dim);
-  const auto units = 2 * static_cast<std::size_t>(config.num_layers * config.num_kv_heads);
+  const auto units = 2 * layers * static_cast<std::size_t>(config.num_kv_heads);
   const auto bytes = [&](int some, int patches) {
     const auto coded = rotated_pq_bytes(config.head_dim, some, patches, static_cast<std::size_t>(context - exact_tokens));
     return static_cast<std::int64_t>(units * (exact_bytes(config, exact_tokens) + coded));

@@ -29,11 +29,12 @@ struct FrontierPoint {
   double bits, predicted_kl;
 };
 
-/// Least and most bytes that keys and values of `context` tokens can take, of which `exact_tokens` are window and sinks.
+/// Least and most bytes that keys and values of `context` tokens can take in so many layers, of which `exact_tokens` are window and
+/// sinks.
 struct ByteRange {
   std::int64_t least, most;
 };
-ByteRange possible_bytes(const ModelConfig& config, int context, int exact_tokens);
+ByteRange possible_bytes(const ModelConfig& config, std::size_t layers, int context, int exact_tokens);
 
 /// What is given out: bytes of one sequence of `context` tokens, of which window and sinks take theirs first.
 class WidthAllocation {

@@ -28,6 +28,7 @@ struct Options {
   std::optional<std::string> units, keys, frontier;
   std::optional<std::int64_t> bytes;
   std::optional<int> window, sinks;
+  std::string sliding = "full";
   int context = 0;
   SampleOptions samples{0, 0};
   TextOptions text;
@@ -73,7 +74,8 @@ Plan documented_plan(const Options& options, const LoadedModel& loaded, const st
                            .bits = options.bits,
                            .units = units_of(options),
                            .seed = options.run.seed,
-                           .context = options.context};
+                           .context = options.context,
+                           .quantize_sliding = options.sliding == "quantize"};
   const int count = options.samples.num_samples > 0 ? options.samples.num_samples : kSamples,
             length = options.samples.length > 0 ? options.samples.length : kSampleLength;
   check_plan_options(loaded.model.config(), wanted, count, length);
@@ -92,7 +94,8 @@ AdjointPlan rotated_plan(const Options& options, const LoadedModel& loaded, cons
                                   .keys = options.keys == "plane" ? Rotation::kPlane : Rotation::kFull,
                                   .window = options.window.value_or(kDefaultWindow),
                                   .sinks = options.sinks.value_or(kDefaultSinks),
-                                  .seed = options.run.seed};
+                                  .seed = options.run.seed,
+                                  .quantize_sliding = options.sliding == "quantize"};
   const int count = options.samples.num_samples > 0 ? options.samples.num_samples : kSetSamples,
             length = options.samples.length > 0 ? options.samples.length
                                                 : std::min(loaded.model.config().max_position_embeddings, kLongestSample);
@@ -154,7 +157,7 @@ void run(const Options& options) {
     frontier_file = frontier_path(options).string();
     check_writable(frontier_file);
     if (std::filesystem::weakly_canonical(frontier_file) == std::filesystem::weakly_canonical(options.output))
-      throw_invalid("calibrate", "--frontier: expected another file than that of the plan, got {}", frontier_file);
+      throw_invalid("calibrate", "--frontier: expected another file than that of the plan, got {}", options.output);
   }
   const DeviceScope scope = options.run.enter();
   const LoadedModel loaded = load_model(options.model);
@@ -213,6 +216,12 @@ void add_calibrate(CLI::App& program) {
       .add_option("--sinks", options->sinks,
                   fmt::format("First tokens that rotated_pq keeps at 8 bits (default: {})", kDefaultSinks))
       ->check(whole_number(0, 65536));
+  command
+      .add_option("--sliding", options->sliding,
+                  "Layers whose queries see a sliding window: full leaves their last tokens as they are, quantize stores them like "
+                  "others")
+      ->check(CLI::IsMember({"full", "quantize"}))
+      ->capture_default_str();
   // A flag, so that only = gives it a value: the word after it may be the model.
   command.add_flag(fmt::format("--frontier{{{}}}", kBesideThePlan), options->frontier,
                    "Also print predicted KL against bits, and save it as JSON beside the plan, or --frontier=FILE");

@@ -79,14 +79,24 @@ void print_plan(const Plan& plan) {
   fmt::print("bits        {:.4g} per element at {} tokens, everything stored per token counted; {} of codebooks beside\n",
              effective_bits(plan), from.context, bytes_text(constant_bytes(plan)));
   constexpr std::int64_t kTokens = 32768;
-  const double full = 2.0 * 2 * model.num_layers * model.num_kv_heads * model.head_dim;
+  const double full = 2.0 * 2 * (model.num_layers - static_cast<int>(plan.sliding.size())) * model.num_kv_heads * model.head_dim;
   fmt::print("memory      {} at 32,768 tokens, {:.4g} bits per element (at 16 bits: {}); each further token {:.0f} bytes\n",
              bytes_text(static_cast<std::size_t>(cache_bytes(plan, kTokens))), effective_bits(plan, kTokens),
              bytes_text(static_cast<std::size_t>(full * kTokens)), bytes_per_token(plan));
+  if (!plan.sliding.empty())
+    fmt::print("sliding     {} layers keep the tokens of their window at full precision: {} beside\n", plan.sliding.size(),
+               bytes_text(static_cast<std::size_t>(sliding_bytes(model, plan.sliding, kTokens))));
   if (plan.predicted_kl) fmt::print("predicted   KL {:.4f} nats a token\n", *plan.predicted_kl);
   std::vector<std::vector<std::string>> rows = {{"layer", "keys", "values"}};
-  for (int layer = 0; layer < model.num_layers; ++layer)
+  for (int layer = 0; layer < model.num_layers; ++layer) {
+    const auto slides =
+        std::find_if(plan.sliding.begin(), plan.sliding.end(), [layer](const auto& some) { return some.layer == layer; });
+    if (slides != plan.sliding.end()) {
+      rows.push_back({layer_name(layer), fmt::format("full, last {}", slides->window), "full"});
+      continue;
+    }
     rows.push_back({layer_name(layer), side_bits(plan, layer, Side::kKeys), side_bits(plan, layer, Side::kValues)});
+  }
   fmt::print("\n{}", table(rows));
   print_units_at_stake(plan);
 }

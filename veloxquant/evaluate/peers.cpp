@@ -45,7 +45,11 @@ struct PeerFamily {
 // The peer that restores so; bits(context) are its own, without the window.
 Storage restoring_peer(const Request& request, const Restore& keys, const Restore& values, std::function<double(int)> bits) {
   const ExactTokens exact = request.windowed ? ExactTokens{kDefaultWindow, kDefaultSinks} : ExactTokens{};
-  const CacheFactory factory = [=](int) { return std::make_unique<RestoringCache>(keys, values, exact); };
+  // As of a plan, layers that slide stay as they are.
+  const CacheFactory factory = [=, layers = request.model.config().layers](int layer) -> std::unique_ptr<AttentionCache> {
+    if (layers[static_cast<std::size_t>(layer)].sliding_window > 0) return std::make_unique<FullCache>();
+    return std::make_unique<RestoringCache>(keys, values, exact);
+  };
   if (!request.windowed) return {request.name, factory, bits};
   const double exact_bits = make_quantizer(exact_parameters(Side::kKeys, request.model.config().head_dim))->rate();
   return {request.name, factory,

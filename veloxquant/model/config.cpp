@@ -93,6 +93,7 @@ Activation read_activation(const JsonObject& json) {
 PackingConfig read_packing(const JsonObject& json, const PackingConfig& otherwise) {
   PackingConfig packing;
   packing.mode = json.string_or("mode", otherwise.mode);
+  if (json.boolean_or("global_scale", false)) json.refuse("global_scale", "false");
   packing.group_size = static_cast<int>(json.integer_or("group_size", otherwise.group_size, 1, 1 << 16));
   packing.bits = static_cast<int>(json.integer_or("bits", otherwise.bits, 1, 64));
   const auto one_of = [&](const char* field, int value, std::vector<int> accepted) {
@@ -215,6 +216,13 @@ RopeConfig scale_rope(const JsonObject& scaling, const JsonObject& json, RopeCon
     scaling.refuse(type_field, "\"default\", \"linear\", \"llama3\", \"yarn\" or \"longrope\"");
   }
   return rope;
+}
+
+std::vector<int> stored_layers(const ModelConfig& config, bool sliding) {
+  std::vector<int> layers;
+  for (int i = 0; i < config.num_layers; ++i)
+    if (sliding || config.layers[static_cast<std::size_t>(i)].sliding_window == 0) layers.push_back(i);
+  return layers;
 }
 
 ModelConfig read_config(const std::filesystem::path& folder) {

@@ -83,6 +83,9 @@ struct ModelConfig {
   ExpertsConfig experts;
 };
 
+/// Layers whose keys and values a plan stores: all, or without `sliding` those whose queries see every token.
+std::vector<int> stored_layers(const ModelConfig& config, bool sliding);
+
 /// Reads `folder`/config.json.  Throws std::runtime_error that names file, field, value and what is accepted; a model type,
 /// activation, RoPE scaling, kind of layer or packing that is not supported is refused by name.
 ModelConfig read_config(const std::filesystem::path& folder);

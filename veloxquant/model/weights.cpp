@@ -93,21 +93,25 @@ void Weights::add_file(const fs::path& path) {
   }
 }
 
-Weights::Source Weights::find(const std::string& name, const mx::Shape& shape) {
+std::optional<Weights::Source> Weights::find(const std::string& name, const mx::Shape& shape) {
   const auto found = tensors_.find(name);
-  if (found == tensors_.end()) throw_failure("weights", "{}: no tensor {} {}", folder_.string(), name, shape_text(shape));
+  if (found == tensors_.end()) {
+    mismatches_.push_back(fmt::format("no tensor {} {}", name, shape_text(shape)));
+    return std::nullopt;
+  }
   Source source = found->second;
-  if (!std::equal(shape.begin(), shape.end(), source.entry->shape.begin(), source.entry->shape.end()))
-    throw_failure("weights", "{}: tensor {}: expected shape {} by config.json, got {}", source.path, name, shape_text(shape),
-                  shape_text(source.entry->shape));
   tensors_.erase(found);
-  return source;
+  if (std::equal(shape.begin(), shape.end(), source.entry->shape.begin(), source.entry->shape.end())) return source;
+  mismatches_.push_back(
+      fmt::format("tensor {}: expected shape {} by config.json, got {}", name, shape_text(shape), shape_text(source.entry->shape)));
+  return std::nullopt;
 }
 
 mx::array Weights::take(const std::string& name, const mx::Shape& shape) {
-  const Source source = find(name, shape);
-  const Tensor tensor = to_float32(*source.entry, name, source.path);
-  check_finite(tensor.values, name, source.path);
+  const auto source = find(name, shape);
+  if (!source) return mx::zeros(shape);
+  const Tensor tensor = to_float32(*source->entry, name, source->path);
+  check_finite(tensor.values, name, source->path);
   return mx::array(tensor.values.data(), shape);
 }
 
@@ -130,11 +134,11 @@ Matrix Weights::take_matrix(const std::string& module, int rows, int columns, co
                         flat(take_packed(module + ".scales", shape(groups), affine ? "F32 F16 BF16" : "U8")), std::nullopt,
                         *packing};
     if (affine) packed.biases = flat(take_packed(module + ".biases", shape(groups), "F32 F16 BF16"));
-    Matrix matrix(packed);
-    if (own_kernels()) matrix = Matrix(restored(packed));
-    return matrix;
+    return own_kernels() && mismatches_.empty() ? Matrix(restored(packed)) : Matrix(packed);
   }
-  const Source source = find(name, shape(columns));
+  const auto found = find(name, shape(columns));
+  if (!found) return Matrix(mx::zeros({all_rows, columns}));
+  const Source& source = *found;
   if (is_aligned_float32(*source.entry)) {
     const auto* data = reinterpret_cast<const float*>(source.entry->data.data());
     check_finite({data, source.entry->data.size() / sizeof(float)}, name, source.path);
@@ -152,7 +156,9 @@ Matrix Weights::take_matrix(const std::string& module, int rows, int columns, co
 }
 
 mx::array Weights::take_packed(const std::string& name, const mx::Shape& shape, std::string_view dtypes) {
-  const Source source = find(name, shape);
+  const auto found = find(name, shape);
+  if (!found) return mx::zeros(shape);
+  const Source& source = *found;
   if (dtypes.find(source.entry->dtype) == std::string_view::npos)
     throw_failure("weights", "{}: tensor {}: expected one of {}, got {}", source.path, name, dtypes, source.entry->dtype);
   const auto values = as_stored(*source.entry, shape, name, source.path);
@@ -162,14 +168,18 @@ mx::array Weights::take_packed(const std::string& name, const mx::Shape& shape, 
 }
 
 void Weights::expect_all_taken() const {
-  if (tensors_.empty()) return;
-  std::vector<std::string> names;
-  for (const auto& [name, source] : tensors_) {
-    if (names.size() == 3) break;
-    names.push_back(name);
+  constexpr std::size_t kShown = 8;
+  std::vector<std::string> problems(mismatches_.begin(),
+                                    mismatches_.begin() + static_cast<std::ptrdiff_t>(std::min(kShown, mismatches_.size())));
+  if (mismatches_.size() > kShown) problems.push_back(fmt::format("{} more that do not fit", mismatches_.size() - kShown));
+  if (!tensors_.empty()) {
+    std::vector<std::string> names;
+    for (const auto& [name, source] : tensors_)
+      if (names.size() < kShown) names.push_back(name);
+    problems.push_back(fmt::format("{} tensors that this architecture does not have: {}{}", tensors_.size(), fmt::join(names, ", "),
+                                   tensors_.size() > names.size() ? ", …" : ""));
   }
-  throw_failure("weights", "{}: {} tensors that this architecture does not have: {}{}", folder_.string(), tensors_.size(),
-                fmt::join(names, ", "), tensors_.size() > names.size() ? ", …" : "");
+  if (!problems.empty()) throw_failure("weights", "{}: {}", folder_.string(), fmt::join(problems, "; "));
 }
 
 }  // namespace veloxquant

@@ -15,8 +15,8 @@
 namespace veloxquant {
 
 /// The safetensors files of a Hugging Face model folder: those that model.safetensors.index.json names, or else every
-/// *.safetensors.  Tensors are taken by name; what nobody takes is an error, so that a checkpoint of another architecture is
-/// never half read.
+/// *.safetensors.  Tensors are taken by name.  One that is missing or of another shape is noted, and expect_all_taken() throws for
+/// all of these and for what nobody took, so that a checkpoint of another architecture is never half read.
 class Weights {
  public:
   /// Throws std::runtime_error that names file and tensor.
@@ -24,7 +24,7 @@ class Weights {
 
   bool has(const std::string& name) const { return tensors_.contains(name); }
 
-  /// The tensor in float32.  Throws unless it is there, F32, F16 or BF16, of `shape`, and finite everywhere.
+  /// The tensor in float32.  Throws unless it is F32, F16 or BF16, and finite everywhere.
   mx::array take(const std::string& name, const mx::Shape& shape);
 
   /// Whether there is a matrix `module`.weight.
@@ -38,7 +38,7 @@ class Weights {
   /// Says that a tensor is known but not needed; one that is not there is fine.
   void skip(const std::string& name) { tensors_.erase(name); }
 
-  /// Throws, naming the first ones, if tensors are left.
+  /// Throws, naming them (the first of each kind), if tensors were missing, had other shapes, or are left.
   void expect_all_taken() const;
 
   /// SHA-256, in hex, over names, types and shapes of all tensors.
@@ -52,10 +52,11 @@ class Weights {
   };
 
   void add_file(const std::filesystem::path& path);
-  Source find(const std::string& name, const mx::Shape& shape);
+  std::optional<Source> find(const std::string& name, const mx::Shape& shape);
   mx::array take_packed(const std::string& name, const mx::Shape& shape, std::string_view dtypes);
 
   std::map<std::string, Source> tensors_;
+  std::vector<std::string> mismatches_;
   std::string headers_hash_;
   std::filesystem::path folder_;
 };

@@ -18,7 +18,8 @@ int heads_of(const Plan& plan, const UnitPlan& unit) {
 }
 
 double elements_per_token(const Plan& plan) {
-  return 2.0 * plan.model.num_layers * plan.model.num_kv_heads * plan.model.head_dim;
+  const auto layers = static_cast<double>(static_cast<std::size_t>(plan.model.num_layers) - plan.sliding.size());
+  return 2.0 * layers * plan.model.num_kv_heads * plan.model.head_dim;
 }
 
 }  // namespace
@@ -39,6 +40,14 @@ std::int64_t cache_bytes(const Plan& plan, std::int64_t tokens) {
     bytes += static_cast<std::size_t>(heads_of(plan, unit)) * one_head;
   }
   return static_cast<std::int64_t>(bytes);
+}
+
+std::int64_t sliding_bytes(const ModelIdentity& model, const std::vector<SlidingLayer>& sliding, std::int64_t tokens) {
+  constexpr int kBytes = 2;
+  std::int64_t bytes = 0;
+  for (const auto& layer : sliding)
+    bytes += std::min<std::int64_t>(tokens, layer.window) * 2 * model.num_kv_heads * model.head_dim * kBytes;
+  return bytes;
 }
 
 double effective_bits(const Plan& plan, std::int64_t tokens) {
@@ -106,8 +115,19 @@ void check_plan(const Plan& plan) {
   for (const auto& [name, tokens] : {std::pair("window", plan.window), std::pair("sinks", plan.sinks)})
     if (tokens < 0 || tokens > kMostExactTokens)
       throw_invalid("plan", "{}: expected 0 to {}, got {}", name, kMostExactTokens, tokens);
+  for (std::size_t i = 0; i < plan.sliding.size(); ++i) {
+    const auto& [layer, window] = plan.sliding[i];
+    const int least = i > 0 ? plan.sliding[i - 1].layer + 1 : 0;
+    if (layer < least || layer >= plan.model.num_layers)
+      throw_invalid("plan", "sliding[{}]: layer: expected {} to {}, got {}", i, least, plan.model.num_layers - 1, layer);
+    if (window < 1) throw_invalid("plan", "sliding[{}]: window: expected at least 1, got {}", i, window);
+  }
+  const auto slides = [&](int layer) {
+    return std::any_of(plan.sliding.begin(), plan.sliding.end(), [layer](const auto& some) { return some.layer == layer; });
+  };
   std::size_t at = 0;
   for (int layer = 0; layer < plan.model.num_layers; ++layer) {
+    if (slides(layer)) continue;
     for (const Side side : {Side::kKeys, Side::kValues}) {
       const bool per_head = at < plan.units.size() && plan.units[at].head;
       for (int head = 0; head < (per_head ? plan.model.num_kv_heads : 1); ++head, ++at)
@@ -115,7 +135,8 @@ void check_plan(const Plan& plan) {
     }
   }
   if (at != plan.units.size())
-    throw_invalid("plan", "units: expected {} for {} layers, got {}", at, plan.model.num_layers, plan.units.size());
+    throw_invalid("plan", "units: expected {} for {} layers, got {}", at,
+                  plan.model.num_layers - static_cast<int>(plan.sliding.size()), plan.units.size());
 }
 
 }  // namespace veloxquant

@@ -23,6 +23,13 @@ struct UnitPlan {
   bool operator==(const UnitPlan&) const = default;
 };
 
+/// A layer whose queries see a sliding window, of which the plan leaves the last `window` tokens as they are (16 bits).
+struct SlidingLayer {
+  int layer = 0, window = 0;
+
+  bool operator==(const SlidingLayer&) const = default;
+};
+
 struct TextSource {
   std::string name;    // file name, without folders
   std::string sha256;  // of its bytes, in hex
@@ -48,9 +55,10 @@ struct Provenance {
 
 struct Plan {
   ModelIdentity model;
-  int window = 0;               // so many of the most recent tokens are kept at 8 bits
-  int sinks = 0;                // and so many of the first
-  std::vector<UnitPlan> units;  // keys, then values, of layer 0, then of layer 1, …; head by head where they are apart
+  int window = 0;                          // so many of the most recent tokens are kept at 8 bits
+  int sinks = 0;                           // and so many of the first
+  std::vector<UnitPlan> units;             // keys, then values, of layer 0, then of layer 1, …; head by head where they are apart
+  std::vector<SlidingLayer> sliding = {};  // layers without units, ascending
   Provenance provenance;
   std::optional<double> predicted_kl;  // nats a token, where it was predicted
 
@@ -66,11 +74,14 @@ inline constexpr std::int64_t kMaxContext = 1 << 30;
 /// How tokens of the window and sinks are stored: 8-bit codes, with a scale and an offset of 16 bits for each 64 channels.
 QuantizerParameters exact_parameters(Side side, int head_dim);
 
-/// Bytes of the keys and values of one sequence of `tokens` tokens, everything stored per token counted: codes, scales, norms,
-/// patches, window and sinks.
+/// Bytes of the keys and values of one sequence of `tokens` tokens in the layers that have units, everything stored per token
+/// counted: codes, scales, norms, patches, window and sinks.
 std::int64_t cache_bytes(const Plan& plan, std::int64_t tokens);
 
-/// The same as bits per element of keys and values, at a context of `tokens`, or at the one that the plan was made for.
+/// Bytes of the layers that slide beside them: 16 bits an element.
+std::int64_t sliding_bytes(const ModelIdentity& model, const std::vector<SlidingLayer>& sliding, std::int64_t tokens);
+
+/// cache_bytes as bits per element of keys and values, at a context of `tokens`, or at the one that the plan was made for.
 double effective_bits(const Plan& plan, std::int64_t tokens);
 double effective_bits(const Plan& plan);
 
@@ -83,8 +94,9 @@ double bytes_per_token(const Plan& plan);
 /// Throws std::runtime_error that names what differs, unless the plan was made for this model.
 void check_identity(const Plan& plan, const ModelIdentity& model);
 
-/// Throws std::invalid_argument that names the unit and the field, unless the units cover each side of every layer once, in order
-/// of layer, side and head, window and sinks are 0 to 65,536, and every quantizer can be made and fits the model's head_dim.
+/// Throws std::invalid_argument that names the unit and the field, unless the units cover each side of every layer that is not in
+/// `sliding` once, in order of layer, side and head, window and sinks are 0 to 65,536, and every quantizer can be made and fits the
+/// model's head_dim.
 void check_plan(const Plan& plan);
 
 }  // namespace veloxquant

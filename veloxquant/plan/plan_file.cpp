@@ -17,8 +17,7 @@ using Json = nlohmann::ordered_json;
 using Tensors = std::map<std::string, Tensor>;
 
 constexpr const char* kFormat = "veloxquant-plan";
-constexpr const char* kVersion = "2";
-constexpr const char* kFirstVersion = "1";  // units have neither head nor predicted_kl there
+constexpr int kVersion = 3;  // 1: units have neither head nor predicted_kl; 2: no layer slides
 constexpr std::int64_t kMaxSize = 1 << 24;
 
 // As config.json may say; far beyond any model.
@@ -64,8 +63,8 @@ Json unit_json(const UnitPlan& unit) {
 }
 
 // Takes the tensors of the unit out of `tensors`.
-UnitPlan read_unit(const JsonObject& json, bool first_version, Tensors& tensors) {
-  if (first_version) {
+UnitPlan read_unit(const JsonObject& json, int version, Tensors& tensors) {
+  if (version == 1) {
     json.expect_only({"layer", "side", "method", "dim", "numbers", "tensors"});
   } else {
     json.expect_only({"layer", "side", "head", "method", "dim", "numbers", "tensors", "predicted_kl"});
@@ -75,7 +74,7 @@ UnitPlan read_unit(const JsonObject& json, bool first_version, Tensors& tensors)
   UnitPlan unit{.layer = static_cast<int>(json.integer("layer", 0, kMaxSize)),
                 .side = side == "keys" ? Side::kKeys : Side::kValues,
                 .quantizer = {}};
-  if (!first_version && !json.at("head").is_null()) unit.head = static_cast<int>(json.integer("head", 0, kMaxSize));
+  if (version > 1 && !json.at("head").is_null()) unit.head = static_cast<int>(json.integer("head", 0, kMaxSize));
   unit.quantizer.method = json.string("method");
   unit.quantizer.side = unit.side;
   unit.quantizer.dim = static_cast<int>(json.integer("dim", 1, kMaxSize));
@@ -89,7 +88,7 @@ UnitPlan read_unit(const JsonObject& json, bool first_version, Tensors& tensors)
     unit.quantizer.tensors.emplace(name, std::move(found->second));
     tensors.erase(found);
   }
-  if (!first_version && !json.at("predicted_kl").is_null()) unit.predicted_kl = json.number("predicted_kl", 0);
+  if (version > 1 && !json.at("predicted_kl").is_null()) unit.predicted_kl = json.number("predicted_kl", 0);
   return unit;
 }
 
@@ -142,11 +141,11 @@ Provenance read_provenance(const JsonObject& json) {
 Json plan_json(const Plan& plan) {
   auto units = Json::array();
   for (const auto& unit : plan.units) units.push_back(unit_json(unit));
-  Json json = {{"model", model_json(plan.model)},
-               {"window", plan.window},
-               {"sinks", plan.sinks},
-               {"units", std::move(units)},
-               {"provenance", provenance_json(plan.provenance)}};
+  auto sliding = Json::array();
+  for (const auto& [layer, window] : plan.sliding) sliding.push_back({{"layer", layer}, {"window", window}});
+  Json json = {
+      {"model", model_json(plan.model)}, {"window", plan.window},         {"sinks", plan.sinks},
+      {"units", std::move(units)},       {"sliding", std::move(sliding)}, {"provenance", provenance_json(plan.provenance)}};
   json["predicted_kl"] = plan.predicted_kl ? Json(*plan.predicted_kl) : Json(nullptr);
   json["effective_bits"] = effective_bits(plan);
   return json;
@@ -177,17 +176,28 @@ const std::string& metadata_field(const SafetensorsFile& file, const std::string
   return found->second;
 }
 
-Plan parse_plan(const std::string& text, bool first_version, Tensors tensors, const std::string& where) {
+Plan parse_plan(const std::string& text, int version, Tensors tensors, const std::string& where) {
   const auto document = parse_json(text, where);
   const JsonObject json(document, where);
-  json.expect_only({"model", "window", "sinks", "units", "provenance", "predicted_kl", "effective_bits"});
+  std::vector<std::string_view> fields = {"model", "window", "sinks", "units", "provenance", "predicted_kl", "effective_bits"};
+  if (version > 2) fields.push_back("sliding");
+  json.expect_only(fields);
   Plan plan;
   plan.model = read_model(json.object("model"));
   plan.window = static_cast<int>(json.integer("window", 0, kMaxSize));
   plan.sinks = static_cast<int>(json.integer("sinks", 0, kMaxSize));
   if (!json.at("units").is_array()) json.refuse("units", "a list");
   for (const auto& item : json.at("units"))
-    plan.units.push_back(read_unit({item, fmt::format("{}: units[{}]", where, plan.units.size())}, first_version, tensors));
+    plan.units.push_back(read_unit({item, fmt::format("{}: units[{}]", where, plan.units.size())}, version, tensors));
+  if (version > 2) {
+    if (!json.at("sliding").is_array()) json.refuse("sliding", "a list");
+    for (const auto& item : json.at("sliding")) {
+      const JsonObject layer(item, fmt::format("{}: sliding[{}]", where, plan.sliding.size()));
+      layer.expect_only({"layer", "window"});
+      plan.sliding.push_back(
+          {static_cast<int>(layer.integer("layer", 0, kMaxLayers)), static_cast<int>(layer.integer("window", 1, kMaxContext))});
+    }
+  }
   plan.provenance = read_provenance(json.object("provenance"));
   if (!json.at("predicted_kl").is_null()) plan.predicted_kl = json.number("predicted_kl", 0);
   if (!tensors.empty()) throw_failure("plan", "{}: tensor {} belongs to no unit", where, tensors.begin()->first);
@@ -207,9 +217,10 @@ void write_plan(const Plan& plan, const std::filesystem::path& path) {
   // Names of text files need not be UTF-8, and a plan must not be lost for that.
   const std::string json = plan_json(plan).dump(-1, ' ', false, Json::error_handler_t::replace);
   const Tensors tensors = all_tensors(plan);
-  parse_plan(json, false, tensors, path.string());  // so that what is written can be read
-  write_safetensors(path, tensors,
-                    {{"format", kFormat}, {"version", kVersion}, {"plan", json}, {"checksum", checksum(json, tensors)}});
+  parse_plan(json, kVersion, tensors, path.string());  // so that what is written can be read
+  write_safetensors(
+      path, tensors,
+      {{"format", kFormat}, {"version", std::to_string(kVersion)}, {"plan", json}, {"checksum", checksum(json, tensors)}});
 }
 
 Plan read_plan(const std::filesystem::path& path) {
@@ -218,8 +229,8 @@ Plan read_plan(const std::filesystem::path& path) {
   if (metadata_field(file, "format", where) != kFormat)
     throw_failure("plan", "{}: format: expected {}, got {}", where, kFormat, file.metadata().at("format"));
   const std::string& version = metadata_field(file, "version", where);
-  if (version != kVersion && version != kFirstVersion)
-    throw_failure("plan", "{}: version: expected {} or {}, got {}", where, kFirstVersion, kVersion, version);
+  if (version != "1" && version != "2" && version != "3")
+    throw_failure("plan", "{}: version: expected 1 to {}, got {}", where, kVersion, version);
   if (file.metadata().size() != 4)
     throw_failure("plan", "{}: expected the metadata format, version, plan and checksum, got {} fields", where,
                   file.metadata().size());
@@ -231,13 +242,22 @@ Plan read_plan(const std::filesystem::path& path) {
   const std::string& json = metadata_field(file, "plan", where);
   if (metadata_field(file, "checksum", where) != checksum(json, tensors))
     throw_failure("plan", "{}: the checksum does not match: the file is damaged", where);
-  return parse_plan(json, version == kFirstVersion, std::move(tensors), where);
+  return parse_plan(json, version[0] - '0', std::move(tensors), where);
 }
 
 Json describe_plan(const Plan& plan) {
   Json json = plan_json(plan);
   json["constant_bytes"] = constant_bytes(plan);
   json["bytes_per_token"] = bytes_per_token(plan);
+  json["sliding_bytes"] = sliding_bytes(plan.model, plan.sliding, plan.provenance.context);
+  auto contexts = Json::object();  // 16 bits: of the same keys and values
+  for (const std::int64_t tokens : {std::int64_t{plan.provenance.context}, std::int64_t{32768}})
+    contexts[std::to_string(tokens)] = {
+        {"effective_bits", effective_bits(plan, tokens)},
+        {"bytes", cache_bytes(plan, tokens)},
+        {"bytes_at_16_bits",
+         static_cast<std::int64_t>(static_cast<double>(cache_bytes(plan, tokens)) * 16 / effective_bits(plan, tokens) + 0.5)}};
+  json["contexts"] = std::move(contexts);
   for (std::size_t i = 0; i < plan.units.size(); ++i) json["units"][i]["bits"] = make_quantizer(plan.units[i].quantizer)->rate();
   return json;
 }
