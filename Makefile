@@ -5,7 +5,7 @@ PYTHON = .venv/bin/python
 # A command for the shell, not for make, which would run it before setup.sh.
 MLX_ROOT = $$($(PYTHON) -c 'import importlib.util as u; print(u.find_spec("mlx").submodule_search_locations[0])')
 
-.PHONY: build demo test test-slow bench clean format tidy
+.PHONY: build demo test test-slow test-gpu bench clean format tidy
 .DEFAULT_GOAL = build
 
 build:
@@ -24,6 +24,10 @@ test: build
 test-slow: build
 	bash scripts/setup.sh --test
 	bash scripts/test.sh $(BUILD) "slow or not slow"
+
+# Where LD_LIBRARY_PATH begins with the libraries of MLX's CUDA wheel (docs/gpu.md), on a machine with a GPU.
+test-gpu: build
+	VELOXQUANT_GPU=1 MLX_ENABLE_TF32=0 $(BUILD)/bin/veloxquant_gpu_tests
 
 # Ours beside the machine's limit and peers, in one run.  MODELS: folders besides the bundled model.
 MODELS ?= $(wildcard ../shared/models/mid)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "mlx/device.h"
 #include "mlx/ops.h"
 #include "mlx/random.h"
 #include "mlx/transforms.h"
@@ -91,12 +92,24 @@ std::size_t inputs_limit() {
   return on_gpu() ? std::size_t{16} << 30 : std::size_t{128} << 20;
 }
 
-// Layers that are differentiated as one: as many as keep about this many bytes between forward and backward.
-int segment_layers(const ModelConfig& config, int tokens) {
-  const double budget = on_gpu() ? 0x1p33 : 0x1.4p29;
+// Bytes that a segment may keep between forward and backward: on a GPU a third of its memory.
+double segment_budget() {
+  if (!on_gpu()) return 0x1.4p29;
+  constexpr double kOtherwise = 0x1p33;
+  const auto& info = mx::device_info(mx::default_device());
+  for (const char* name : {"total_memory", "memory_size"})
+    if (const auto found = info.find(name); found != info.end())
+      if (const auto* bytes = std::get_if<std::size_t>(&found->second)) return static_cast<double>(*bytes) / 3;
+  return kOtherwise;
+}
+
+// Layers that are differentiated as one: as many as stay within the budget for a step of `tokens` in samples of `length`.
+int segment_layers(const ModelConfig& config, int tokens, int length) {
+  // MLX's own attention beside a window keeps about six arrays of every query by every key (attention_graph).
+  const double scores = on_gpu() ? 6.0 * config.num_heads * length : 0.0;
   const double floats = 6.0 * config.hidden_size + 2.0 * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim +
-                        4.0 * config.intermediate_size;
-  const int most = std::max(1, static_cast<int>(budget / (sizeof(float) * floats * tokens)));
+                        4.0 * config.intermediate_size + scores;
+  const int most = std::max(1, static_cast<int>(segment_budget() / (sizeof(float) * floats * tokens)));
   const int segments = (config.num_layers + most - 1) / most;
   return (config.num_layers + segments - 1) / segments;
 }
@@ -137,7 +150,7 @@ void likelihood_gradients(const Model& model, const TokenBatch& samples, const G
   const ModelConfig& config = model.config();
   const int num_layers = config.num_layers, step = std::clamp(kStepTokens / samples.length, 1, samples.count),
             num_steps = (samples.count + step - 1) / step;
-  const int length = segment_layers(config, step * samples.length), last_begin = (num_layers - 1) / length * length;
+  const int length = segment_layers(config, step * samples.length, samples.length), last_begin = (num_layers - 1) / length * length;
   const auto count_of = [&](int i) { return std::min(step, samples.count - i * step); };
   ProgressStage stage(progress, "one pass forward, one backward", static_cast<std::size_t>(num_steps) * (num_layers + last_begin));
 

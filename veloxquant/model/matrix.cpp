@@ -29,6 +29,15 @@ mx::array to_float32(const mx::array& x) {
   return mx::astype(x, mx::float32);
 }
 
+// Products of few rows, as when text is written token by token, only wait for their weights, which are read as they are stored.
+// Those of many are what is measured: activations rounded to bfloat16 alone change a model by more than the storage that is
+// measured does.
+constexpr std::size_t kFewRows = 64;
+
+mx::Dtype precision_for(const mx::array& x, const mx::array& weights) {
+  return x.size() / static_cast<std::size_t>(x.shape(-1)) <= kFewRows ? weights.dtype() : mx::float32;
+}
+
 }  // namespace
 
 Matrix::Matrix(std::shared_ptr<const void> owner, const float* data, int rows, int columns)
@@ -81,15 +90,15 @@ mx::array Matrix::product(const mx::array& x) const {
     return to_float32(
         mx::quantized_matmul(x, p->weight, p->scales, p->biases, true, p->packing.group_size, p->packing.bits, p->packing.mode));
   const auto& w = array();
-  return to_float32(mx::matmul(mx::astype(x, w.dtype()), mx::transpose(w)));
+  const auto type = precision_for(x, w);
+  return to_float32(mx::matmul(mx::astype(x, type), mx::transpose(mx::astype(w, type))));
 }
 
 mx::array Matrix::product_back(const mx::array& x) const {
   if (const auto& p = forms_->packed)
     return to_float32(
         mx::quantized_matmul(x, p->weight, p->scales, p->biases, false, p->packing.group_size, p->packing.bits, p->packing.mode));
-  const auto& w = array();
-  return to_float32(mx::matmul(mx::astype(x, w.dtype()), w));
+  return mx::matmul(x, to_float32(array()));
 }
 
 mx::array Matrix::take(const mx::array& indices) const {
@@ -127,7 +136,8 @@ mx::array MatrixStack::product(const mx::array& x, const mx::array& which) const
   if (packed_)
     return to_float32(mx::gather_qmm(x, packed_->weight, packed_->scales, packed_->biases, std::nullopt, which, true,
                                      packed_->packing.group_size, packed_->packing.bits, packed_->packing.mode));
-  return to_float32(mx::gather_mm(mx::astype(x, values_->dtype()), mx::swapaxes(*values_, -1, -2), std::nullopt, which));
+  const auto type = precision_for(x, *values_);
+  return to_float32(mx::gather_mm(mx::astype(x, type), mx::swapaxes(mx::astype(*values_, type), -1, -2), std::nullopt, which));
 }
 
 }  // namespace veloxquant
