@@ -49,6 +49,20 @@ TEST(Nfc, ComposesAndOrders) {
   EXPECT_EQ(normalize("a\U0001E4EC\u0301", NormalForm::kNfc), "a\U0001E4EC\u0301");  // a mark since Unicode 15
 }
 
+TEST(NormalForms, DecomposeAndFold) {
+  EXPECT_EQ(normalize("\u1e69", NormalForm::kNfd), "s\u0323\u0307");
+  EXPECT_EQ(normalize("\ufb01\u00bd", NormalForm::kNfc), "\ufb01\u00bd");
+  EXPECT_EQ(normalize("\ufb01\u00e9", NormalForm::kNfkc), "fi\u00e9");
+  EXPECT_EQ(normalize("\ufb01\u00e9", NormalForm::kNfkd), "fie\u0301");
+  EXPECT_EQ(normalize("\ufdfa", NormalForm::kNfkd).size(), 33u);  // the longest of all
+  EXPECT_EQ(normalize("\u32ff", NormalForm::kNfkd), "\u32ff");    // since Unicode 12
+}
+
+TEST(Lowercase, OneByOne) {
+  EXPECT_EQ(lowercase("ABC xyz 12"), "abc xyz 12");
+  EXPECT_EQ(lowercase("\u0130\u03a3\u00c9\U00010d50"), "i\u0307\u03c3\u00e9\U00010d70");
+}
+
 TEST(Nfc, AMegabyteOfMarksInTheWrongOrder) {
   std::string text = "a", above, below;
   for (int i = 0; i < 250'000; ++i) {
