@@ -19,11 +19,11 @@ using Tokens = std::vector<std::string>;
 constexpr const char* kSupported = "one of ByteLevel, ByteFallback, Fuse, Metaspace, Replace, Strip, Sequence, or null";
 constexpr std::int64_t kMaxStrip = 1 << 20;
 
-Tokens fuse(Tokens tokens) {
+Tokens fuse(const Tokens& tokens) {
   return {fmt::format("{}", fmt::join(tokens, ""))};
 }
 
-Tokens spaced(Tokens tokens) {
+Tokens spaced(const Tokens& tokens) {
   return {fmt::format("{}", fmt::join(tokens, " "))};
 }
 
@@ -38,7 +38,7 @@ std::string byte_level_bytes(const std::string& token) {
   return bytes;
 }
 
-Tokens byte_level(Tokens tokens) {
+Tokens byte_level(const Tokens& tokens) {
   std::string bytes;
   for (const auto& token : tokens) bytes += byte_level_bytes(token);
   return {repair_utf8(bytes)};

@@ -230,7 +230,7 @@ Metaspace read_metaspace(const JsonObject& json) {
 }
 
 std::string read_character(const JsonObject& json, std::string_view field) {
-  const std::string text = json.string(field);
+  std::string text = json.string(field);
   std::size_t end = 0;
   if (!text.empty()) next_character(text, end);
   if (end == 0 || end < text.size()) json.refuse(field, "one character");
