@@ -27,6 +27,9 @@ HOSTILE = [
     "\u0345\u0301\u0300 \u0301", "a\u0301\u0300\u0334\u0323", "\u212b \u2126 \uf900 \ufb01 \u0958", "שלום עולם \u202eabc\u202c", "٣٤٥ ²³ ½ Ⅷ ① 十二 ๓",
     "x²y", "<|endoftext|>", "a<|endoftext|>b", " <|endoftext|> ", "<|endoftext|><|endoftext|>", "<|endoftext", "<|endoftext|>>|>", "\ufffd\ufffe\uffff\U0010ffff",
     "".join(map(chr, range(128))), "".join(map(chr, range(128, 1024))), "Ġhello Ġ ĊĊ", "foo\u00a0bar\u3000baz\u2003", "१२३ 𝟘𝟙𝟚 𒐀", "𐐀𐐨 ǅ ʰ ª",
+    "▁", "▁▁ ▁a ▁ b▁", " ▁hello▁ world ", "_a _ b_", "<0x41><0x0A> <0x>", "<s>", "<s>hello", " <s> hello</s> </s>x", "<unk> <unk>", "x\u0301\ue000\u0301\ue000a\ue000é\ue000",
+    "<|assistant|>\n hi<|end|> \n<|end|>", "<|placeholder|> <|placeholder|>", "<start_of_turn>user\n\n\n<table> [@BOS@]", " " * 100, "\n" * 100, "\t" * 31,
+    "supercalifragilistic" * 50, "ab", "abab", " ab", "a", "aa", "A\u0301B", "\u0301a", "\u0130İstanbul ΣΑΣ", "ﬁ ㈱ ㍿ ｶﾞ ½ \ufdfa", "日本語ひらがなカタカナ한국어ไทยไทย",
     "\u31350\U00031350\U0002ebf0 \U00011f50\U00011f04 \u1c89\u0897 \U00011de0", "a\u08d3\u0301 a\U0001e4ec\u0301 \U00011935\U00011930",
 ]
 BROKEN = [b"\xff", b"a\xc3", b"\xc3(", b"\xe2\x82", b"\xe2\x82a", b"\xf0\x9f\x98", b"\xed\xa0\x80\xed\xb0\x80", b"\xc0\xaf", b"\xf8\x88\x80\x80\x80",
@@ -132,8 +135,116 @@ def normalised_special():
     return Tokenizer.from_str(json.dumps(content))
 
 
+def phi2():
+    """Runs of white space as added tokens, which are looked for in the normalised text."""
+    return train(pre_tokenizers.ByteLevel(add_prefix_space=False),
+                 added=[(c * n, dict(normalized=True)) for c, n in [(" ", 31), (" ", 5), (" ", 3), (" ", 2), ("\t", 4), ("\t", 2)]])
+
+
+def punctuation():
+    parts = [pre_tokenizers.Punctuation("merged_with_previous"), pre_tokenizers.Digits(), pre_tokenizers.Split("e", "merged_with_next"),
+             pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)]
+    return train(pre_tokenizers.Sequence(parts), normalizers.NFKC())
+
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+LLAMA_NORMALIZER = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+LLAMA_DECODER = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+GEMMA_DECODER = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+CHAT = ["<|assistant|>", "<|end|>"]
+
+
+def sentence_piece(normalizer, pre_tokenizer, decoder, added=ADDED, lacks=(), corpus=CORPUS, words=(pre_tokenizers.Metaspace(),), vocabulary=700, **model):
+    """SentencePiece's kind of BPE: characters that the vocabulary has not are tokens of their bytes, which are no added tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), *words])
+    tokenizer.train_from_iterator([*corpus, "a    b        c", "▁▁▁"], trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=["<unk>", "<s>", "</s>", *BYTES], show_progress=False))
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]
+    content["model"].update(dict(unk_token="<unk>", fuse_unk=True, byte_fallback=True), **model)
+    for token in lacks:
+        content["model"]["vocab"][f"not {token}"] = content["model"]["vocab"].pop(token)
+    tokenizer = Tokenizer.from_str(json.dumps({**content, "pre_tokenizer": None}))
+    tokenizer.normalizer, tokenizer.decoder = normalizer, decoder
+    if pre_tokenizer:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_tokens([AddedToken(text, **{"normalized": False, **flags}) for text, flags in added])
+    tokenizer.add_special_tokens([AddedToken("<|special|>", rstrip=True), AddedToken("<|two words|>", lstrip=True)])
+    return tokenizer
+
+
+def llama2():
+    return sentence_piece(LLAMA_NORMALIZER, None, LLAMA_DECODER)
+
+
+def phi3():
+    added = [*((text, dict(special=True, rstrip=True)) for text in CHAT), ("<|placeholder|>", dict(special=True, normalized=True)), ("</s>", dict(rstrip=True))]
+    return sentence_piece(LLAMA_NORMALIZER, None, LLAMA_DECODER, added=added)
+
+
+def mistral():
+    return sentence_piece(None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False), LLAMA_DECODER)
+
+
+def metaspace_always():
+    return sentence_piece(None, pre_tokenizers.Metaspace(), decoders.Metaspace())
+
+
+def metaspace_first():
+    return sentence_piece(None, pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace(prepend_scheme="first"), ignore_merges=True)
+
+
+def metaspace_never():
+    return sentence_piece(None, pre_tokenizers.Metaspace(replacement="_", prepend_scheme="never"), decoders.Metaspace(replacement="_", prepend_scheme="never"))
+
+
+def metaspace_of_older_files():
+    content = json.loads(metaspace_always().to_str())
+    for part in ("pre_tokenizer", "decoder"):
+        content[part] = dict(type="Metaspace", replacement="▁", add_prefix_space=True)
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def gemma():
+    runs = [(c * n, {}) for c, n in [("\n", 2), ("\n", 3), ("\t", 2), ("▁", 2), ("▁", 4), ("▁", 16)]]
+    return sentence_piece(normalizers.Replace(" ", "▁"), pre_tokenizers.Split(" ", "merged_with_previous"), GEMMA_DECODER,
+                          added=[*runs, ("<table>", {}), ("[@BOS@]", {}), ("<start_of_turn>", dict(special=True))])
+
+
+def gemma_without_pre_tokenizer():
+    return sentence_piece(normalizers.Replace(" ", "▁"), None, GEMMA_DECODER)
+
+
+def bytes_in_part():
+    """Unknown tokens wait for the next known character, bytes between do not."""
+    lacks = [token for token in BYTES[0x80:] if token not in ("<0xCC>", "<0x81>", "<0xC3>")]
+    return sentence_piece(LLAMA_NORMALIZER, None, LLAMA_DECODER, lacks=lacks)
+
+
+def bytes_in_part_not_fused():
+    lacks = [token for token in BYTES[0x80:] if token not in ("<0xCC>", "<0x81>", "<0xC3>")]
+    return sentence_piece(LLAMA_NORMALIZER, None, LLAMA_DECODER, lacks=lacks, fuse_unk=False)
+
+
+def every_normalizer():
+    """What may come before a Metaspace that prepends where the text begins."""
+    parts = [normalizers.Strip(left=True, right=False), normalizers.NFD(), normalizers.Replace("\u0301", ""), normalizers.Lowercase(),
+             normalizers.Replace(Regex(r"[ \t]{2,}"), " "), normalizers.NFKC(), normalizers.Replace("ab", "x"), normalizers.Replace("a", "bb")]
+    return sentence_piece(normalizers.Sequence(parts), pre_tokenizers.Metaspace(prepend_scheme="first"),
+                          decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first"), decoders.Replace(Regex("[bx]+"), "ab")]), added=[token for token in ADDED if token[0] != "  "])
+
+
+def metaspace_after_split():
+    parts = [pre_tokenizers.Split(Regex(r"\n|h"), "removed"), pre_tokenizers.Digits(), pre_tokenizers.Metaspace(prepend_scheme="first")]
+    return sentence_piece(normalizers.NFKD(), pre_tokenizers.Sequence(parts), decoders.Sequence([decoders.Strip("▁", 2, 0), decoders.Fuse()]))
+
+
+SENTENCE_PIECE = [llama2, phi3, mistral, metaspace_always, metaspace_first, metaspace_never, metaspace_of_older_files, gemma, gemma_without_pre_tokenizer, bytes_in_part,
+                  bytes_in_part_not_fused, every_normalizer, metaspace_after_split]
 KINDS = [gpt2, gpt2_without_prefix, qwen2, llama3, gpt4o, deepseek, digits, digits_together, thousands, unknown_characters, fused_unknown_characters,
-         dropped_unknown_characters, normalised_special]
+         dropped_unknown_characters, normalised_special, phi2, punctuation, *SENTENCE_PIECE]
 BEHAVIORS = ["isolated", "removed", "merged_with_previous", "merged_with_next", "contiguous"]
 
 
@@ -254,6 +365,45 @@ def test_behaviors(pattern, behavior, invert, tools, tmp_path):
     pair.assert_same_tokens(HOSTILE + CORPUS + ["the-final--countdown", "-a-", "--", "ABab AB", "-A- -A"] + random_texts(4, 200))
 
 
+NORMALIZERS = [normalizers.NFC(), normalizers.NFD(), normalizers.NFKC(), normalizers.NFKD(), normalizers.Lowercase(), normalizers.Strip(), normalizers.Strip(left=False),
+               normalizers.Strip(right=False), normalizers.Prepend("\u0301x"), normalizers.Replace("ab", ""), normalizers.Replace("a", "bab"),
+               normalizers.Replace(Regex(r"\s+$|(?<=\p{L})|\d"), "é"), normalizers.Sequence([])]
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS, ids=lambda normalizer: json.loads(normalizer.__getstate__())["type"])
+def test_normalizers(normalizer, tools, tmp_path):
+    """Also of every character, and with a space wherever a Metaspace says that the text begins."""
+    pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r".\p{M}*"), "isolated"), pre_tokenizers.Metaspace("~", "first", split=False),
+                                             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    pair = Pair(tools, tmp_path / "t", train(pre_tokenizer, normalizer, added=[token for token in ADDED if token[0] != "  "]))
+    texts = random_texts(12, 500)
+    pair.assert_same_tokens(every_character("{0}a\u0301{0}\u0323\u0301") + [text[i:] for i in range(3) for text in texts] + HOSTILE + BROKEN)
+
+
+@pytest.mark.parametrize("pre_tokenizer", [pre_tokenizers.Punctuation(behavior) for behavior in BEHAVIORS] + [pre_tokenizers.Digits(), pre_tokenizers.Digits(True)], ids=str)
+def test_classes_of_characters(pre_tokenizer, tools, tmp_path):
+    pair = Pair(tools, tmp_path / "t", train(pre_tokenizers.Sequence([pre_tokenizer, pre_tokenizers.ByteLevel(use_regex=False)])))
+    pair.assert_same_tokens(every_character("{0}a{0}") + HOSTILE + random_texts(13, 300))
+
+
+DECODERS = [decoders.ByteLevel(), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip("▁", 1, 0), decoders.Strip("a", 9, 0), decoders.Metaspace(),
+            decoders.Metaspace("e", "never"), decoders.Metaspace("▁", "first"), decoders.Replace("▁", " "), decoders.Replace(Regex("[a-m]|^"), "é"), decoders.Sequence([]),
+            decoders.Sequence([decoders.ByteFallback(), decoders.ByteLevel()]), decoders.Sequence([decoders.ByteLevel(), decoders.Strip("é", 1, 0), decoders.ByteFallback()])]
+
+
+@pytest.mark.parametrize("decoder", [None, *DECODERS], ids=str)
+def test_decoders(decoder, tools, tmp_path):
+    bytes_in_plenty = [(f"<0x{byte}>", {}) for byte in ("F0", "9f", "+9", "-9", "99 ", "é")]
+    content = json.loads(sentence_piece(LLAMA_NORMALIZER, None, LLAMA_DECODER, added=[*ADDED, *bytes_in_plenty]).to_str())
+    content["decoder"] = decoder and json.loads(decoder.__getstate__())
+    pair = Pair(tools, tmp_path / "t", Tokenizer.from_str(json.dumps(content)))
+    rng = random.Random(14)
+    size = pair.theirs.get_vocab_size() + 3
+    valid = [[pair.theirs.token_to_id(f"<0x{byte:02X}>") for byte in text.encode()] for text in ("é", "🙂", "a", "\0")]
+    mixed = [sum((rng.choice([[rng.randrange(size)], [rng.randrange(3, 259)], rng.choice(valid)]) for _ in range(rng.randrange(12))), []) for _ in range(1000)]
+    pair.assert_same_texts([[token] for token in range(size)] + mixed)
+
+
 @pytest.mark.parametrize("literal", ["-", " ", "a.c", "\n", "[x]", "é", "#{", "\\"])
 def test_literal_patterns(literal, tools, tmp_path):
     pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(literal, "removed"), pre_tokenizers.ByteLevel(use_regex=False)])
@@ -279,7 +429,7 @@ UNITS = ["a", "hello", " ", "\n", "\r\n", "7", "🙂", "\u0301", "\u0323\u0301",
 
 
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("kind", [gpt2, qwen2, gpt4o, deepseek], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [gpt2, qwen2, gpt4o, deepseek, llama2, mistral, metaspace_always, gemma], ids=lambda kind: kind.__name__)
 def test_a_megabyte_of_one_kind(kind, unit, tools, tmp_path):
     pair = Pair(tools, tmp_path / "t", kind())
     text = unit * (2**20 // len(unit.encode()))
@@ -291,10 +441,26 @@ def shared_texts(shared):
     return [path.read_bytes() for path in sorted((shared / "text").glob("*.txt"))]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [gpt2, qwen2, llama3, gpt4o, deepseek, digits_together], ids=lambda kind: kind.__name__)
+# One of each sort always, the others with the slow tests.
+BOOKS = [llama2, mistral, gemma, metaspace_first, llama3, phi2]
+BOOKS += [pytest.param(kind, marks=pytest.mark.slow) for kind in [gpt2, qwen2, gpt4o, deepseek, digits_together, punctuation, *SENTENCE_PIECE] if kind not in BOOKS]
+
+
+@pytest.mark.parametrize("kind", BOOKS, ids=lambda kind: kind.__name__)
 def test_books(kind, tools, shared, tmp_path):
-    Pair(tools, tmp_path / "t", kind()).assert_same_tokens(shared_texts(shared))
+    pair = Pair(tools, tmp_path / "t", kind())
+    pair.assert_same_tokens(shared_texts(shared))
+    pair.assert_same_texts([pair.theirs.encode(text.decode()).ids for text in shared_texts(shared)])
+
+
+def test_books_as_one_word(tools, shared, tmp_path):
+    """Merges that were learned from lines reach over words, so that nothing cuts a text of a megabyte."""
+    lines = (shared / "text" / "calibration.txt").read_text().replace(" ", "▁").splitlines()
+    tokenizer = sentence_piece(LLAMA_NORMALIZER, None, LLAMA_DECODER, corpus=lines[::8], words=(), vocabulary=5000)
+    assert any("▁" in token[1:].strip("▁") for token in tokenizer.get_vocab())
+    pair = Pair(tools, tmp_path / "t", tokenizer)
+    pair.assert_same_tokens(shared_texts(shared) + HOSTILE)
+    pair.assert_same_texts([tokenizer.encode(text.decode()).ids for text in shared_texts(shared)])
 
 
 @pytest.mark.parametrize("model", ["demo", "mid"])

@@ -84,6 +84,56 @@ TEST_F(TokenizerTest, UnknownCharacters) {
   EXPECT_THROW(load(file).encode("x"), std::runtime_error);
 }
 
+// As Llama 2's: ▁ is the space, é has its bytes, € only one of them.
+TEST_F(TokenizerTest, SentencePiece) {
+  json file = small();
+  file["normalizer"] = json::parse(R"({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"},
+    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]})");
+  file["pre_tokenizer"] = nullptr;
+  file["decoder"] =
+      json::parse(R"({"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    {"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]})");
+  auto& model = file["model"];
+  model["vocab"].update({{"<unk>", 8}, {"<0xC3>", 9}, {"<0xA9>", 10}, {"<0xE2>", 11}, {"▁", 12}, {"▁a", 13}, {"d▁", 14}});
+  model["merges"].insert(model["merges"].end(), {json::array({"▁", "a"}), json::array({"d", "▁"})});
+  model.update({{"byte_fallback", true}, {"unk_token", "<unk>"}, {"fuse_unk", true}});
+  const Tokenizer tokenizer = load(file);
+  EXPECT_EQ(tokenizer.encode("abcd a"), (Tokens{12, 6, 13}));  // a b comes before ▁ a
+  EXPECT_EQ(tokenizer.encode("a d b"), (Tokens{13, 12, 14, 1}));
+  EXPECT_EQ(tokenizer.encode("é"), (Tokens{12, 9, 10}));
+  EXPECT_EQ(tokenizer.encode("a€é€b"), (Tokens{13, 9, 10, 8, 1}));  // the unknown token waits for one that is known
+  EXPECT_EQ(tokenizer.encode(""), Tokens{});
+  EXPECT_EQ(tokenizer.decode(tokenizer.encode("  abcd é a")), "  abcd é a");
+  EXPECT_EQ(tokenizer.decode(Tokens{12, 0, 9}), "a\uFFFD");
+}
+
+TEST_F(TokenizerTest, MetaspacePrependsWhereTheTextBegins) {
+  json file = small();
+  file["model"]["vocab"].update({{"_", 8}, {"_a", 9}, {"_ab", 10}});
+  file["model"]["merges"] = {"a b", "_ ab", "_ a"};
+  file["added_tokens"] = {added("<x>"), added("<y>", {{"normalized", true}})};
+  const auto encode = [&](const char* scheme, const char* text) {
+    file["pre_tokenizer"] = {{"type", "Metaspace"}, {"replacement", "_"}, {"prepend_scheme", scheme}};
+    return load(file).encode(text);
+  };
+  EXPECT_EQ(encode("always", "ab<x>ab<y>ab a"), (Tokens{10, 11, 10, 12, 10, 9}));
+  EXPECT_EQ(encode("first", "ab<x>ab<y>ab a"), (Tokens{10, 11, 4, 12, 4, 9}));
+  EXPECT_EQ(encode("first", "<x>ab"), (Tokens{11, 4}));
+  EXPECT_EQ(encode("never", "ab<x>ab a"), (Tokens{4, 11, 4, 9}));
+  EXPECT_EQ(encode("always", " ab_ab"), (Tokens{10, 10}));
+  file["normalizer"] = {{"type", "Strip"}, {"strip_left", true}, {"strip_right", true}};
+  EXPECT_EQ(encode("first", "ab "), (Tokens{10}));
+  EXPECT_EQ(encode("first", " ab"), (Tokens{4}));
+}
+
+// It would be found between any two characters.
+TEST_F(TokenizerTest, AddedTokensThatNormaliseToNothingAreRefused) {
+  json file = small();
+  file["normalizer"] = {{"type", "Strip"}, {"strip_left", true}, {"strip_right", true}};
+  file["added_tokens"] = {added("\t ", {{"normalized", true}})};
+  expect_refused(file.dump(), "added_tokens");
+}
+
 TEST_F(TokenizerTest, AddedTokens) {
   json file = small();
   file["added_tokens"] = {added("<x>"), added("<x>>", {{"special", true}}), added("<w>", {{"single_word", true}}),
@@ -140,7 +190,11 @@ TEST_F(TokenizerTest, OneTokenizerServesManyThreads) {
 TEST_F(TokenizerTest, AMegabyteWithoutASpace) {
   std::string text;
   while (text.size() < 1 << 20) text += "abcd";
-  EXPECT_EQ(load(small()).encode(text), Tokens(text.size() / 4, 6));
+  json file = small();
+  for (const bool byte_fallback : {false, true}) {
+    file["model"]["byte_fallback"] = byte_fallback;
+    EXPECT_EQ(load(file).encode(text), Tokens(text.size() / 4, 6));
+  }
 }
 
 TEST_F(TokenizerTest, OtherKindsAreRefusedByName) {
@@ -151,18 +205,37 @@ TEST_F(TokenizerTest, OtherKindsAreRefusedByName) {
   };
   for (const char* type : {"Unigram", "WordPiece", "WordLevel"}) refused("/model/type", type, type);
   refused("/model/dropout", 0.1, "dropout");
-  refused("/model/byte_fallback", true, "byte_fallback");
+  refused("/model/byte_fallback", 1, "byte_fallback");
   refused("/model/continuing_subword_prefix", "##", "##");
   refused("/model/end_of_word_suffix", "</w>", "</w>");
-  for (const char* type : {"NFKC", "Lowercase", "Replace", "Prepend"}) refused("/normalizer", {{"type", type}}, type);
-  refused("/normalizer", {{"type", "Sequence"}, {"normalizers", {{{"type", "NFC"}}, {{"type", "NFD"}}}}}, "NFD");
-  for (const char* type : {"Metaspace", "Whitespace", "BertPreTokenizer", "Punctuation"})
+  for (const char* type : {"Nmt", "BertNormalizer", "StripAccents", "Precompiled", "ByteLevel"}) {
+    refused("/normalizer", {{"type", type}}, type);
+    refused("/normalizer", {{"type", type}}, "NFKC, NFKD, Lowercase, Prepend, Replace, Strip");
+  }
+  refused("/normalizer", {{"type", "Sequence"}, {"normalizers", {{{"type", "NFC"}}, {{"type", "Nmt"}}}}},
+          "normalizer: normalizers[1]");
+  refused("/normalizer", {{"type", "Replace"}, {"pattern", {{"Regex", "(a"}}}, {"content", ""}}, "(a");
+  refused("/normalizer", {{"type", "Prepend"}}, "prepend");
+  for (const char* type :
+       {"Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit", "UnicodeScripts", "FixedLength"}) {
     refused("/pre_tokenizer", {{"type", type}}, type);
-  refused("/pre_tokenizer", {{"type", "Sequence"}, {"pretokenizers", {{{"type", "Metaspace"}}}}}, "Metaspace");
+    refused("/pre_tokenizer", {{"type", type}}, "Split, ByteLevel, Digits, Metaspace, Punctuation");
+  }
+  refused("/pre_tokenizer", {{"type", "Sequence"}, {"pretokenizers", {{{"type", "Whitespace"}}}}},
+          "pre_tokenizer: pretokenizers[0]");
+  refused("/pre_tokenizer", {{"type", "Metaspace"}, {"replacement", "ab"}}, "one character");
+  refused("/pre_tokenizer", {{"type", "Metaspace"}, {"replacement", ""}}, "one character");
+  refused("/pre_tokenizer", {{"type", "Metaspace"}, {"replacement", "_"}, {"prepend_scheme", "last"}}, "always, first or never");
+  refused("/pre_tokenizer", {{"type", "Metaspace"}, {"replacement", "_"}, {"add_prefix_space", false}}, "prepend_scheme never");
   refused("/pre_tokenizer/behavior", "Sideways", "MergedWithPrevious");
   refused("/pre_tokenizer/pattern", {{"Regex", "(a"}}, "(a");
   refused("/pre_tokenizer/pattern", {{"Other", "a"}}, "Regex");
-  for (const char* type : {"Metaspace", "WordPiece", "ByteFallback"}) refused("/decoder", {{"type", type}}, type);
+  for (const char* type : {"BPEDecoder", "WordPiece", "CTC"}) {
+    refused("/decoder", {{"type", type}}, type);
+    refused("/decoder", {{"type", type}}, "ByteLevel, ByteFallback, Fuse, Metaspace, Replace, Strip");
+  }
+  refused("/decoder", {{"type", "Sequence"}, {"decoders", {{{"type", "Fuse"}}, {{"type", "CTC"}}}}}, "decoder: decoders[1]");
+  refused("/decoder", {{"type", "Strip"}, {"content", " "}, {"start", -1}, {"stop", 0}}, "start");
   refused("/post_processor", {{"type", "BertProcessing"}}, "BertProcessing");
   refused("/version", "2.0", "2.0");
 }

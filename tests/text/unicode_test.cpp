@@ -38,15 +38,29 @@ TEST(Utf8, EveryCharacterComesBack) {
 }
 
 TEST(Nfc, ComposesAndOrders) {
-  EXPECT_EQ(normalize_nfc("plain"), "plain");
-  EXPECT_EQ(normalize_nfc("e\u0301"), "\u00e9");
-  EXPECT_EQ(normalize_nfc("s\u0307\u0323"), "\u1e69");
-  EXPECT_EQ(normalize_nfc("a\u0301\u0323"), "\u1ea1\u0301");
-  EXPECT_EQ(normalize_nfc("\u1112\u1161\u11ab"), "\ud55c");
-  EXPECT_EQ(normalize_nfc("\u212b\u0958"), "\u00c5\u0915\u093c");  // singletons and exclusions stay apart
-  EXPECT_EQ(normalize_nfc(std::string("e\u0301\0x", 5)), std::string("\u00e9\0x", 4));
-  EXPECT_EQ(normalize_nfc("\u0301a"), "\u0301a");
-  EXPECT_EQ(normalize_nfc("a\U0001E4EC\u0301"), "a\U0001E4EC\u0301");  // a mark since Unicode 15
+  EXPECT_EQ(normalize("plain", NormalForm::kNfc), "plain");
+  EXPECT_EQ(normalize("e\u0301", NormalForm::kNfc), "\u00e9");
+  EXPECT_EQ(normalize("s\u0307\u0323", NormalForm::kNfc), "\u1e69");
+  EXPECT_EQ(normalize("a\u0301\u0323", NormalForm::kNfc), "\u1ea1\u0301");
+  EXPECT_EQ(normalize("\u1112\u1161\u11ab", NormalForm::kNfc), "\ud55c");
+  EXPECT_EQ(normalize("\u212b\u0958", NormalForm::kNfc), "\u00c5\u0915\u093c");  // singletons and exclusions stay apart
+  EXPECT_EQ(normalize(std::string("e\u0301\0x", 5), NormalForm::kNfc), std::string("\u00e9\0x", 4));
+  EXPECT_EQ(normalize("\u0301a", NormalForm::kNfc), "\u0301a");
+  EXPECT_EQ(normalize("a\U0001E4EC\u0301", NormalForm::kNfc), "a\U0001E4EC\u0301");  // a mark since Unicode 15
+}
+
+TEST(NormalForms, DecomposeAndFold) {
+  EXPECT_EQ(normalize("\u1e69", NormalForm::kNfd), "s\u0323\u0307");
+  EXPECT_EQ(normalize("\ufb01\u00bd", NormalForm::kNfc), "\ufb01\u00bd");
+  EXPECT_EQ(normalize("\ufb01\u00e9", NormalForm::kNfkc), "fi\u00e9");
+  EXPECT_EQ(normalize("\ufb01\u00e9", NormalForm::kNfkd), "fie\u0301");
+  EXPECT_EQ(normalize("\ufdfa", NormalForm::kNfkd).size(), 33u);  // the longest of all
+  EXPECT_EQ(normalize("\u32ff", NormalForm::kNfkd), "\u32ff");    // since Unicode 12
+}
+
+TEST(Lowercase, OneByOne) {
+  EXPECT_EQ(lowercase("ABC xyz 12"), "abc xyz 12");
+  EXPECT_EQ(lowercase("\u0130\u03a3\u00c9\U00010d50"), "i\u0307\u03c3\u00e9\U00010d70");
 }
 
 TEST(Nfc, AMegabyteOfMarksInTheWrongOrder) {
@@ -56,7 +70,7 @@ TEST(Nfc, AMegabyteOfMarksInTheWrongOrder) {
     above += "\u0308";
     below += "\u0323";
   }
-  EXPECT_EQ(normalize_nfc(text), "\u1ea1" + below.substr(2) + above);
+  EXPECT_EQ(normalize(text, NormalForm::kNfc), "\u1ea1" + below.substr(2) + above);
 }
 
 TEST(Characters, KindsThatTokenizersAskFor) {

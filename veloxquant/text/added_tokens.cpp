@@ -8,33 +8,9 @@
 namespace veloxquant {
 namespace {
 
-char32_t character_before(std::string_view text, std::size_t position) {
-  std::size_t begin = position - 1;
-  while (begin > 0 && (static_cast<unsigned char>(text[begin]) & 0xC0) == 0x80) --begin;
-  return next_character(text, begin);
-}
-
 bool stands_alone(std::string_view text, std::size_t begin, std::size_t end) {
   if (begin > 0 && is_word_character(character_before(text, begin))) return false;
   return end == text.size() || !is_word_character(next_character(text, end));
-}
-
-// Where the white space that ends at `begin` starts, `least` at the earliest.
-std::size_t skip_space_before(std::string_view text, std::size_t begin, std::size_t least) {
-  while (begin > least && is_white_space(character_before(text, begin))) {
-    do --begin;
-    while ((static_cast<unsigned char>(text[begin]) & 0xC0) == 0x80);
-  }
-  return begin;
-}
-
-std::size_t skip_space_after(std::string_view text, std::size_t end) {
-  while (end < text.size()) {
-    std::size_t after = end;
-    if (!is_white_space(next_character(text, after))) break;
-    end = after;
-  }
-  return end;
 }
 
 }  // namespace
@@ -76,11 +52,11 @@ std::vector<TextPart> AddedTokenFinder::split(std::string_view text) const {
     if (token.single_word && !stands_alone(text, begin, end)) continue;
     if (token.lstrip) begin = std::max(skip_space_before(text, begin, done), done);
     if (token.rstrip) end = space_end = end < space_end ? space_end : skip_space_after(text, end);
-    if (done < begin) parts.push_back({-1, text.substr(done, begin - done)});
-    if (begin < end) parts.push_back({token.id, {}});
+    if (done < begin) parts.push_back({-1, done, begin});
+    if (begin < end) parts.push_back({token.id, begin, end});
     done = end;
   }
-  if (done < text.size()) parts.push_back({-1, text.substr(done)});
+  if (done < text.size()) parts.push_back({-1, done, text.size()});
   return parts;
 }
 

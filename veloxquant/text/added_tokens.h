@@ -22,8 +22,8 @@ struct AddedToken {
 
 /// A stretch of text: a token, or text between tokens.
 struct TextPart {
-  std::int32_t token;     // −1: text
-  std::string_view text;  // empty for a token
+  std::int32_t token;      // −1: text
+  std::size_t begin, end;  // bytes
 };
 
 /// Finds added tokens from left to right, of those that start at one place the longest.
@@ -32,7 +32,7 @@ class AddedTokenFinder {
   /// `patterns`: what to look for, and its token; of equal patterns the last one counts, empty ones do not.
   explicit AddedTokenFinder(std::vector<std::pair<std::string, AddedToken>> patterns);
 
-  /// The parts of valid UTF-8 in order; views into it.
+  /// The parts of valid UTF-8 in order.
   std::vector<TextPart> split(std::string_view text) const;
 
  private:

@@ -1,6 +1,7 @@
 #include "veloxquant/text/bpe.h"
 
-#include <optional>
+#include <algorithm>
+#include <iterator>
 #include <queue>
 #include <tuple>
 #include <utility>
@@ -18,9 +19,8 @@ std::uint64_t pair_key(std::int32_t left, std::int32_t right) {
 }
 
 void refuse_unsupported(const JsonObject& json) {
-  if (json.string_or("type", "BPE") != "BPE") json.refuse("type", "BPE of the byte-level kind");
+  if (json.string_or("type", "BPE") != "BPE") json.refuse("type", "BPE");
   if (json.has("dropout") && json.number("dropout") != 0) json.refuse("dropout", "null or 0");
-  if (json.boolean_or("byte_fallback", false)) json.refuse("byte_fallback", "false, as byte-level tokenizers have it");
   for (const char* field : {"continuing_subword_prefix", "end_of_word_suffix"})
     if (!json.string_or(field, "").empty()) json.refuse(field, "null or an empty string");
 }
@@ -63,6 +63,7 @@ Bpe::Bpe(const JsonObject& json) {
   ignore_merges_ = json.boolean_or("ignore_merges", false);
   unknown_ = json.string_or("unk_token", "");
   where_ = json.where();
+  if (json.boolean_or("byte_fallback", false)) read_byte_tokens();
 }
 
 void Bpe::read_vocabulary(const JsonObject& json) {
@@ -95,6 +96,14 @@ void Bpe::read_merges(const JsonObject& json) {
   }
 }
 
+void Bpe::read_byte_tokens() {
+  auto& tokens = byte_tokens_.emplace();
+  for (std::size_t byte = 0; byte < tokens.size(); ++byte) {
+    const auto found = vocabulary_.find(fmt::format("<0x{:02X}>", byte));
+    tokens[byte] = found == vocabulary_.end() ? -1 : found->second;
+  }
+}
+
 std::int32_t Bpe::unknown_token(std::string_view character) const {
   const auto found = vocabulary_.find(unknown_);
   if (found == vocabulary_.end())
@@ -103,21 +112,36 @@ std::int32_t Bpe::unknown_token(std::string_view character) const {
   return found->second;
 }
 
+bool Bpe::append_bytes(std::string_view character, std::vector<std::int32_t>& tokens) const {
+  if (!byte_tokens_) return false;
+  const auto token_of = [&](char c) { return (*byte_tokens_)[static_cast<std::uint8_t>(c)]; };
+  if (std::any_of(character.begin(), character.end(), [&](char c) { return token_of(c) < 0; })) return false;
+  std::transform(character.begin(), character.end(), std::back_inserter(tokens), token_of);
+  return true;
+}
+
+// An unknown token waits for the next character that is known, or for another one.  So the bytes of characters between come before
+// it, as in Hugging Face's tokenizers.
 std::vector<std::int32_t> Bpe::characters(std::string_view word) const {
   std::vector<std::int32_t> tokens;
-  bool after_unknown = false;
+  std::int32_t waiting = -1;
+  const auto flush = [&] {
+    if (waiting >= 0) tokens.push_back(waiting);
+    waiting = -1;
+  };
   for (std::size_t position = 0; position < word.size();) {
     const std::size_t begin = position;
     next_character(word, position);
     const std::string character(word.substr(begin, position - begin));
-    const auto found = vocabulary_.find(character);
-    if (found != vocabulary_.end()) {
+    if (const auto found = vocabulary_.find(character); found != vocabulary_.end()) {
+      flush();
       tokens.push_back(found->second);
-    } else if (!unknown_.empty() && !(fuse_unknown_ && after_unknown)) {
-      tokens.push_back(unknown_token(character));
+    } else if (!append_bytes(character, tokens) && !unknown_.empty()) {
+      if (!fuse_unknown_) flush();
+      waiting = unknown_token(character);
     }
-    after_unknown = found == vocabulary_.end();
   }
+  flush();
   return tokens;
 }
 

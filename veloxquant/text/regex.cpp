@@ -122,4 +122,11 @@ std::vector<Match> Regex::find_all(std::string_view text) const {
   return matches;
 }
 
+Regex read_pattern(const JsonObject& part) {
+  const JsonObject pattern = part.object("pattern");
+  const bool literal = pattern.has("String");
+  if (!literal && !pattern.has("Regex")) part.refuse("pattern", "an object with Regex or String");
+  return {literal ? escape_regex(pattern.string("String")) : pattern.string("Regex"), part.where()};
+}
+
 }  // namespace veloxquant

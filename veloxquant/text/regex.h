@@ -7,6 +7,8 @@
 #include <string_view>
 #include <vector>
 
+#include "veloxquant/core/json.h"
+
 namespace veloxquant {
 
 struct Match {
@@ -29,5 +31,8 @@ class Regex {
   struct Compiled;
   std::shared_ptr<const Compiled> compiled_;
 };
+
+/// The field `pattern` of a part of a tokenizer.json: {"Regex": …}, or {"String": …}, which matches literally.
+Regex read_pattern(const JsonObject& part);
 
 }  // namespace veloxquant

@@ -1,5 +1,7 @@
 #include "veloxquant/text/tokenizer.h"
 
+#include <fmt/ranges.h>
+
 #include <unordered_set>
 #include <utility>
 
@@ -13,44 +15,9 @@ namespace {
 constexpr std::int64_t kMaxToken = (1 << 24) - 1;
 constexpr std::size_t kMaxFileBytes = std::size_t{256} << 20;
 
-// NFC, alone or in sequences; anything else is refused.
-bool read_nfc(const nlohmann::json& value, const std::string& where) {
-  if (value.is_null()) return false;
-  const JsonObject json(value, where);
-  const std::string type = json.string("type");
-  if (type == "NFC") return true;
-  if (type != "Sequence") json.refuse("type", "NFC, a Sequence of it, or null");
-  if (!json.at("normalizers").is_array()) json.refuse("normalizers", "a list");
-  bool nfc = false;
-  for (const auto& item : json.at("normalizers")) nfc |= read_nfc(item, where + ": normalizers");
-  return nfc;
-}
-
-// Whether there is a decoder; only the byte-level one is supported.
-bool read_decoder(const nlohmann::json& value, const std::string& where) {
-  if (value.is_null()) return false;
-  const JsonObject json(value, where);
-  const std::string type = json.string("type");
-  if (type == "ByteLevel") return true;
-  if (type != "Sequence" || !json.at("decoders").is_array() || json.at("decoders").size() != 1)
-    json.refuse("type", "ByteLevel, a Sequence of it alone, or null");
-  return read_decoder(json.at("decoders")[0], where + ": decoders[0]");
-}
-
 const nlohmann::json& field_or_null(const JsonObject& json, const char* field) {
   static const nlohmann::json null;
   return json.has(field) ? json.at(field) : null;
-}
-
-// The bytes of a token; one with characters that stand for no byte is taken as it is.
-std::string bytes_of(const std::string& content) {
-  std::string bytes;
-  for (std::size_t position = 0; position < content.size();) {
-    const int byte = byte_level_byte(next_character(content, position));
-    if (byte < 0) return content;
-    bytes += static_cast<char>(byte);
-  }
-  return bytes;
 }
 
 }  // namespace
@@ -63,13 +30,13 @@ Tokenizer Tokenizer::load(const std::filesystem::path& folder) {
 
 Tokenizer::Tokenizer(const JsonObject& json)
     : bpe_(json.object("model")),
-      nfc_(read_nfc(field_or_null(json, "normalizer"), json.where() + ": normalizer")),
+      normalizer_(read_normalizer(field_or_null(json, "normalizer"), json.where() + ": normalizer")),
       pre_tokenizer_(read_pre_tokenizer(field_or_null(json, "pre_tokenizer"), json.where() + ": pre_tokenizer")),
-      byte_level_decoder_(read_decoder(field_or_null(json, "decoder"), json.where() + ": decoder")) {
+      decoder_(read_decoder(field_or_null(json, "decoder"), json.where() + ": decoder")) {
   if (json.string_or("version", "1.0") != "1.0") json.refuse("version", "1.0");
   read_added_tokens(json);
   read_post_processor(field_or_null(json, "post_processor"), json.where() + ": post_processor");
-  index_tokens();
+  index_tokens(json.where());
 }
 
 // As Hugging Face's tokenizers, which give an added token the id that its content has in the vocabulary or else the next free one;
@@ -100,7 +67,7 @@ void Tokenizer::read_added_tokens(const JsonObject& json) {
   }
 }
 
-void Tokenizer::index_tokens() {
+void Tokenizer::index_tokens(const std::string& where) {
   std::unordered_set<std::string> specials;
   for (const auto& [id, token] : added_)
     if (token.special) specials.insert(token.content);
@@ -108,11 +75,13 @@ void Tokenizer::index_tokens() {
   for (const auto& [content, id] : bpe_.vocabulary()) contents[id] = content;
   std::vector<std::pair<std::string, AddedToken>> raw, normalized;
   for (const auto& [id, token] : added_) {
-    contents[id] = token.normalized && nfc_ ? normalize_nfc(token.content) : token.content;
+    contents[id] = token.normalized ? normalizer_({token.content}).text : token.content;
+    // Hugging Face's tokenizers find such a token everywhere and cut the text there.
+    if (contents[id].empty())
+      throw_failure("tokenizer", "{}: added_tokens: the normalizer leaves nothing of \"{}\"", where, excerpt(token.content));
     (token.normalized ? normalized : raw).emplace_back(contents[id], token);
   }
-  for (const auto& [id, content] : contents)
-    tokens_[id] = {byte_level_decoder_ ? bytes_of(content) : content, specials.contains(content)};
+  for (const auto& [id, content] : contents) tokens_[id] = {content, specials.contains(content)};
   vocabulary_size_ = contents.empty() ? 0 : contents.rbegin()->first + 1;
   raw_finder_.emplace(std::move(raw));
   normalized_finder_.emplace(std::move(normalized));
@@ -176,27 +145,28 @@ class Tokenizer::WordEncoder {
   std::unordered_map<std::string, std::vector<std::int32_t>> known_;
 };
 
-void Tokenizer::encode_text(std::string_view text, WordEncoder& encoder, std::vector<std::int32_t>& tokens) const {
-  const std::string normalized = nfc_ ? normalize_nfc(text) : std::string(text);
-  for (const auto& part : normalized_finder_->split(normalized)) {
+void Tokenizer::encode_text(Stretch text, WordEncoder& encoder, std::vector<std::int32_t>& tokens) const {
+  const Stretch normalized = normalizer_(std::move(text));
+  for (const auto& part : normalized_finder_->split(normalized.text)) {
     if (part.token >= 0) {
       tokens.push_back(part.token);
-      continue;
+    } else {
+      for (auto& word : pre_tokenizer_({slice(normalized, part.begin, part.end)})) encoder.encode(word.text, tokens);
     }
-    for (auto& word : pre_tokenizer_({std::string(part.text)})) encoder.encode(word, tokens);
   }
 }
 
 std::vector<std::int32_t> Tokenizer::encode(std::string_view text, bool add_special_tokens) const {
-  const std::string repaired = repair_utf8(text);
+  Stretch whole{repair_utf8(text)};
+  if (!whole.text.empty()) next_character(whole.text, whole.origin);
   std::vector<std::int32_t> tokens;
   WordEncoder encoder(bpe_);
   if (add_special_tokens) tokens = before_;
-  for (const auto& part : raw_finder_->split(repaired)) {
+  for (const auto& part : raw_finder_->split(whole.text)) {
     if (part.token >= 0) {
       tokens.push_back(part.token);
     } else {
-      encode_text(part.text, encoder, tokens);
+      encode_text(slice(whole, part.begin, part.end), encoder, tokens);
     }
   }
   if (add_special_tokens) tokens.insert(tokens.end(), after_.begin(), after_.end());
@@ -204,16 +174,13 @@ std::vector<std::int32_t> Tokenizer::encode(std::string_view text, bool add_spec
 }
 
 std::string Tokenizer::decode(std::span<const std::int32_t> tokens, bool skip_special_tokens) const {
-  std::string bytes;
-  bool first = true;
+  std::vector<std::string> contents;
   for (const std::int32_t id : tokens) {
     const auto found = tokens_.find(id);
     if (found == tokens_.end() || (skip_special_tokens && found->second.special)) continue;
-    if (!byte_level_decoder_ && !first) bytes += ' ';
-    bytes += found->second.text;
-    first = false;
+    contents.push_back(found->second.text);
   }
-  return repair_utf8(bytes);
+  return fmt::format("{}", fmt::join(decoder_(std::move(contents)), ""));
 }
 
 std::optional<std::int32_t> Tokenizer::token_to_id(std::string_view token) const {

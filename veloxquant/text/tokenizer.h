@@ -13,12 +13,15 @@
 
 #include "veloxquant/text/added_tokens.h"
 #include "veloxquant/text/bpe.h"
+#include "veloxquant/text/decoder.h"
+#include "veloxquant/text/normalizer.h"
 #include "veloxquant/text/pre_tokenizer.h"
 
 namespace veloxquant {
 
-/// A tokenizer.json of the byte-level BPE kind: NFC or no normaliser, pre-tokenizers Split, ByteLevel and Digits, added tokens,
-/// templates, byte-level decoder.  Immutable: may be used from many threads.
+/// A tokenizer.json with a BPE model, byte-level (as GPT-2's, Qwen's, Llama 3's, Phi-2's) or of SentencePiece's kind (as Llama 2's,
+/// Mistral's, Gemma's, Phi-3's), with added tokens and templates.  normalizer.h, pre_tokenizer.h and decoder.h list what may stand
+/// around the model.  Immutable: may be used from many threads.
 class Tokenizer {
  public:
   /// Reads `folder`/tokenizer.json.  Throws std::runtime_error that names file, field and value; parts that are not supported are
@@ -28,7 +31,7 @@ class Tokenizer {
   /// Broken UTF-8 becomes U+FFFD first.  `add_special_tokens` puts the template's tokens (such as a begin of text) around the text.
   std::vector<std::int32_t> encode(std::string_view text, bool add_special_tokens = false) const;
 
-  /// Tokens that do not exist are left out; bytes that are not UTF-8 together become U+FFFD.
+  /// Tokens that do not exist are left out; bytes that are not UTF-8 become U+FFFD.
   std::string decode(std::span<const std::int32_t> tokens, bool skip_special_tokens = true) const;
 
   /// The highest id and one, added tokens included.
@@ -38,8 +41,8 @@ class Tokenizer {
 
  private:
   class WordEncoder;
-  struct Decoded {
-    std::string text;  // bytes, not always UTF-8 alone
+  struct Content {
+    std::string text;
     bool special = false;
   };
 
@@ -49,19 +52,19 @@ class Tokenizer {
   std::int32_t id_of_added(const std::string& content);
   void read_post_processor(const nlohmann::json& json, const std::string& where);
   void read_template(const JsonObject& json);
-  void index_tokens();
-  void encode_text(std::string_view text, WordEncoder& encoder, std::vector<std::int32_t>& tokens) const;
+  void index_tokens(const std::string& where);
+  void encode_text(Stretch text, WordEncoder& encoder, std::vector<std::int32_t>& tokens) const;
 
   Bpe bpe_;
-  bool nfc_ = false;
+  Normalizer normalizer_;
   PreTokenizer pre_tokenizer_;
-  bool byte_level_decoder_ = true;  // without a decoder, tokens stand as they are, with spaces between them
+  Decoder decoder_;
   std::map<std::int32_t, AddedToken> added_;
   std::unordered_map<std::string, std::int32_t> added_ids_;  // by content
   std::int32_t num_new_ = 0;                                 // added tokens that the vocabulary has not
   std::optional<AddedTokenFinder> raw_finder_, normalized_finder_;
   std::vector<std::int32_t> before_, after_;  // what the template puts around a text
-  std::unordered_map<std::int32_t, Decoded> tokens_;
+  std::unordered_map<std::int32_t, Content> tokens_;
   int vocabulary_size_ = 0;
 };
 

@@ -44,34 +44,46 @@ std::pair<std::size_t, bool> take_character(std::string_view rest) {
   return {static_cast<std::size_t>(sequence.length), true};
 }
 
-bool is_mark_since_unicode9(char32_t c) {
-  const auto* after = std::upper_bound(std::begin(kMarksSinceUnicode9), std::end(kMarksSinceUnicode9), c,
+template <std::size_t kSize>
+bool is_in(const CharacterRange (&ranges)[kSize], char32_t c) {
+  const auto* after = std::upper_bound(std::begin(ranges), std::end(ranges), c,
                                        [](char32_t value, const CharacterRange& range) { return value < range.first; });
-  return after != std::begin(kMarksSinceUnicode9) && c <= (after - 1)->last;
+  return after != std::begin(ranges) && c <= (after - 1)->last;
 }
 
 int combining_class(utf8proc_int32_t c) {
   return utf8proc_get_property(c)->combining_class;
 }
 
-void append_decomposed(char32_t character, std::vector<utf8proc_int32_t>& characters) {
-  utf8proc_int32_t parts[8];  // a canonical decomposition has at most 4
+bool is_compatibility(NormalForm form) {
+  return form == NormalForm::kNfkc || form == NormalForm::kNfkd;
+}
+
+bool is_composed(NormalForm form) {
+  return form == NormalForm::kNfc || form == NormalForm::kNfkc;
+}
+
+void append_decomposed(char32_t character, NormalForm form, std::vector<utf8proc_int32_t>& characters) {
+  const int compatibility = is_compatibility(form) ? UTF8PROC_COMPAT : 0;
+  utf8proc_int32_t parts[32];  // the longest decomposition has 18
   int boundary_class = 0;
   const auto count = utf8proc_decompose_char(static_cast<utf8proc_int32_t>(character), parts, std::size(parts),
-                                             static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE), &boundary_class);
+                                             static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_DECOMPOSE | compatibility),
+                                             &boundary_class);
   characters.insert(characters.end(), parts, parts + count);
 }
 
-// Puts decomposed characters into canonical order, composes and appends them.
-void append_composed(std::vector<utf8proc_int32_t>& characters, std::string& text) {
+// Puts decomposed characters into canonical order, composes them if the form asks for it, and appends them.
+void append_ordered(std::vector<utf8proc_int32_t>& characters, NormalForm form, std::string& text) {
   // utf8proc sorts marks by exchanging neighbours, which takes hours for a megabyte of them.
   for (auto begin = characters.begin(); begin != characters.end();) {
     const auto mark = std::find_if(begin, characters.end(), [](auto c) { return combining_class(c) != 0; });
     begin = std::find_if(mark, characters.end(), [](auto c) { return combining_class(c) == 0; });
     std::stable_sort(mark, begin, [](auto a, auto b) { return combining_class(a) < combining_class(b); });
   }
-  const auto count = utf8proc_normalize_utf32(characters.data(), static_cast<utf8proc_ssize_t>(characters.size()),
-                                              static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
+  auto count = static_cast<utf8proc_ssize_t>(characters.size());
+  if (is_composed(form))
+    count = utf8proc_normalize_utf32(characters.data(), count, static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
   for (utf8proc_ssize_t i = 0; i < count; ++i) append_utf8(static_cast<char32_t>(characters[static_cast<std::size_t>(i)]), text);
 }
 
@@ -104,38 +116,78 @@ char32_t next_character(std::string_view text, std::size_t& position) {
   return character;
 }
 
+char32_t character_before(std::string_view text, std::size_t position) {
+  std::size_t begin = position - 1;
+  while (begin > 0 && (static_cast<unsigned char>(text[begin]) & 0xC0) == 0x80) --begin;
+  return next_character(text, begin);
+}
+
 void append_utf8(char32_t character, std::string& text) {
   utf8proc_uint8_t bytes[4];
   text.append(reinterpret_cast<char*>(bytes),
               static_cast<std::size_t>(utf8proc_encode_char(static_cast<utf8proc_int32_t>(character), bytes)));
 }
 
-std::string normalize_nfc(std::string_view text) {
+std::string normalize(std::string_view text, NormalForm form) {
   if (std::all_of(text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) < 0x80; })) return std::string(text);
   std::string result;
   std::vector<utf8proc_int32_t> stretch;
   const auto flush = [&] {
-    append_composed(stretch, result);
+    append_ordered(stretch, form, result);
     stretch.clear();
   };
   for (std::size_t position = 0; position < text.size();) {
     const char32_t character = next_character(text, position);
-    if (is_mark_since_unicode9(character)) {
+    if (is_in(kMarksSinceUnicode9, character) || is_in(kDecompositionsSinceUnicode9, character)) {
       flush();
       append_utf8(character, result);
     } else {
       // Nothing composes with ASCII before it, so that a stretch may end here and stay short.
       if (character < 0x80) flush();
-      append_decomposed(character, stretch);
+      append_decomposed(character, form, stretch);
     }
   }
   flush();
   return result;
 }
 
+std::string lowercase(std::string_view text) {
+  std::string result;
+  for (std::size_t position = 0; position < text.size();) {
+    const char32_t c = next_character(text, position);
+    const auto* later = std::find_if(std::begin(kLowercaseSinceUnicode16), std::end(kLowercaseSinceUnicode16),
+                                     [&](const LowercaseRange& range) { return c >= range.first && c <= range.last; });
+    if (c == 0x130) {
+      result += "i\u0307";  // the only one that becomes two
+    } else if (later != std::end(kLowercaseSinceUnicode16)) {
+      append_utf8(later->lowercase + (c - later->first), result);
+    } else {
+      append_utf8(static_cast<char32_t>(utf8proc_tolower(static_cast<utf8proc_int32_t>(c))), result);
+    }
+  }
+  return result;
+}
+
 bool is_white_space(char32_t c) {
   return (c >= 0x09 && c <= 0x0D) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) ||
          c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
+}
+
+std::size_t skip_space_before(std::string_view text, std::size_t begin, std::size_t least) {
+  while (begin > least && is_white_space(character_before(text, begin))) {
+    do --begin;
+    while ((static_cast<unsigned char>(text[begin]) & 0xC0) == 0x80);
+  }
+  return begin;
+}
+
+std::size_t skip_space_after(std::string_view text, std::size_t end) {
+  while (end < text.size()) {
+    std::size_t after = end;
+    if (!is_white_space(next_character(text, after))) break;
+    end = after;
+  }
+  return end;
 }
 
 bool is_word_character(char32_t c) {
