@@ -1,9 +1,11 @@
-"""A llama with random weights in bfloat16, of the shape of 1 B or 8 B parameters: for speed and memory, not for meaning.
+"""A llama with random weights in bfloat16, of the shape of 1 B or 8 B parameters: for speed and memory, not for meaning.  Its tokenizer is
+that of examples/demo.
 
 python3 bench/random_model.py 8b FOLDER
 """
 import json
 import os
+import shutil
 import struct
 import sys
 
@@ -12,6 +14,7 @@ SHAPES = {
     "8b": dict(num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, head_dim=128),
 }
 VOCABULARY = 128256
+TOKENIZER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "examples", "demo", "tokenizer.json")
 
 
 def random_bytes(count=64 << 20):
@@ -73,6 +76,7 @@ def main(shape, folder):
         "model.embed_tokens.weight": [VOCABULARY, hidden], "model.norm.weight": [hidden], "lm_head.weight": [VOCABULARY, hidden]})
     with open(os.path.join(folder, "model.safetensors.index.json"), "w") as file:
         json.dump({"metadata": {}, "weight_map": writer.index}, file)
+    shutil.copy(TOKENIZER, folder)
     with open(os.path.join(folder, "config.json"), "w") as file:
         json.dump({**s, "model_type": "llama", "vocab_size": VOCABULARY, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
                    "rope_theta": 500000.0, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1, "hidden_act": "silu"}, file)

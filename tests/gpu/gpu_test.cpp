@@ -135,7 +135,8 @@ TEST_F(Gpu, LogitsAreThoseOfTheCpu) {
 }
 
 TEST_F(Gpu, StorageCostsWhatItDoesOnTheCpu) {
-  const auto windows = text_samples(1, 300);
+  // Rounding differs, and where a code falls otherwise all that follows does: it takes some text for means to agree.
+  const auto windows = on(mx::Device::cpu, [] { return generate_own_text(testing::demo_model(), 12, 1024, 9); });
   const std::vector<Storage> storages = {plan_storage("rotated_pq", best_plan()), plan_storage("vecinfer", plan_of("vecinfer", 2)),
                                          peer_storage("mlx4", testing::demo_model()),
                                          peer_storage("kivi2+window", testing::demo_model())};

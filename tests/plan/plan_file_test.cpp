@@ -134,7 +134,7 @@ TEST_F(PlanFile, OtherFilesAreNoPlans) {
 TEST_F(PlanFile, RefusesMetadataThatIsNotAPlans) {
   EXPECT_EQ(problem([](Parts&) {}), "");
   EXPECT_THAT(problem([](Parts& parts) { parts.metadata["format"] = "gguf"; }), HasSubstr("gguf"));
-  EXPECT_THAT(problem([](Parts& parts) { parts.metadata["version"] = "3"; }), AllOf(HasSubstr("version"), HasSubstr("got 3")));
+  EXPECT_THAT(problem([](Parts& parts) { parts.metadata["version"] = "4"; }), AllOf(HasSubstr("version"), HasSubstr("got 4")));
   EXPECT_THAT(problem([](Parts& parts) { parts.metadata["more"] = "x"; }), HasSubstr("metadata"));
   for (const char* field : {"format", "version", "checksum"})
     EXPECT_THAT(problem([&](Parts& parts) { parts.metadata.erase(field); }), HasSubstr(field));

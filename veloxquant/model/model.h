@@ -17,8 +17,8 @@
 namespace veloxquant {
 
 /// A decoder-only transformer with pre-norm blocks, grouped-query attention with RoPE and a gated MLP or a mixture of them, in
-/// float32; on a GPU weights stay as they are stored, and products of a few rows are made in their precision.  The families (families/) are variations
-/// of it.  Layers are called one by one, since calibration walks layer by layer over all samples.
+/// float32; on a GPU weights stay as they are stored, and products of a few rows are made in their precision.  The families
+/// (families/) are variations of it.  Layers are called one by one, since calibration walks layer by layer over all samples.
 ///
 /// A model is immutable and runs on MLX's default device at the time of the call (DeviceScope).
 class Model {
