@@ -126,6 +126,8 @@ def test_packed_weights_of_several_widths(tools, tmp_path):
         return "v_proj" not in path and hasattr(module, "to_quantized")
 
     theirs = pack(folder, group_size=64, bits=4, quant_predicate=width)
+    # An adapter beside the model is not read.
+    save_file({"lora": np.zeros((2, 2), np.float32)}, folder / "adapters.safetensors")
     assert "model.layers.0.mlp.down_proj" in json.loads((folder / "config.json").read_text())["quantization"]
     tokens = random_tokens(1, 40)
     assert_same(our_logits(tools, folder, tokens, tmp_path), theirs(tokens))

@@ -237,6 +237,11 @@ def test_a_model_whose_layers_all_slide(sliding_model, run, tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "layer_types": ["sliding_attention"] * 12}))
     for method in ("rotated_pq", "vecinfer"):
         fails(run("calibrate", folder, "-o", tmp_path / "x", "--method", method), "sliding", "all 12 layers", "quantize")
+    fails(run("evaluate", folder, "--peer", "mlx4", "--windows", 1, "--length", 64), "mlx4", "all 12 layers")
+    # A window that no sequence outgrows is none.
+    (folder / "config.json").write_text(json.dumps({**config, "layer_types": ["sliding_attention"] * 12, "sliding_window": 2048}))
+    path = tmp_path / "whole.plan"
+    assert json.loads(run("calibrate", folder, "--method", "affine", "--bits", 4.5, "-o", path, "--json").stdout)["sliding"] == []
 
 
 def test_calibrate_a_packed_model(demo_model, run, text, tmp_path):
@@ -262,6 +267,8 @@ def test_calibrate_a_packed_model(demo_model, run, text, tmp_path):
     ({"quantization": {"group_size": 64, "bits": 7}}, ["bits", "7", "2, 3, 4, 5, 6, 8"]),
     ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "mlx_lm"]),
     ({"hidden_act": "relu"}, ["hidden_act", "relu", "silu"]),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor", "0.5"]),
+    ({"model_type": "gemma2", "query_pre_attn_scalar": 64}, ["sliding_window"]),
     ({"layer_types": ["sliding_attention"] * 12}, ["sliding_window"]),
     ({"num_attention_heads": 8, "num_hidden_layers": 11, "intermediate_size": 700, "layer_types": None},
      ["q_proj.weight: expected shape [512, 256]", "gate_proj.weight: expected shape [700, 256]", "model.layers.11."]),

@@ -47,6 +47,10 @@ CONFIGS = {
     "phi3_longrope": dict(
         model_type="phi3", partial_rotary_factor=0.5, rope_scaling=LONG_ROPE, original_max_position_embeddings=64, tie_word_embeddings=False
     ),
+    "phi3_share_in_rope_parameters": dict(
+        model_type="phi3", partial_rotary_factor=0.5, rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5),
+        tie_word_embeddings=False
+    ),
     "smollm3": dict(model_type="smollm3", no_rope_layer_interval=2, tie_word_embeddings=True),
     "smollm3_listed": dict(model_type="smollm3", no_rope_layers=[0, 1, 1], tie_word_embeddings=True),
     "qwen3_moe": dict(model_type="qwen3_moe", head_dim=32, mlp_only_layers=[1], norm_topk_prob=True, tie_word_embeddings=False, **EXPERTS),

@@ -84,8 +84,9 @@ void print_plan(const Plan& plan) {
              bytes_text(static_cast<std::size_t>(cache_bytes(plan, kTokens))), effective_bits(plan, kTokens),
              bytes_text(static_cast<std::size_t>(full * kTokens)), bytes_per_token(plan));
   if (!plan.sliding.empty())
-    fmt::print("sliding     {} layers keep the tokens of their window at full precision: {} beside\n", plan.sliding.size(),
-               bytes_text(static_cast<std::size_t>(sliding_bytes(model, plan.sliding, kTokens))));
+    fmt::print("sliding     {} layers keep the tokens of their window at full precision: {} beside, not in the bits; {} together\n",
+               plan.sliding.size(), bytes_text(static_cast<std::size_t>(sliding_bytes(model, plan.sliding, kTokens))),
+               bytes_text(static_cast<std::size_t>(sliding_bytes(model, plan.sliding, kTokens) + cache_bytes(plan, kTokens))));
   if (plan.predicted_kl) fmt::print("predicted   KL {:.4f} nats a token\n", *plan.predicted_kl);
   std::vector<std::vector<std::string>> rows = {{"layer", "keys", "values"}};
   for (int layer = 0; layer < model.num_layers; ++layer) {

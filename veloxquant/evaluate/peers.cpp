@@ -44,14 +44,18 @@ struct PeerFamily {
 
 // The peer that restores so; bits(context) are its own, without the window.
 Storage restoring_peer(const Request& request, const Restore& keys, const Restore& values, std::function<double(int)> bits) {
+  const auto& config = request.model.config();
+  if (stored_layers(config, /* sliding= */ false).empty())
+    throw_invalid("evaluate", "{}: would store nothing, since all {} layers have a sliding window and stay as they are",
+                  request.name, config.num_layers);
   const ExactTokens exact = request.windowed ? ExactTokens{kDefaultWindow, kDefaultSinks} : ExactTokens{};
   // As of a plan, layers that slide stay as they are.
-  const CacheFactory factory = [=, layers = request.model.config().layers](int layer) -> std::unique_ptr<AttentionCache> {
+  const CacheFactory factory = [=, layers = config.layers](int layer) -> std::unique_ptr<AttentionCache> {
     if (layers[static_cast<std::size_t>(layer)].sliding_window > 0) return std::make_unique<FullCache>();
     return std::make_unique<RestoringCache>(keys, values, exact);
   };
   if (!request.windowed) return {request.name, factory, bits};
-  const double exact_bits = make_quantizer(exact_parameters(Side::kKeys, request.model.config().head_dim))->rate();
+  const double exact_bits = make_quantizer(exact_parameters(Side::kKeys, config.head_dim))->rate();
   return {request.name, factory,
           [=](int context) { return windowed_bits(bits, exact_bits, context, kDefaultWindow + kDefaultSinks); }};
 }

@@ -121,8 +121,8 @@ void read_packings(const JsonObject& json, ModelConfig& config) {
     if (module == "group_size" || module == "bits" || module == "mode") continue;
     if (value.is_boolean()) {
       config.packings[module] = value.get<bool>() ? config.packing : std::nullopt;
-    } else {
-      config.packings[module] = read_packing(packing.object(module), *config.packing);
+    } else if (value.is_object()) {
+      config.packings[module] = read_packing(packing.object(module), {});  // mlx_lm: affine unless the module says otherwise
     }
   }
 }
@@ -140,6 +140,12 @@ void read_heads(const JsonObject& json, ModelConfig& config) {
     throw_failure("config", "{}: head_dim: expected an even number, since RoPE turns pairs, got {}", json.where(), config.head_dim);
 }
 
+// One that no sequence outgrows is none.
+int read_window(const JsonObject& json, const ModelConfig& config) {
+  const int window = size(json, "sliding_window", 1 << 30);
+  return json.has("max_position_embeddings") && window >= config.max_position_embeddings ? 0 : window;
+}
+
 // By layer_types, where the config has them.
 void read_layers(const JsonObject& json, ModelConfig& config) {
   config.layers.assign(static_cast<std::size_t>(config.num_layers), {});
@@ -148,16 +154,22 @@ void read_layers(const JsonObject& json, ModelConfig& config) {
   if (!types.is_array() || types.size() != config.layers.size())
     json.refuse("layer_types", fmt::format("a list of {} kinds of layer", config.num_layers));
   for (std::size_t i = 0; i < types.size(); ++i)
-    if (types[i] == "sliding_attention") config.layers[i].sliding_window = size(json, "sliding_window", 1 << 30);
+    if (types[i] == "sliding_attention") config.layers[i].sliding_window = read_window(json, config);
 }
 
 }  // namespace
 
 void slide_layers(const JsonObject& json, ModelConfig& config, const std::function<bool(int layer)>& slides) {
   if (json.has("layer_types") || !json.has("sliding_window")) return;
-  const int window = size(json, "sliding_window", 1 << 30);
+  const int window = read_window(json, config);
   for (int i = 0; i < config.num_layers; ++i)
     if (slides(i)) config.layers[static_cast<std::size_t>(i)].sliding_window = window;
+}
+
+double rotary_share(const JsonObject& json) {
+  const double outside = json.number_or("partial_rotary_factor", 1.0, 0.0, 1.0);
+  return json.has("rope_parameters") ? json.object("rope_parameters").number_or("partial_rotary_factor", outside, 0.0, 1.0)
+                                     : outside;
 }
 
 // transformers before 5: rope_theta and rope_scaling at the top; since then both in rope_parameters.
@@ -215,6 +227,8 @@ RopeConfig scale_rope(const JsonObject& scaling, const JsonObject& json, RopeCon
   } else {
     scaling.refuse(type_field, "\"default\", \"linear\", \"llama3\", \"yarn\" or \"longrope\"");
   }
+  if (type == "yarn" || type == "longrope" || type == "su")
+    rope.magnitude = scaling.number_or("attention_factor", rope.magnitude, 1e-3, 1e3);
   return rope;
 }
 
@@ -255,7 +269,8 @@ ModelConfig read_config(const std::filesystem::path& folder) {
   refuse_unsupported(json);
   family.configure(json, config);
   if (config.ropes.empty()) {
-    if (json.number_or("partial_rotary_factor", 1.0, 0.0, 1.0) != 1.0) json.refuse("partial_rotary_factor", "1");
+    if (const double share = rotary_share(json); share != 1.0)
+      throw_failure("config", "{}: partial_rotary_factor: expected 1, got {}", json.where(), share);
     config.ropes = {read_rope(json, config.head_dim)};
   }
   return config;

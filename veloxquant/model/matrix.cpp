@@ -2,6 +2,7 @@
 
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
+#include "veloxquant/model/cpu_operation.h"
 
 namespace veloxquant {
 
@@ -59,16 +60,16 @@ Matrix::Matrix(const PackedMatrix& packed)
 
 Matrix Matrix::part(int begin, int end) const {
   auto forms = std::make_shared<Forms>();
-  forms->owner = forms_;
-  if (forms_->packed) {
+  if (own_kernels() || forms_->data) {
+    forms->owner = forms_;
+    forms->data = data() + static_cast<std::ptrdiff_t>(begin) * columns_;
+  } else if (forms_->packed) {
     const auto& x = *forms_->packed;
     const auto some = [&](const mx::array& y) { return mx::contiguous(rows_of(y, begin, end)); };
     forms->packed =
         PackedMatrix{some(x.weight), some(x.scales), x.biases ? std::optional(some(*x.biases)) : std::nullopt, x.packing};
-  } else if (forms_->array) {
-    forms->array = mx::contiguous(rows_of(*forms_->array, begin, end));
   } else {
-    forms->data = forms_->data + static_cast<std::ptrdiff_t>(begin) * columns_;
+    forms->array = mx::contiguous(rows_of(*forms_->array, begin, end));
   }
   return {std::move(forms), end - begin, columns_};
 }

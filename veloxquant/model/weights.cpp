@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <set>
 #include <span>
 
@@ -37,6 +38,9 @@ std::vector<fs::path> weight_files(const fs::path& folder) {
   std::vector<fs::path> files;
   for (const auto& entry : fs::directory_iterator(folder))
     if (entry.path().extension() == ".safetensors") files.push_back(entry.path());
+  // Adapters and other forms of the same weights may lie beside them.
+  const auto is_model = [](const fs::path& file) { return file.filename().string().starts_with("model"); };
+  if (std::any_of(files.begin(), files.end(), is_model)) std::erase_if(files, std::not_fn(is_model));
   std::sort(files.begin(), files.end());
   if (files.empty()) throw_failure("weights", "{}: no *.safetensors here", folder.string());
   return files;

@@ -15,8 +15,9 @@
 namespace veloxquant {
 
 /// The safetensors files of a Hugging Face model folder: those that model.safetensors.index.json names, or else every
-/// *.safetensors.  Tensors are taken by name.  One that is missing or of another shape is noted, and expect_all_taken() throws for
-/// all of these and for what nobody took, so that a checkpoint of another architecture is never half read.
+/// model*.safetensors, or where there is none every *.safetensors.  Tensors are taken by name.  One that is missing or of another
+/// shape is noted, and expect_all_taken() throws for all of these and for what nobody took, so that a checkpoint of another
+/// architecture is never half read.
 class Weights {
  public:
   /// Throws std::runtime_error that names file and tensor.

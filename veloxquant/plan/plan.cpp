@@ -134,6 +134,7 @@ void check_plan(const Plan& plan) {
         check_unit(plan, at, layer, side, per_head ? std::optional(head) : std::nullopt);
     }
   }
+  if (at == 0) throw_invalid("plan", "units: expected some, got none: every layer slides");
   if (at != plan.units.size())
     throw_invalid("plan", "units: expected {} for {} layers, got {}", at,
                   plan.model.num_layers - static_cast<int>(plan.sliding.size()), plan.units.size());

@@ -37,6 +37,9 @@ std::span<const Family> families();
 /// Gives sliding_window, where the config has one and no layer_types, to the layers that slide.
 void slide_layers(const JsonObject& json, ModelConfig& config, const std::function<bool(int layer)>& slides);
 
+/// partial_rotary_factor, of rope_parameters or of the top: which share of a head turns.
+double rotary_share(const JsonObject& json);
+
 /// rope_theta and rope_scaling, or rope_parameters, for the first `dims` of a head's dimensions.
 RopeConfig read_rope(const JsonObject& json, int dims);
 

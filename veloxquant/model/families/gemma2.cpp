@@ -6,6 +6,7 @@ namespace veloxquant {
 
 // mlx_lm leaves the windows out; here every other layer slides as in transformers.
 void configure_gemma2(const JsonObject& json, ModelConfig& config) {
+  if (!json.has("sliding_window")) json.refuse("sliding_window", "a number of tokens");
   slide_layers(json, config, [](int layer) { return layer % 2 == 0; });
   const auto soft_cap = [&](const char* field, double otherwise) {
     return json.is_null(field) ? 0.0 : json.number_or(field, otherwise, 1e-3, 1e6);

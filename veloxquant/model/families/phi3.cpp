@@ -6,8 +6,7 @@ namespace veloxquant {
 void configure_phi3(const JsonObject& json, ModelConfig& config) {
   slide_layers(json, config, [](int) { return true; });
   config.joined_projections = true;
-  const double share = json.number_or("partial_rotary_factor", 1.0, 0.0, 1.0);
-  const int dims = static_cast<int>(share * config.head_dim);
+  const int dims = static_cast<int>(rotary_share(json) * config.head_dim);
   if (dims % 2 != 0) json.refuse("partial_rotary_factor", "a share of head_dim that is an even number of dimensions");
   config.ropes = {read_rope(json, dims)};
 }
