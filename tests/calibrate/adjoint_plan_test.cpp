@@ -210,6 +210,10 @@ TEST(AdjointPlan, RefusesWhatCannotBe) {
   EXPECT_THAT(problem({.bytes = 5}), HasSubstr("bytes: possible are"));
   EXPECT_THAT(problem({.context = 36}), HasSubstr("more than the 36 tokens"));
   EXPECT_THAT(problem({.bits = 2}, 36), HasSubstr("longer than the 36 tokens"));
+  auto config = demo_model().config();
+  config.ropes[0].dims = 32;
+  EXPECT_NO_THROW(check_adjoint_plan_options(config, {.bits = 2}, 256));
+  EXPECT_THROW(check_adjoint_plan_options(config, {.bits = 2, .keys = Rotation::kPlane}, 256), std::invalid_argument);
 }
 
 double rank_correlation(const std::vector<double>& a, const std::vector<double>& b) {

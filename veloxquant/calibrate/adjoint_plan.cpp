@@ -246,6 +246,10 @@ void check_adjoint_plan_options(const ModelConfig& config, const AdjointPlanOpti
     throw_invalid("calibrate", "length: expected samples longer than the {} tokens of window and sinks, got {}", exact, length);
   if (options.keys == Rotation::kPlane && config.head_dim % 2 != 0)
     throw_invalid("calibrate", "keys: plane needs an even head_dim, got {}", config.head_dim);
+  for (const auto& rope : config.ropes)
+    if (const int dims = rope.dims.value_or(config.head_dim);
+        options.keys == Rotation::kPlane && dims != config.head_dim && dims != 0)
+      throw_invalid("calibrate", "keys: plane needs RoPE that turns whole heads, got {} of {} dimensions", dims, config.head_dim);
   check_stored_layers(config, options.quantize_sliding);
   const std::size_t layers = stored_layers(config, options.quantize_sliding).size();
   const auto [least, most] = possible_bytes(config, layers, context, exact);
