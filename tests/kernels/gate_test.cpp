@@ -31,7 +31,7 @@ TEST(Gate, EqualsReferenceAtOddSizes) {
         for (const std::size_t rows : {1, 2, 5}) {
           SCOPED_TRACE(dim);
           const auto joined = normal_values(rows * 2 * dim, dim, 4.0);
-          testing::expect_near(gated(activation, joined, dim), expected(activation, joined, dim), 2e-7, 2e-6);
+          testing::expect_near(gated(activation, joined, dim), expected(activation, joined, dim), 1e-7, 1e-6);
         }
       }
     }
@@ -47,7 +47,7 @@ TEST(Gate, BackwardEqualsReferenceAtOddSizes) {
         std::vector<float> actual(joined.size()), expected(joined.size());
         gate_joined_backward(activation, joined.data(), grad_out.data(), actual.data(), 3, dim);
         reference::gate_joined_backward(activation, joined.data(), grad_out.data(), expected.data(), 3, dim);
-        testing::expect_near(actual, expected, 1e-5, 1e-5);
+        testing::expect_near(actual, expected, 2e-6, 2e-6);
       }
     }
   });
@@ -100,7 +100,7 @@ TEST(Gate, ExtremeGates) {
                        value = x / (1 + std::exp(-a));
           EXPECT_NEAR(out[i], value, 1e-7 + 1e-6 * std::abs(value)) << "gate " << x;
           if (std::abs(x) < 200) continue;
-          EXPECT_NEAR(slopes[i / dim * 2 * dim + i % dim], x > 0 ? 1 : 0, 1e-5) << "gate " << x;
+          EXPECT_NEAR(slopes[i / dim * 2 * dim + i % dim], x > 0 ? 1 : 0, 1e-6) << "gate " << x;
         }
       }
     }

@@ -35,16 +35,12 @@ int context_of(const ModelConfig& config, const AdjointPlanOptions& options) {
   return options.context > 0 ? options.context : config.max_position_embeddings;
 }
 
-std::vector<SlidingLayer> left_alone(const ModelConfig& config, const AdjointPlanOptions& options) {
-  return options.quantize_sliding ? std::vector<SlidingLayer>() : sliding_layers(config);
-}
-
 // What is left of the bytes asked for once layers that slide are kept.
 std::int64_t bytes_for_units(const ModelConfig& config, const AdjointPlanOptions& options) {
   ModelIdentity shape;
   shape.num_kv_heads = config.num_kv_heads;
   shape.head_dim = config.head_dim;
-  return *options.bytes - sliding_bytes(shape, left_alone(config, options), context_of(config, options));
+  return *options.bytes - sliding_bytes(shape, sliding_layers(config, options.quantize_sliding), context_of(config, options));
 }
 
 class Planner {
@@ -177,7 +173,7 @@ class Planner {
               .window = options_.window,
               .sinks = options_.sinks,
               .units = {},
-              .sliding = left_alone(config, options_),
+              .sliding = sliding_layers(config, options_.quantize_sliding),
               .provenance = {},
               .predicted_kl = 0.0};
     plan.units.resize(units_.size());

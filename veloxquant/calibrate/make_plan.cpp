@@ -145,8 +145,9 @@ void fit_units(const Model& model, const TokenBatch& samples, const QuantizerMet
 
 }  // namespace
 
-std::vector<SlidingLayer> sliding_layers(const ModelConfig& config) {
+std::vector<SlidingLayer> sliding_layers(const ModelConfig& config, bool quantize_sliding) {
   std::vector<SlidingLayer> sliding;
+  if (quantize_sliding) return sliding;
   for (int i = 0; i < config.num_layers; ++i)
     if (const int window = config.layers[static_cast<std::size_t>(i)].sliding_window; window > 0) sliding.push_back({i, window});
   return sliding;
@@ -190,7 +191,7 @@ Plan make_plan(const Model& model, const TokenBatch& samples, const PlanOptions&
   const Ladder ladder = ladder_of(method, options.units, model.config().head_dim);
   const bool reads = reads_samples(options);
 
-  const auto sliding = options.quantize_sliding ? std::vector<SlidingLayer>() : sliding_layers(model.config());
+  const auto sliding = sliding_layers(model.config(), options.quantize_sliding);
   LayerMap<SensitivityResult> sensitivities;
   std::vector<double> widths;
   if (options.units == Units::kUniform) {

@@ -32,8 +32,8 @@ struct PlanOptions {
   bool quantize_sliding = false;  // also layers with a sliding window, counted as if they kept all tokens
 };
 
-/// What a plan that leaves sliding layers as they are says of them.
-std::vector<SlidingLayer> sliding_layers(const ModelConfig& config);
+/// Plan::sliding: the layers with a sliding window, or none where they are quantised too.
+std::vector<SlidingLayer> sliding_layers(const ModelConfig& config, bool quantize_sliding);
 
 /// Throws std::invalid_argument where that leaves no layer.
 void check_stored_layers(const ModelConfig& config, bool quantize_sliding);

@@ -16,7 +16,6 @@ namespace {
 
 constexpr float kMostWeight = 100;  // times the mean
 constexpr double kWeightPower = 2.0 / 3;
-constexpr double kRidge = 0.01;  // of the metric's mean diagonal
 
 // Of all rows in memory; the rest lies in a file.
 constexpr std::size_t kRowBytes = std::size_t{64} << 20, kFileBytes = std::size_t{8} << 30;

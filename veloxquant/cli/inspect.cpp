@@ -79,10 +79,9 @@ void print_plan(const Plan& plan) {
   fmt::print("bits        {:.4g} per element at {} tokens, everything stored per token counted; {} of codebooks beside\n",
              effective_bits(plan), from.context, bytes_text(constant_bytes(plan)));
   constexpr std::int64_t kTokens = 32768;
-  const double full = 2.0 * 2 * (model.num_layers - static_cast<int>(plan.sliding.size())) * model.num_kv_heads * model.head_dim;
   fmt::print("memory      {} at 32,768 tokens, {:.4g} bits per element (at 16 bits: {}); each further token {:.0f} bytes\n",
              bytes_text(static_cast<std::size_t>(cache_bytes(plan, kTokens))), effective_bits(plan, kTokens),
-             bytes_text(static_cast<std::size_t>(full * kTokens)), bytes_per_token(plan));
+             bytes_text(static_cast<std::size_t>(full_bytes(plan, kTokens))), bytes_per_token(plan));
   if (!plan.sliding.empty())
     fmt::print("sliding     {} layers keep the tokens of their window at full precision: {} beside, not in the bits; {} together\n",
                plan.sliding.size(), bytes_text(static_cast<std::size_t>(sliding_bytes(model, plan.sliding, kTokens))),

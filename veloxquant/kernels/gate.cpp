@@ -56,17 +56,14 @@ struct Gelu {
   }
   template <class D, class V = hn::Vec<D>>
   static V slope(D d, V x) {
-    const V bounded = hn::Clamp(x, hn::Set(d, -kMost), hn::Set(d, kMost));
-    return hn::Mul(hn::Set(d, kScale), hn::MulAdd(hn::Set(d, 3 * kCube), hn::Mul(bounded, bounded), hn::Set(d, 1.0f)));
+    const V slope = hn::Mul(hn::Set(d, kScale), hn::MulAdd(hn::Set(d, 3 * kCube), hn::Mul(x, x), hn::Set(d, 1.0f)));
+    return hn::IfThenElseZero(hn::Lt(hn::Abs(x), hn::Set(d, kMost)), slope);
   }
   static float argument(float x) {
     const float bounded = std::clamp(x, -kMost, kMost);
     return kScale * bounded * (1.0f + kCube * bounded * bounded);
   }
-  static float slope(float x) {
-    const float bounded = std::clamp(x, -kMost, kMost);
-    return kScale * (1.0f + 3 * kCube * bounded * bounded);
-  }
+  static float slope(float x) { return std::abs(x) < kMost ? kScale * (1.0f + 3 * kCube * x * x) : 0.0f; }
 };
 
 template <class Kind>

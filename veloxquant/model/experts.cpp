@@ -123,10 +123,10 @@ Experts::Experts(Linear router, std::vector<Expert> experts, const ExpertsConfig
 mx::array Experts::operator()(const mx::array& x) const {
   const auto flat = mx::reshape(x, {-1, x.shape(-1)});
   const auto scores = mx::softmax(router_(flat), -1, /* precise= */ true);
-  const int tokens = flat.shape(0), count = config_.count, chosen_count = config_.per_token;
+  const int tokens = flat.shape(0), chosen_count = config_.per_token;
   const auto order = mx::argpartition(mx::stop_gradient(mx::negative(scores)), chosen_count - 1, -1);
   const auto chosen = mx::astype(mx::slice(order, {0, 0}, {tokens, chosen_count}), mx::int32);
-  auto weights = count == 1 ? scores : mx::take_along_axis(scores, chosen, -1);
+  auto weights = mx::take_along_axis(scores, chosen, -1);
   if (config_.normalized) weights = mx::divide(weights, mx::sum(weights, -1, /* keepdims= */ true));
   if (!own_kernels()) return mx::reshape(by_mlx(flat, chosen, weights), x.shape());
   for (const auto& expert : *experts_) expert.gate.data(), expert.up.data(), expert.down.data();  // kernels find them there

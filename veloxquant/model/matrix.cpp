@@ -21,11 +21,6 @@ mx::array rows_of(const mx::array& x, int begin, int end) {
   return mx::slice(x, {begin, 0}, {end, x.shape(1)});
 }
 
-mx::array restored(const PackedMatrix& x) {
-  return mx::dequantize(x.weight, x.scales, x.biases, x.packing.group_size, x.packing.bits, x.packing.mode, std::nullopt,
-                        mx::float32);
-}
-
 mx::array to_float32(const mx::array& x) {
   return mx::astype(x, mx::float32);
 }
@@ -40,6 +35,11 @@ mx::Dtype precision_for(const mx::array& x, const mx::array& weights) {
 }
 
 }  // namespace
+
+mx::array restored(const PackedMatrix& x) {
+  return mx::dequantize(x.weight, x.scales, x.biases, x.packing.group_size, x.packing.bits, x.packing.mode, std::nullopt,
+                        mx::float32);
+}
 
 Matrix::Matrix(std::shared_ptr<const void> owner, const float* data, int rows, int columns)
     : forms_(std::make_shared<Forms>()), rows_(rows), columns_(columns) {

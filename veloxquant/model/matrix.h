@@ -19,6 +19,9 @@ struct PackedMatrix {
   PackingConfig packing;
 };
 
+/// In float32.
+mx::array restored(const PackedMatrix& packed);
+
 /// An immutable matrix [rows, columns].  Copies share it.
 ///
 /// Our CPU kernels read it in float32: where it lies in the mapped file if it is stored so there, else restored to memory of its

@@ -67,14 +67,6 @@ mx::array as_stored(const SafetensorsEntry& entry, const mx::Shape& shape, const
   return mx::view(mx::array(bytes, flat, mx::uint8), type->second);
 }
 
-// In float32, in memory of its own.
-mx::array restored(const PackedMatrix& packed) {
-  auto values = mx::contiguous(mx::dequantize(packed.weight, packed.scales, packed.biases, packed.packing.group_size,
-                                              packed.packing.bits, packed.packing.mode, std::nullopt, mx::float32));
-  values.eval();
-  return values;
-}
-
 std::string shape_text(const auto& shape) {
   return fmt::format("[{}]", fmt::join(shape, ", "));
 }
@@ -138,7 +130,10 @@ Matrix Weights::take_matrix(const std::string& module, int rows, int columns, co
                         flat(take_packed(module + ".scales", shape(groups), affine ? "F32 F16 BF16" : "U8")), std::nullopt,
                         *packing};
     if (affine) packed.biases = flat(take_packed(module + ".biases", shape(groups), "F32 F16 BF16"));
-    return own_kernels() && mismatches_.empty() ? Matrix(restored(packed)) : Matrix(packed);
+    if (!own_kernels() || !mismatches_.empty()) return Matrix(packed);
+    auto values = mx::contiguous(restored(packed));
+    values.eval();  // so that what is packed goes
+    return Matrix(values);
   }
   const auto found = find(name, shape(columns));
   if (!found) return Matrix(mx::zeros({all_rows, columns}));

@@ -17,9 +17,11 @@ int heads_of(const Plan& plan, const UnitPlan& unit) {
   return unit.head ? 1 : plan.model.num_kv_heads;
 }
 
-double elements_per_token(const Plan& plan) {
-  const auto layers = static_cast<double>(static_cast<std::size_t>(plan.model.num_layers) - plan.sliding.size());
-  return 2.0 * layers * plan.model.num_kv_heads * plan.model.head_dim;
+constexpr int kFullBytes = 2;  // of an element that is left as it is
+
+std::int64_t elements_per_token(const Plan& plan) {
+  const auto layers = static_cast<std::int64_t>(plan.model.num_layers) - static_cast<std::int64_t>(plan.sliding.size());
+  return 2 * layers * plan.model.num_kv_heads * plan.model.head_dim;
 }
 
 }  // namespace
@@ -42,17 +44,20 @@ std::int64_t cache_bytes(const Plan& plan, std::int64_t tokens) {
   return static_cast<std::int64_t>(bytes);
 }
 
+std::int64_t full_bytes(const Plan& plan, std::int64_t tokens) {
+  return tokens * elements_per_token(plan) * kFullBytes;
+}
+
 std::int64_t sliding_bytes(const ModelIdentity& model, const std::vector<SlidingLayer>& sliding, std::int64_t tokens) {
-  constexpr int kBytes = 2;
   std::int64_t bytes = 0;
   for (const auto& layer : sliding)
-    bytes += std::min<std::int64_t>(tokens, layer.window) * 2 * model.num_kv_heads * model.head_dim * kBytes;
+    bytes += std::min<std::int64_t>(tokens, layer.window) * 2 * model.num_kv_heads * model.head_dim * kFullBytes;
   return bytes;
 }
 
 double effective_bits(const Plan& plan, std::int64_t tokens) {
   if (plan.units.empty() || tokens < 1) return 0.0;
-  return 8.0 * static_cast<double>(cache_bytes(plan, tokens)) / (static_cast<double>(tokens) * elements_per_token(plan));
+  return 8.0 * static_cast<double>(cache_bytes(plan, tokens)) / static_cast<double>(tokens * elements_per_token(plan));
 }
 
 double effective_bits(const Plan& plan) {

@@ -78,6 +78,9 @@ QuantizerParameters exact_parameters(Side side, int head_dim);
 /// counted: codes, scales, norms, patches, window and sinks.
 std::int64_t cache_bytes(const Plan& plan, std::int64_t tokens);
 
+/// What cache_bytes would be with every element in 16 bits.
+std::int64_t full_bytes(const Plan& plan, std::int64_t tokens);
+
 /// Bytes of the layers that slide beside them: 16 bits an element.
 std::int64_t sliding_bytes(const ModelIdentity& model, const std::vector<SlidingLayer>& sliding, std::int64_t tokens);
 

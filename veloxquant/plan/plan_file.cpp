@@ -250,13 +250,11 @@ Json describe_plan(const Plan& plan) {
   json["constant_bytes"] = constant_bytes(plan);
   json["bytes_per_token"] = bytes_per_token(plan);
   json["sliding_bytes"] = sliding_bytes(plan.model, plan.sliding, plan.provenance.context);
-  const std::int64_t elements_per_token = std::int64_t{2} * (plan.model.num_layers - static_cast<int>(plan.sliding.size())) *
-                                          plan.model.num_kv_heads * plan.model.head_dim;
   auto contexts = Json::object();  // 16 bits: of the same keys and values
   for (const std::int64_t tokens : {std::int64_t{plan.provenance.context}, std::int64_t{32768}})
     contexts[std::to_string(tokens)] = {{"effective_bits", effective_bits(plan, tokens)},
                                         {"bytes", cache_bytes(plan, tokens)},
-                                        {"bytes_at_16_bits", 2 * tokens * elements_per_token}};
+                                        {"bytes_at_16_bits", full_bytes(plan, tokens)}};
   json["contexts"] = std::move(contexts);
   for (std::size_t i = 0; i < plan.units.size(); ++i) json["units"][i]["bits"] = make_quantizer(plan.units[i].quantizer)->rate();
   return json;
