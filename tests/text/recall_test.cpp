@@ -10,6 +10,7 @@
 #include <string>
 
 #include "veloxquant/core/hash.h"
+#include "veloxquant/text/tokenizer.h"
 
 namespace veloxquant {
 namespace {

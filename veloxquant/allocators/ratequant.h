@@ -14,7 +14,7 @@
 #include "veloxquant/plan/allocation.h"
 #include "veloxquant/plan/distortion_curve.h"
 #include "veloxquant/plan/sensitivity.h"
-#include "veloxquant/text/tokenizer.h"
+#include "veloxquant/text/text_encoder.h"
 
 namespace veloxquant::allocators {
 
@@ -40,7 +40,7 @@ using veloxquant::SensitivityResult;
 /// device: "gpu" or "cpu"; "gpu" without a GPU back end warns once and runs on the CPU.
 /// Throws std::invalid_argument for another device, counts below 1, a noise_scale that is not above 0, and texts that are too
 /// short.
-LayerMap<SensitivityResult> calibrate_layer_sensitivities(const Model& model, const Tokenizer& tokenizer, int num_samples = 32,
+LayerMap<SensitivityResult> calibrate_layer_sensitivities(const Model& model, const TextEncoder& tokenizer, int num_samples = 32,
                                                           int sequence_length = 512, double noise_scale = 0.1,
                                                           const std::string& device = "gpu",
                                                           const CalibrationOptions& options = {});

@@ -66,7 +66,7 @@ void check_codebook_options(int head_dim, int num_layers, const Tensor& smooth_f
 
 }  // namespace
 
-Tensor calibrate_smooth_factors(const Model& model, const Tokenizer& tokenizer, int num_samples, int sequence_length,
+Tensor calibrate_smooth_factors(const Model& model, const TextEncoder& tokenizer, int num_samples, int sequence_length,
                                 const CalibrationOptions& options) {
   const int head_dim = model.config().head_dim;
   const auto samples =
@@ -82,7 +82,7 @@ Tensor calibrate_smooth_factors(const Model& model, const Tokenizer& tokenizer, 
   return factors;
 }
 
-Tensor train_codebook(const Model& model, const Tokenizer& tokenizer, const Tensor& factors, int num_samples, int num_centroids,
+Tensor train_codebook(const Model& model, const TextEncoder& tokenizer, const Tensor& factors, int num_samples, int num_centroids,
                       int num_subspaces, int sequence_length, int max_iter, const CalibrationOptions& options) {
   const int head_dim = model.config().head_dim, num_layers = model.config().num_layers;
   check_codebook_options(head_dim, num_layers, factors, num_centroids, num_subspaces);

@@ -1,23 +1,18 @@
+#include "veloxquant/calibrate/calibrate.h"
+
 #include <filesystem>
 #include <optional>
 
-#include "veloxquant/calibrate/adjoint_plan.h"
-#include "veloxquant/calibrate/calibration_samples.h"
 #include "veloxquant/calibrate/make_plan.h"
 #include "veloxquant/cli/commands.h"
 #include "veloxquant/cli/options.h"
 #include "veloxquant/cli/terminal.h"
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/file.h"
-#include "veloxquant/core/hash.h"
 #include "veloxquant/plan/plan_file.h"
 
 namespace veloxquant::cli {
 namespace {
-
-// Samples of rotated_pq and of the other methods where the user says nothing.
-constexpr int kSetSamples = 40, kLongestSample = 2048;
-constexpr int kSamples = 32, kSampleLength = 512;
 
 // PLAN with .frontier.json.
 constexpr const char* kBesideThePlan = ".";
@@ -40,69 +35,15 @@ bool is_rotated(const Options& options) {
   return options.method == "rotated_pq";
 }
 
-Units units_of(const Options& options) {
-  if (!options.units) {
-    if (is_rotated(options)) return Units::kHead;
-    return quantizer_method(options.method).learns() ? Units::kUniform : Units::kLayer;
-  }
-  for (const Units units : {Units::kUniform, Units::kLayer, Units::kKv})
-    if (*options.units == to_string(units)) return units;
-  return Units::kHead;
+std::optional<Units> units_of(const Options& options) {
+  for (const Units units : {Units::kUniform, Units::kLayer, Units::kKv, Units::kHead})
+    if (options.units == to_string(units)) return units;
+  return std::nullopt;
 }
 
 std::filesystem::path frontier_path(const Options& options) {
   if (*options.frontier != kBesideThePlan) return *options.frontier;
   return std::filesystem::path(options.output).replace_extension(".frontier.json");
-}
-
-void refuse_options_of_rotated_pq(const Options& options) {
-  const auto refuse = [&](bool given, const char* option) {
-    if (given) throw_invalid("calibrate", "{}: only for --method rotated_pq, got {}", option, options.method);
-  };
-  refuse(options.keys.has_value(), "--keys");
-  refuse(options.bytes.has_value(), "--bytes");
-  refuse(options.frontier.has_value(), "--frontier");
-  refuse(options.window.value_or(0) != 0, "--window");
-  refuse(options.sinks.value_or(0) != 0, "--sinks");
-}
-
-// The documented ways: RateQuant for scalar quantizers, VecInfer.
-Plan documented_plan(const Options& options, const LoadedModel& loaded, const std::vector<std::string>& texts,
-                     const ProgressCallback& progress) {
-  refuse_options_of_rotated_pq(options);
-  const PlanOptions wanted{.method = options.method,
-                           .bits = options.bits,
-                           .units = units_of(options),
-                           .seed = options.run.seed,
-                           .context = options.context,
-                           .quantize_sliding = options.sliding == "quantize"};
-  const int count = options.samples.num_samples > 0 ? options.samples.num_samples : kSamples,
-            length = options.samples.length > 0 ? options.samples.length : kSampleLength;
-  check_plan_options(loaded.model.config(), wanted, count, length);
-  const TokenBatch samples =
-      reads_samples(wanted) ? calibration_samples(loaded.model, loaded.tokenizer, texts, count, length, options.run.seed, progress)
-                            : TokenBatch(0, 0);
-  return make_plan(loaded.model, samples, wanted, progress);
-}
-
-AdjointPlan rotated_plan(const Options& options, const LoadedModel& loaded, const std::vector<std::string>& texts,
-                         const ProgressCallback& progress) {
-  const AdjointPlanOptions wanted{.bits = options.bits,
-                                  .bytes = options.bytes,
-                                  .context = options.context,
-                                  .units = units_of(options),
-                                  .keys = options.keys == "plane" ? Rotation::kPlane : Rotation::kFull,
-                                  .window = options.window.value_or(kDefaultWindow),
-                                  .sinks = options.sinks.value_or(kDefaultSinks),
-                                  .seed = options.run.seed,
-                                  .quantize_sliding = options.sliding == "quantize"};
-  const int count = options.samples.num_samples > 0 ? options.samples.num_samples : kSetSamples,
-            length = options.samples.length > 0 ? options.samples.length
-                                                : std::min(loaded.model.config().max_position_embeddings, kLongestSample);
-  check_adjoint_plan_options(loaded.model.config(), wanted, length);
-  check_batch_size(count, length);
-  const auto set = calibration_set(loaded.model, loaded.tokenizer, texts, count, length, options.run.seed, progress);
-  return make_adjoint_plan(loaded.model, set, wanted, progress);
 }
 
 nlohmann::ordered_json to_json(const std::vector<FrontierPoint>& frontier) {
@@ -154,6 +95,7 @@ void run(const Options& options) {
   check_writable(options.output);
   std::string frontier_file;
   if (options.frontier) {
+    if (!is_rotated(options)) throw_invalid("calibrate", "--frontier: only for the method rotated_pq, got {}", options.method);
     frontier_file = frontier_path(options).string();
     check_writable(frontier_file);
     if (std::filesystem::weakly_canonical(frontier_file) == std::filesystem::weakly_canonical(options.output))
@@ -161,16 +103,23 @@ void run(const Options& options) {
   }
   const DeviceScope scope = options.run.enter();
   const LoadedModel loaded = load_model(options.model);
-  const auto texts = options.text.read();
-  const auto progress = terminal_progress();
-  AdjointPlan made;
-  if (is_rotated(options)) {
-    made = rotated_plan(options, loaded, texts, progress);
-  } else {
-    made.plan = documented_plan(options, loaded, texts, progress);
-  }
-  for (std::size_t i = 0; made.plan.provenance.num_samples > 0 && i < texts.size(); ++i)
-    made.plan.provenance.texts.push_back({std::filesystem::path(options.text.files[i]).filename().string(), sha256(texts[i])});
+  std::vector<NamedText> texts;
+  for (auto& text : options.text.read())
+    texts.push_back({std::filesystem::path(options.text.files[texts.size()]).filename().string(), std::move(text)});
+  const CalibrateOptions wanted{
+      .method = options.method,
+      .bits = options.bits,
+      .bytes = options.bytes,
+      .context = options.context,
+      .units = units_of(options),
+      .keys = options.keys ? std::optional(*options.keys == "plane" ? Rotation::kPlane : Rotation::kFull) : std::nullopt,
+      .window = options.window,
+      .sinks = options.sinks,
+      .quantize_sliding = options.sliding == "quantize",
+      .num_samples = options.samples.num_samples,
+      .length = options.samples.length,
+      .seed = options.run.seed};
+  const AdjointPlan made = calibrate(loaded.model, loaded.tokenizer, texts, wanted, terminal_progress());
   write_plan(made.plan, options.output);
   if (options.frontier) write_file_atomically(frontier_file, to_json(made.frontier).dump(2) + "\n");
   clear_progress();

@@ -243,9 +243,12 @@ ModelConfig read_config(const std::filesystem::path& folder) {
   if (!std::filesystem::is_directory(folder))
     throw_failure("model", "{}: not a folder; expected one with config.json and safetensors", folder.string());
   const auto path = folder / "config.json";
-  const std::string text = read_file(path, kMaxConfigBytes);
-  const auto document = parse_json(text, path.string());
-  const JsonObject json(document, path.string());
+  return parse_config(read_file(path, kMaxConfigBytes), path.string());
+}
+
+ModelConfig parse_config(std::string_view text, const std::string& source) {
+  const auto document = parse_json(text, source);
+  const JsonObject json(document, source);
 
   ModelConfig config;
   refuse_other_states(json);

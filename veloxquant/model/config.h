@@ -5,6 +5,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "veloxquant/kernels/gate.h"
@@ -89,5 +90,8 @@ std::vector<int> stored_layers(const ModelConfig& config, bool sliding);
 /// Reads `folder`/config.json.  Throws std::runtime_error that names file, field, value and what is accepted; a model type,
 /// activation, RoPE scaling, kind of layer or packing that is not supported is refused by name.
 ModelConfig read_config(const std::filesystem::path& folder);
+
+/// The text of such a file; `source` stands for its name in messages.  Throws likewise.
+ModelConfig parse_config(std::string_view json, const std::string& source);
 
 }  // namespace veloxquant

@@ -113,33 +113,36 @@ ModelIdentity make_identity(const ModelConfig& config, const Weights& weights) {
 
 }  // namespace
 
-Model::Model(ModelConfig config) : config_(std::move(config)) {
-  for (const auto& rope : config_.ropes) ropes_.emplace_back(rope, config_.head_dim);
-}
 Model::Model(Model&&) noexcept = default;
 Model::~Model() = default;
 
 Model Model::load(const std::filesystem::path& folder) {
-  Model model(read_config(folder));
-  const ModelConfig& c = model.config_;
-  Weights weights(folder);
-  Reader reader(weights, c);
-  model.identity_ = make_identity(c, weights);
+  auto config = read_config(folder);
+  return {std::move(config), Weights(folder)};
+}
 
-  model.embedding_ = reader.matrix("model.embed_tokens", c.vocab_size, c.hidden_size);
+Model Model::from_arrays(std::string_view config_json, const std::map<std::string, mx::array>& arrays, const std::string& source) {
+  auto config = parse_config(config_json, source);
+  return {std::move(config), Weights(arrays, source)};
+}
+
+Model::Model(ModelConfig config, Weights weights) : config_(std::move(config)), identity_(make_identity(config_, weights)) {
+  const ModelConfig& c = config_;
+  for (const auto& rope : c.ropes) ropes_.emplace_back(rope, c.head_dim);
+  Reader reader(weights, c);
+  embedding_ = reader.matrix("model.embed_tokens", c.vocab_size, c.hidden_size);
   for (int i = 0; i < c.num_layers; ++i) {
-    model.layers_.push_back(read_layer(reader, c, i));
+    layers_.push_back(read_layer(reader, c, i));
     weights.skip(fmt::format("model.layers.{}.self_attn.rotary_emb.inv_freq", i));  // old checkpoints carry what the config implies
   }
-  model.final_norm_ = reader.norm("model.norm", c.hidden_size);
+  final_norm_ = reader.norm("model.norm", c.hidden_size);
   if (c.tie_word_embeddings.value_or(!weights.has_matrix("lm_head"))) {
-    model.head_.add(*model.embedding_, std::nullopt);
+    head_.add(*embedding_, std::nullopt);
     for (const char* name : {"lm_head.weight", "lm_head.scales", "lm_head.biases"}) weights.skip(name);
   } else {
-    model.head_.add(reader.matrix("lm_head", c.vocab_size, c.hidden_size), std::nullopt);
+    head_.add(reader.matrix("lm_head", c.vocab_size, c.hidden_size), std::nullopt);
   }
   weights.expect_all_taken();
-  return model;
 }
 
 Model::Layer Model::read_layer(Reader& reader, const ModelConfig& c, int index) {

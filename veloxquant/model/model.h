@@ -2,9 +2,11 @@
 #pragma once
 
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "mlx/array.h"
@@ -16,6 +18,8 @@
 
 namespace veloxquant {
 
+class Weights;
+
 /// A decoder-only transformer with pre-norm blocks, grouped-query attention with RoPE and a gated MLP or a mixture of them, in
 /// float32; on a GPU weights stay as they are stored, and products of a few rows are made in their precision.  The families
 /// (families/) are variations of it.  Layers are called one by one, since calibration walks layer by layer over all samples.
@@ -25,6 +29,10 @@ class Model {
  public:
   /// Reads config.json and the safetensors files of `folder`.  Throws std::runtime_error that names file, field or tensor.
   static Model load(const std::filesystem::path& folder);
+
+  /// A model in memory: config.json's text, and the tensors that mlx_lm's model has, by its names.  Not copied where they are
+  /// float32 and on a CPU, nor on a GPU.  `source` stands for the folder in messages.  Throws likewise.
+  static Model from_arrays(std::string_view config_json, const std::map<std::string, mx::array>& arrays, const std::string& source);
 
   Model(Model&&) noexcept;
   ~Model();
@@ -59,7 +67,7 @@ class Model {
   struct Layer;
   class Reader;
 
-  explicit Model(ModelConfig config);
+  Model(ModelConfig config, Weights weights);
 
   static Layer read_layer(Reader& reader, const ModelConfig& config, int index);
   mx::array normed(const mx::array& x, const mx::array& weight) const;

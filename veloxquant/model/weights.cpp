@@ -1,5 +1,6 @@
 #include "veloxquant/model/weights.h"
 
+#include <fmt/ostream.h>
 #include <fmt/ranges.h>
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <span>
 
 #include "mlx/ops.h"
+#include "mlx/utils.h"
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/hash.h"
 #include "veloxquant/core/json.h"
@@ -55,16 +57,14 @@ bool is_aligned_float32(const SafetensorsEntry& entry) {
   return entry.dtype == "F32" && reinterpret_cast<std::uintptr_t>(entry.data.data()) % alignof(float) == 0;
 }
 
-// A copy, in the type in which the file has it.
-mx::array as_stored(const SafetensorsEntry& entry, const mx::Shape& shape, const std::string& name, const std::string& path) {
-  static const std::map<std::string, mx::Dtype> types = {
-      {"F32", mx::float32}, {"F16", mx::float16}, {"BF16", mx::bfloat16}, {"U32", mx::uint32}, {"U8", mx::uint8}};
-  const auto type = types.find(entry.dtype);
-  if (type == types.end()) throw_failure("weights", "{}: tensor {}: expected F32, F16 or BF16, got {}", path, name, entry.dtype);
-  const auto* bytes = reinterpret_cast<const std::uint8_t*>(entry.data.data());
-  auto flat = shape;
-  flat.back() *= static_cast<int>(mx::size_of(type->second));
-  return mx::view(mx::array(bytes, flat, mx::uint8), type->second);
+const std::map<std::string, mx::Dtype> kTypes = {
+    {"F32", mx::float32}, {"F16", mx::float16}, {"BF16", mx::bfloat16}, {"U32", mx::uint32}, {"U8", mx::uint8}};
+
+// As safetensors names it; none of these: as MLX does.
+std::string type_name(mx::Dtype type) {
+  for (const auto& [name, known] : kTypes)
+    if (known == type) return name;
+  return fmt::format("{}", fmt::streamed(type));
 }
 
 std::string shape_text(const auto& shape) {
@@ -73,20 +73,47 @@ std::string shape_text(const auto& shape) {
 
 }  // namespace
 
-Weights::Weights(const fs::path& folder) : folder_(folder) {
+Weights::Weights(const fs::path& folder) : source_(folder.string()) {
   for (const auto& path : weight_files(folder)) add_file(path);
+  hash_headers();
+}
+
+Weights::Weights(const std::map<std::string, mx::array>& arrays, std::string source) : source_(std::move(source)) {
+  for (const auto& [name, given] : arrays) {
+    const auto array = std::make_shared<mx::array>(mx::contiguous(given));
+    array->eval();
+    const SafetensorsEntry entry{
+        type_name(array->dtype()), {array->shape().begin(), array->shape().end()}, {array->data<std::byte>(), array->nbytes()}};
+    tensors_.emplace(name, Source{array, entry, source_, *array});
+  }
+  hash_headers();
+}
+
+void Weights::hash_headers() {
   std::string headers;
   for (const auto& [name, source] : tensors_)
-    headers += fmt::format("{} {} {}\n", name, source.entry->dtype, shape_text(source.entry->shape));
+    headers += fmt::format("{} {} {}\n", name, source.entry.dtype, shape_text(source.entry.shape));
   headers_hash_ = sha256(headers);
 }
 
 void Weights::add_file(const fs::path& path) {
   const auto file = std::make_shared<const SafetensorsFile>(path);
   for (const auto& [name, entry] : file->tensors()) {
-    const auto [at, added] = tensors_.emplace(name, Source{file, &entry, path.string()});
+    const auto [at, added] = tensors_.emplace(name, Source{file, entry, path.string(), std::nullopt});
     if (!added) throw_failure("weights", "{}: tensor {} is also in {}", path.string(), name, at->second.path);
   }
+}
+
+// In the type in which it is given; a copy of what is in a file.
+mx::array Weights::as_stored(const Source& source, const mx::Shape& shape, const std::string& name) {
+  if (source.array) return mx::reshape(*source.array, shape);
+  const auto type = kTypes.find(source.entry.dtype);
+  if (type == kTypes.end())
+    throw_failure("weights", "{}: tensor {}: expected F32, F16 or BF16, got {}", source.path, name, source.entry.dtype);
+  const auto* bytes = reinterpret_cast<const std::uint8_t*>(source.entry.data.data());
+  auto flat = shape;
+  flat.back() *= static_cast<int>(mx::size_of(type->second));
+  return mx::view(mx::array(bytes, flat, mx::uint8), type->second);
 }
 
 std::optional<Weights::Source> Weights::find(const std::string& name, const mx::Shape& shape) {
@@ -97,16 +124,16 @@ std::optional<Weights::Source> Weights::find(const std::string& name, const mx::
   }
   Source source = found->second;
   tensors_.erase(found);
-  if (std::equal(shape.begin(), shape.end(), source.entry->shape.begin(), source.entry->shape.end())) return source;
+  if (std::equal(shape.begin(), shape.end(), source.entry.shape.begin(), source.entry.shape.end())) return source;
   mismatches_.push_back(
-      fmt::format("tensor {}: expected shape {} by config.json, got {}", name, shape_text(shape), shape_text(source.entry->shape)));
+      fmt::format("tensor {}: expected shape {} by config.json, got {}", name, shape_text(shape), shape_text(source.entry.shape)));
   return std::nullopt;
 }
 
 mx::array Weights::take(const std::string& name, const mx::Shape& shape) {
   const auto source = find(name, shape);
   if (!source) return mx::zeros(shape);
-  const Tensor tensor = to_float32(*source->entry, name, source->path);
+  const Tensor tensor = to_float32(source->entry, name, source->path);
   check_finite(tensor.values, name, source->path);
   return mx::array(tensor.values.data(), shape);
 }
@@ -120,10 +147,10 @@ Matrix Weights::take_matrix(const std::string& module, int rows, int columns, co
   if (has(module + ".scales")) {
     if (!packing)
       throw_failure("weights", "{}: {}.scales is there, but config.json has no \"quantization\" that says how {} is packed",
-                    folder_.string(), module, name);
+                    source_, module, name);
     const int groups = columns / packing->group_size;
     if (columns % packing->group_size != 0 || columns * packing->bits % 32 != 0)
-      throw_failure("weights", "{}: {}: {} columns are no whole groups of {} at {} bits", folder_.string(), name, columns,
+      throw_failure("weights", "{}: {}: {} columns are no whole groups of {} at {} bits", source_, name, columns,
                     packing->group_size, packing->bits);
     const bool affine = packing->mode == "affine";
     PackedMatrix packed{flat(take_packed(name, shape(columns * packing->bits / 32), "U32")),
@@ -138,18 +165,18 @@ Matrix Weights::take_matrix(const std::string& module, int rows, int columns, co
   const auto found = find(name, shape(columns));
   if (!found) return Matrix(mx::zeros({all_rows, columns}));
   const Source& source = *found;
-  if (is_aligned_float32(*source.entry)) {
-    const auto* data = reinterpret_cast<const float*>(source.entry->data.data());
-    check_finite({data, source.entry->data.size() / sizeof(float)}, name, source.path);
-    return {source.file, data, all_rows, columns};
+  if (is_aligned_float32(source.entry)) {
+    const auto* data = reinterpret_cast<const float*>(source.entry.data.data());
+    check_finite({data, source.entry.data.size() / sizeof(float)}, name, source.path);
+    return {source.owner, data, all_rows, columns};
   }
   if (!own_kernels()) {
-    const auto values = flat(as_stored(*source.entry, shape(columns), name, source.path));
+    const auto values = flat(as_stored(source, shape(columns), name));
     if (!mx::all(mx::isfinite(values)).item<bool>())
       throw_failure("weights", "{}: tensor {}: expected finite values", source.path, name);
     return Matrix(values);
   }
-  const auto tensor = std::make_shared<const Tensor>(to_float32(*source.entry, name, source.path));
+  const auto tensor = std::make_shared<const Tensor>(to_float32(source.entry, name, source.path));
   check_finite(tensor->values, name, source.path);
   return {tensor, tensor->values.data(), all_rows, columns};
 }
@@ -158,9 +185,9 @@ mx::array Weights::take_packed(const std::string& name, const mx::Shape& shape, 
   const auto found = find(name, shape);
   if (!found) return mx::zeros(shape);
   const Source& source = *found;
-  if (dtypes.find(source.entry->dtype) == std::string_view::npos)
-    throw_failure("weights", "{}: tensor {}: expected one of {}, got {}", source.path, name, dtypes, source.entry->dtype);
-  const auto values = as_stored(*source.entry, shape, name, source.path);
+  if (dtypes.find(source.entry.dtype) == std::string_view::npos)
+    throw_failure("weights", "{}: tensor {}: expected one of {}, got {}", source.path, name, dtypes, source.entry.dtype);
+  const auto values = as_stored(source, shape, name);
   if (mx::issubdtype(values.dtype(), mx::floating) && !mx::all(mx::isfinite(values)).item<bool>())
     throw_failure("weights", "{}: tensor {}: expected finite values", source.path, name);
   return values;
@@ -178,7 +205,7 @@ void Weights::expect_all_taken() const {
     problems.push_back(fmt::format("{} tensors that this architecture does not have: {}{}", tensors_.size(), fmt::join(names, ", "),
                                    tensors_.size() > names.size() ? ", …" : ""));
   }
-  if (!problems.empty()) throw_failure("weights", "{}: {}", folder_.string(), fmt::join(problems, "; "));
+  if (!problems.empty()) throw_failure("weights", "{}: {}", source_, fmt::join(problems, "; "));
 }
 
 }  // namespace veloxquant

@@ -14,14 +14,17 @@
 
 namespace veloxquant {
 
-/// The safetensors files of a Hugging Face model folder: those that model.safetensors.index.json names, or else every
-/// model*.safetensors, or where there is none every *.safetensors.  Tensors are taken by name.  One that is missing or of another
-/// shape is noted, and expect_all_taken() throws for all of these and for what nobody took, so that a checkpoint of another
-/// architecture is never half read.
+/// Where the tensors of a model are: in memory, or in the safetensors files of a Hugging Face model folder: those that
+/// model.safetensors.index.json names, or else every model*.safetensors, or where there is none every *.safetensors.  Tensors are
+/// taken by name.  One that is missing or of another shape is noted, and expect_all_taken() throws for all of these and for what
+/// nobody took, so that a checkpoint of another architecture is never half read.
 class Weights {
  public:
   /// Throws std::runtime_error that names file and tensor.
   explicit Weights(const std::filesystem::path& folder);
+
+  /// Arrays in memory, by the same names; `source` stands for the folder in messages.
+  Weights(const std::map<std::string, mx::array>& arrays, std::string source);
 
   bool has(const std::string& name) const { return tensors_.contains(name); }
 
@@ -47,19 +50,22 @@ class Weights {
 
  private:
   struct Source {
-    std::shared_ptr<const SafetensorsFile> file;
-    const SafetensorsEntry* entry;
+    std::shared_ptr<const void> owner;  // of the entry's data
+    SafetensorsEntry entry;
     std::string path;
+    std::optional<mx::array> array;  // of which the data are the elements, where it came as one
   };
 
   void add_file(const std::filesystem::path& path);
+  void hash_headers();
+  static mx::array as_stored(const Source& source, const mx::Shape& shape, const std::string& name);
   std::optional<Source> find(const std::string& name, const mx::Shape& shape);
   mx::array take_packed(const std::string& name, const mx::Shape& shape, std::string_view dtypes);
 
   std::map<std::string, Source> tensors_;
   std::vector<std::string> mismatches_;
   std::string headers_hash_;
-  std::filesystem::path folder_;
+  std::string source_;
 };
 
 }  // namespace veloxquant

@@ -44,14 +44,14 @@ struct Draft {
   Parts parts;
 };
 
-std::vector<std::vector<std::int32_t>> notes_of(const Tokenizer& tokenizer, const FactWording& wording,
+std::vector<std::vector<std::int32_t>> notes_of(const TextEncoder& tokenizer, const FactWording& wording,
                                                 const std::vector<Fact>& facts) {
   std::vector<std::vector<std::int32_t>> notes;
   for (const auto& fact : facts) notes.push_back(tokenizer.encode(fill_in(wording.note, fact)));
   return notes;
 }
 
-Parts draw_evaluation_parts(const Tokenizer& tokenizer, const FactWording& wording, Random& random) {
+Parts draw_evaluation_parts(const TextEncoder& tokenizer, const FactWording& wording, Random& random) {
   const auto facts = draw_facts(wording, kFewestFacts + random.below(kMostFacts - kFewestFacts + 1), random);
   Parts parts{notes_of(tokenizer, wording, facts), {}};
   for (const std::size_t i : draw_distinct(random, facts.size(), facts.size()))
@@ -69,7 +69,7 @@ std::vector<std::size_t> draw_order(std::size_t count, Random& random) {
   return order;
 }
 
-Parts draw_calibration_parts(const Tokenizer& tokenizer, const FactWording& wording, std::size_t length, Random& random) {
+Parts draw_calibration_parts(const TextEncoder& tokenizer, const FactWording& wording, std::size_t length, Random& random) {
   const std::size_t spacing = kClosest + random.below(kFarthest - kClosest + 1);
   auto facts = draw_facts(wording, std::max<std::size_t>(2, length / spacing), random);
   for (;; facts.pop_back()) {
@@ -147,7 +147,7 @@ std::vector<RecallDocument> finish(std::vector<Draft> drafts, std::span<const st
 
 }  // namespace
 
-std::vector<RecallDocument> make_recall_documents(const Tokenizer& tokenizer, std::span<const std::int32_t> filler, int count,
+std::vector<RecallDocument> make_recall_documents(const TextEncoder& tokenizer, std::span<const std::int32_t> filler, int count,
                                                   int context, std::uint64_t seed, Wording wording,
                                                   const ProgressCallback& progress) {
   check_count(count, context);
@@ -157,7 +157,7 @@ std::vector<RecallDocument> make_recall_documents(const Tokenizer& tokenizer, st
       filler, "context", context, 1);
 }
 
-FactSamples make_fact_samples(const Tokenizer& tokenizer, std::span<const std::int32_t> filler, int count, int length,
+FactSamples make_fact_samples(const TextEncoder& tokenizer, std::span<const std::int32_t> filler, int count, int length,
                               std::uint64_t seed, const ProgressCallback& progress) {
   check_count(count, length);
   const auto wordings = calibration_wordings();

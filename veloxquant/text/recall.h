@@ -9,7 +9,7 @@
 #include "veloxquant/core/progress.h"
 #include "veloxquant/text/fact_wording.h"
 #include "veloxquant/text/samples.h"
-#include "veloxquant/text/tokenizer.h"
+#include "veloxquant/text/text_encoder.h"
 
 namespace veloxquant {
 
@@ -26,7 +26,7 @@ struct RecallDocument {
 ///
 /// Throws std::invalid_argument for a count below 1 or above 100,000, for more tokens than check_batch_size() accepts, if the
 /// context is too small for the notes (and says how large it must be), and if the filler is too short for the context.
-std::vector<RecallDocument> make_recall_documents(const Tokenizer& tokenizer, std::span<const std::int32_t> filler, int count,
+std::vector<RecallDocument> make_recall_documents(const TextEncoder& tokenizer, std::span<const std::int32_t> filler, int count,
                                                   int context, std::uint64_t seed, Wording wording = Wording::kFirst,
                                                   const ProgressCallback& progress = {});
 
@@ -41,7 +41,7 @@ struct FactSamples {
 /// at most as many as the wording has names.  Sample i depends on the seed and i alone.
 ///
 /// Throws like make_recall_documents.
-FactSamples make_fact_samples(const Tokenizer& tokenizer, std::span<const std::int32_t> filler, int count, int length,
+FactSamples make_fact_samples(const TextEncoder& tokenizer, std::span<const std::int32_t> filler, int count, int length,
                               std::uint64_t seed, const ProgressCallback& progress = {});
 
 }  // namespace veloxquant

@@ -24,8 +24,12 @@ const nlohmann::json& field_or_null(const JsonObject& json, const char* field) {
 
 Tokenizer Tokenizer::load(const std::filesystem::path& folder) {
   const auto path = folder / "tokenizer.json";
-  const auto document = parse_json(read_file(path, kMaxFileBytes), path.string());
-  return Tokenizer(JsonObject(document, path.string()));
+  return parse(read_file(path, kMaxFileBytes), path.string());
+}
+
+Tokenizer Tokenizer::parse(std::string_view json, const std::string& source) {
+  const auto document = parse_json(json, source);
+  return Tokenizer(JsonObject(document, source));
 }
 
 Tokenizer::Tokenizer(const JsonObject& json)

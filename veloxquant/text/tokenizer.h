@@ -16,20 +16,27 @@
 #include "veloxquant/text/decoder.h"
 #include "veloxquant/text/normalizer.h"
 #include "veloxquant/text/pre_tokenizer.h"
+#include "veloxquant/text/text_encoder.h"
 
 namespace veloxquant {
 
 /// A tokenizer.json with a BPE model, byte-level (as GPT-2's, Qwen's, Llama 3's, Phi-2's) or of SentencePiece's kind (as Llama 2's,
 /// Mistral's, Gemma's, Phi-3's), with added tokens and templates.  normalizer.h, pre_tokenizer.h and decoder.h list what may stand
 /// around the model.  Immutable: may be used from many threads.
-class Tokenizer {
+class Tokenizer : public TextEncoder {
  public:
   /// Reads `folder`/tokenizer.json.  Throws std::runtime_error that names file, field and value; parts that are not supported are
   /// refused by name.
   static Tokenizer load(const std::filesystem::path& folder);
 
-  /// Broken UTF-8 becomes U+FFFD first.  `add_special_tokens` puts the template's tokens (such as a begin of text) around the text.
-  std::vector<std::int32_t> encode(std::string_view text, bool add_special_tokens = false) const;
+  /// The text of such a file; `source` stands for its name in messages.  Throws likewise.
+  static Tokenizer parse(std::string_view json, const std::string& source);
+
+  /// Broken UTF-8 becomes U+FFFD first.
+  std::vector<std::int32_t> encode(std::string_view text) const override { return encode(text, false); }
+
+  /// `add_special_tokens` puts the template's tokens (such as a begin of text) around the text.
+  std::vector<std::int32_t> encode(std::string_view text, bool add_special_tokens) const;
 
   /// Tokens that do not exist are left out; bytes that are not UTF-8 become U+FFFD.
   std::string decode(std::span<const std::int32_t> tokens, bool skip_special_tokens = true) const;
