@@ -54,16 +54,6 @@ std::vector<std::int64_t> with_last(std::vector<std::int64_t> shape, std::initia
   return shape;
 }
 
-void check_codebook_options(int head_dim, int num_layers, const Tensor& smooth_factors, int num_centroids, int num_subspaces) {
-  if (!is_power_of_two(static_cast<std::size_t>(head_dim)))
-    throw_invalid("train_codebook", "expected a head_dim that is a power of two, got {}", head_dim);
-  if (num_centroids < 2 || num_centroids > 4096 || !is_power_of_two(static_cast<std::size_t>(num_centroids)))
-    throw_invalid("train_codebook", "num_centroids: expected a power of two from 2 to 4096, got {}", num_centroids);
-  if (num_subspaces < 1 || head_dim % num_subspaces != 0)
-    throw_invalid("train_codebook", "num_subspaces: expected a divisor of head_dim {}, got {}", head_dim, num_subspaces);
-  check_factors("train_codebook", smooth_factors, {num_layers, head_dim});
-}
-
 }  // namespace
 
 Tensor calibrate_smooth_factors(const Model& model, const TextEncoder& tokenizer, int num_samples, int sequence_length,
@@ -82,24 +72,43 @@ Tensor calibrate_smooth_factors(const Model& model, const TextEncoder& tokenizer
   return factors;
 }
 
+void check_codebook_options(const CodebookOptions& options, int num_layers, int head_dim, const Tensor& smooth_factors) {
+  const auto& [num_centroids, num_subspaces, max_iter, seed] = options;
+  if (!is_power_of_two(static_cast<std::size_t>(head_dim)))
+    throw_invalid("train_codebook", "expected a head_dim that is a power of two, got {}", head_dim);
+  if (num_centroids < 2 || num_centroids > 4096 || !is_power_of_two(static_cast<std::size_t>(num_centroids)))
+    throw_invalid("train_codebook", "num_centroids: expected a power of two from 2 to 4096, got {}", num_centroids);
+  if (num_subspaces < 1 || head_dim % num_subspaces != 0)
+    throw_invalid("train_codebook", "num_subspaces: expected a divisor of head_dim {}, got {}", head_dim, num_subspaces);
+  check_factors("train_codebook", smooth_factors, {num_layers, head_dim});
+  if (max_iter < 1) throw_invalid("train_codebook", "max_iter: expected at least 1, got {}", max_iter);
+}
+
+Tensor train_layer_codebook(std::span<const float> keys, std::span<const float> factors, const CodebookOptions& options,
+                            int layer) {
+  std::vector<float> transformed(keys.begin(), keys.end());
+  transform_keys(transformed, factors);
+  return train_product_codebook(transformed, static_cast<int>(factors.size()), options.num_subspaces,
+                                {.num_centroids = options.num_centroids,
+                                 .max_iter = options.max_iter,
+                                 .seed = Random(options.seed, static_cast<std::uint64_t>(layer)).next()});
+}
+
 Tensor train_codebook(const Model& model, const TextEncoder& tokenizer, const Tensor& factors, int num_samples, int num_centroids,
                       int num_subspaces, int sequence_length, int max_iter, const CalibrationOptions& options) {
   const int head_dim = model.config().head_dim, num_layers = model.config().num_layers;
-  check_codebook_options(head_dim, num_layers, factors, num_centroids, num_subspaces);
+  const CodebookOptions wanted{num_centroids, num_subspaces, max_iter, options.seed};
+  check_codebook_options(wanted, num_layers, head_dim, factors);
   const auto samples =
       calibration_samples(model, tokenizer, options.texts, num_samples, sequence_length, options.seed, options.progress);
   Tensor codebook{{num_layers, num_subspaces, num_centroids, head_dim / num_subspaces}, {}};
   observe_layers(
       model, samples,
       [&](int layer, const LayerObservation& observation) {
-        const auto keys = observation.span(Side::kKeys);
-        std::vector<float> transformed(keys.begin(), keys.end());
         const auto width = static_cast<std::size_t>(head_dim);
-        transform_keys(transformed, std::span(factors.values).subspan(static_cast<std::size_t>(layer) * width, width));
-        const KMeansOptions kmeans{.num_centroids = num_centroids,
-                                   .max_iter = max_iter,
-                                   .seed = Random(options.seed, static_cast<std::uint64_t>(layer)).next()};
-        const Tensor trained = train_product_codebook(transformed, head_dim, num_subspaces, kmeans);
+        const Tensor trained =
+            train_layer_codebook(observation.span(Side::kKeys),
+                                 std::span(factors.values).subspan(static_cast<std::size_t>(layer) * width, width), wanted, layer);
         codebook.values.insert(codebook.values.end(), trained.values.begin(), trained.values.end());
       },
       options.progress);

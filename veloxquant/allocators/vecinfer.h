@@ -25,6 +25,19 @@ Tensor train_codebook(const Model& model, const TextEncoder& tokenizer, const Te
                       int num_centroids = 256, int num_subspaces = 8, int sequence_length = 256, int max_iter = 100,
                       const CalibrationOptions& options = {});
 
+struct CodebookOptions {
+  int num_centroids = 256, num_subspaces = 8, max_iter = 100;
+  std::uint64_t seed = 0;
+};
+
+/// Throws as train_codebook does for a model of this shape.
+void check_codebook_options(const CodebookOptions& options, int num_layers, int head_dim, const Tensor& smooth_factors);
+
+/// What train_codebook does for one layer: keys [.., head_dim] and its smooth factors [head_dim] → [num_subspaces, num_centroids,
+/// head_dim / num_subspaces].
+Tensor train_layer_codebook(std::span<const float> keys, std::span<const float> smooth_factors, const CodebookOptions& options,
+                            int layer);
+
 /// The orthonormal Walsh–Hadamard matrix [d, d], its own transpose and inverse.  Throws std::invalid_argument unless d is a power
 /// of two.
 Tensor walsh_hadamard_matrix(int d);

@@ -79,7 +79,8 @@ AdjointSensitivities adjoint_sensitivities(const Model& model, const TokenBatch&
       [&](int layer, const LayerObservation& observation) {
         auto& of_layer = result.layers[layer_name(layer)];
         of_layer.layer_name = layer_name(layer);
-        of_layer.distortions = measure_distortions(observation, config.head_dim, samples.length, {.seed = options.seed});
+        of_layer.distortions = measure_distortions(observation.span(Side::kKeys), observation.span(Side::kValues), config.head_dim,
+                                                   samples.length, {.seed = options.seed});
         fill_statistics(keys[static_cast<std::size_t>(layer)], values[static_cast<std::size_t>(layer)], samples.length, of_layer);
       },
       progress);

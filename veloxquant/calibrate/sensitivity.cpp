@@ -22,22 +22,22 @@ struct Deviations {
 // Attends to keys (after RoPE) and values with Gaussian noise on them.
 class PerturbingCache : public AttentionCache {
  public:
-  PerturbingCache(Deviations noise, std::uint64_t seed) : noise_(noise), seed_(seed) {}
+  PerturbingCache(Deviations noise, std::uint64_t seed, int layer, int step)
+      : noise_(noise),
+        keys_seed_(noise_seed(seed, layer, step, Side::kKeys)),
+        values_seed_(noise_seed(seed, layer, step, Side::kValues)) {}
 
   mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) override {
     offset_ = k.shape(2);
-    const auto perturbed = [this](const mx::array& x, float deviation, std::uint64_t stream) {
-      return add_gaussian_noise(x, deviation, Random(seed_, stream).next());
-    };
-    return causal_attention((*spec.rope)(q, 0), perturbed((*spec.rope)(k, 0), noise_.keys, 0), perturbed(v, noise_.values, 1),
-                            spec);
+    return causal_attention((*spec.rope)(q, 0), add_gaussian_noise((*spec.rope)(k, 0), noise_.keys, keys_seed_),
+                            add_gaussian_noise(v, noise_.values, values_seed_), spec);
   }
   int offset() const override { return offset_; }
   std::size_t nbytes() const override { return 0; }
 
  private:
   Deviations noise_;
-  std::uint64_t seed_;
+  std::uint64_t keys_seed_, values_seed_;
   int offset_ = 0;
 };
 
@@ -97,7 +97,7 @@ class Streams {
       }
     }
     for (std::size_t i = 0; i < steps_; ++i) {
-      PerturbingCache cache(noise, Random(seed, (static_cast<std::uint64_t>(layer) << 32) + i).next());
+      PerturbingCache cache(noise, seed, layer, static_cast<int>(i));
       hidden_.add(model_.layer(layer, hidden_.get(i), cache));
       hidden_.set(i, clean.get(i));
       stage.advance();
@@ -149,16 +149,22 @@ void fill_statistics(SensitivityResult& result, const std::vector<double>& chang
 
 }  // namespace
 
-std::map<std::string, std::vector<DistortionPoint>> measure_distortions(const LayerObservation& observation, int head_dim,
-                                                                        int length, const ProbeOptions& options) {
+std::uint64_t noise_seed(std::uint64_t seed, int layer, int step, Side side) {
+  const auto stream = (static_cast<std::uint64_t>(layer) << 32) + static_cast<std::uint64_t>(step);
+  return Random(Random(seed, stream).next(), side == Side::kKeys ? 0 : 1).next();
+}
+
+std::map<std::string, std::vector<DistortionPoint>> measure_distortions(std::span<const float> keys, std::span<const float> values,
+                                                                        int head_dim, int length, const ProbeOptions& options) {
   std::map<std::string, std::vector<DistortionPoint>> distortions;
   for (const auto& name : options.quantizers) {
-    const auto measure = [&](Side side) {
-      return relative_distortions(quantizer_method(name), side, observation.span(side), static_cast<std::size_t>(length), head_dim,
-                                  options.rates, options.seed);
+    const auto measure = [&](Side side, std::span<const float> vectors) {
+      return relative_distortions(quantizer_method(name), side, vectors, static_cast<std::size_t>(length), head_dim, options.rates,
+                                  options.seed);
     };
-    const auto keys = measure(Side::kKeys), values = measure(Side::kValues);
-    for (std::size_t i = 0; i < options.rates.size(); ++i) distortions[name].push_back({options.rates[i], keys[i], values[i]});
+    const auto of_keys = measure(Side::kKeys, keys), of_values = measure(Side::kValues, values);
+    for (std::size_t i = 0; i < options.rates.size(); ++i)
+      distortions[name].push_back({options.rates[i], of_keys[i], of_values[i]});
   }
   return distortions;
 }
@@ -176,7 +182,8 @@ LayerMap<SensitivityResult> probe_sensitivities(const Model& model, const TokenB
     auto& result = results[layer_name(layer)];
     result.layer_name = layer_name(layer);
     const auto measure = [&](const LayerObservation& observation) {
-      result.distortions = measure_distortions(observation, config.head_dim, samples.length, options);
+      result.distortions = measure_distortions(observation.span(Side::kKeys), observation.span(Side::kValues), config.head_dim,
+                                               samples.length, options);
       const auto deviation = [&](Side side) { return noise_deviation(options.noise_scale, observation, side, layer); };
       return Deviations{deviation(Side::kKeys), deviation(Side::kValues)};
     };

@@ -3,10 +3,10 @@
 
 #include <cstdint>
 #include <map>
+#include <span>
 #include <string>
 #include <vector>
 
-#include "veloxquant/calibrate/observe.h"
 #include "veloxquant/core/progress.h"
 #include "veloxquant/model/model.h"
 #include "veloxquant/plan/layer_map.h"
@@ -26,9 +26,13 @@ struct ProbeOptions {
   std::vector<double> rates = {1.0, 1.5, 2.0, 3.0, 4.0};
 };
 
-/// The distortions of every quantizer at every rate on what one layer stores of samples of `length` tokens.
-std::map<std::string, std::vector<DistortionPoint>> measure_distortions(const LayerObservation& observation, int head_dim,
-                                                                        int length, const ProbeOptions& options);
+/// The distortions of every quantizer at every rate on what one layer stores of samples of `length` tokens: keys and values, each
+/// [samples, num_kv_heads, length, head_dim].
+std::map<std::string, std::vector<DistortionPoint>> measure_distortions(std::span<const float> keys, std::span<const float> values,
+                                                                        int head_dim, int length, const ProbeOptions& options);
+
+/// Of the noise that the probe puts into a layer's keys or values of one step of samples (samples_per_step).
+std::uint64_t noise_seed(std::uint64_t seed, int layer, int step, Side side);
 
 /// Perturbs the keys (after RoPE) and values of one layer at a time with Gaussian noise and measures the output change of each
 /// sample, √(2·KL) with the KL divergence averaged over positions (docs/design.md).  Layers below the perturbed one are not run

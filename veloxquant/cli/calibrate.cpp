@@ -10,6 +10,7 @@
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/file.h"
 #include "veloxquant/plan/plan_file.h"
+#include "veloxquant/plan/plan_summary.h"
 
 namespace veloxquant::cli {
 namespace {
@@ -79,7 +80,7 @@ void report(const Options& options, const AdjointPlan& made, const std::string& 
     if (options.frontier) json["frontier"] = to_json(made.frontier);
     return print_json(json);
   }
-  print_plan(plan);
+  fmt::print("{}", plan_summary(plan));
   if (made.full_recall && *made.full_recall > 0)
     fmt::print("\nFacts of the calibration text still answered: {:.1f} % of them, {:.1f} % at full precision.\n",
                100 * *made.plan_recall, 100 * *made.full_recall);

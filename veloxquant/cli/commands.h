@@ -15,7 +15,4 @@ void add_inspect(CLI::App& program);
 void add_verify(CLI::App& program);
 void add_evaluate(CLI::App& program);
 
-/// The table that inspect and calibrate show.
-void print_plan(const Plan& plan);
-
 }  // namespace veloxquant::cli

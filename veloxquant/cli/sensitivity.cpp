@@ -11,6 +11,7 @@
 #include "veloxquant/cli/terminal.h"
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/file.h"
+#include "veloxquant/plan/plan_summary.h"
 
 namespace veloxquant::cli {
 namespace {

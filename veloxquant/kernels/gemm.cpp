@@ -6,6 +6,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "veloxquant/core/parallel.h"
 
@@ -74,13 +75,21 @@ void parallel_gemm(bool transpose_a, bool transpose_b, int m, int n, int k, floa
   }
 }
 
+std::atomic<std::uint64_t> calls = 0;
+
 }  // namespace
+
+std::uint64_t gemm_calls() {
+  return calls;
+}
+
 }  // namespace veloxquant
 
 // The standard's values: order 101 is row-major, 102 column-major; transpose 111 is no, 112 yes (113, conjugate, is the same here).
 extern "C" void cblas_sgemm(int order, int transpose_a, int transpose_b, int m, int n, int k, float alpha, const float* a, int lda,
                             const float* b, int ldb, float beta, float* c, int ldc) {
   constexpr int kColumnMajor = 102, kNoTranspose = 111;
+  veloxquant::calls.fetch_add(1, std::memory_order_relaxed);
   const bool ta = transpose_a != kNoTranspose, tb = transpose_b != kNoTranspose;
   if (order == kColumnMajor) {
     veloxquant::parallel_gemm(tb, ta, n, m, k, alpha, b, ldb, a, lda, beta, c, ldc);
