@@ -89,7 +89,7 @@ def test_plan_is_described_verified_and_evaluated(run, demo_model, text, plan):
     rows = json.loads(done.stdout)
     assert [row["storage"] for row in rows] == ["full", plan.name, "mlx4", "kivi2"]
     for row in rows:
-        assert set(row) == {"storage", "effective_bits", "bits_at", "constant_bytes", "perplexity", "kl_mean", "kl_p999", "top1", "recall", "recall_second"}
+        assert set(row) == {"storage", "effective_bits", "bits_at", "constant_bytes", "sliding_bytes", "perplexity", "kl_mean", "kl_p999", "top1", "recall", "recall_second"}
     assert rows[0]["kl_mean"] == 0 and rows[1]["effective_bits"] == 1 and rows[2]["effective_bits"] == 4.5
     assert rows[1]["kl_mean"] > rows[3]["kl_mean"] > rows[2]["kl_mean"] > 0
 
@@ -224,8 +224,12 @@ def test_sliding_layers_stay_full(sliding_model, run, text, tmp_path):
     assert run("verify", path, "--model", sliding_model).returncode == 0
     quantized = json.loads(run("calibrate", sliding_model, "--bits", 1.5, "-o", beside, "--sliding", "quantize", *few).stdout)
     assert quantized["sliding"] == [] and {u["layer"] for u in quantized["units"]} == set(range(12))
-    rows = json.loads(run("evaluate", sliding_model, "--plan", path, "--plan", beside, "--text", text, "--windows", 2, "--length", 512, "--json").stdout)
+    measure = ["evaluate", sliding_model, "--plan", path, "--plan", beside, "--peer", "mlx4", "--text", text]
+    rows = json.loads(run(*measure, "--windows", 2, "--length", 512, "--json").stdout)
     assert 0 < rows[1]["kl_mean"] < rows[2]["kl_mean"]
+    assert [row["sliding_bytes"] for row in rows] == [0, made["sliding_bytes"], 0, made["sliding_bytes"]]
+    shown = run(*measure, "--windows", 1, "--length", 50).stdout  # half a window
+    assert "sliding" in shown.splitlines()[0] and shown.count("200.0 KiB") == 2 and "Bits count the layers that are stored" in shown
     documented = json.loads(run("calibrate", sliding_model, "--bits", 2, "--method", "turboquant", "--units", "uniform", "-o", path, "--json").stdout)
     assert {u["layer"] for u in documented["units"]} == {2, 5, 8, 11}
 
