@@ -176,32 +176,45 @@ TEST_F(Gpu, GradientsAreThoseOfTheCpu) {
   EXPECT_NEAR(gpu, cpu, kTolerance * cpu);
 }
 
-TEST_F(Gpu, PackedMatricesAndExperts) {
+TEST_F(Gpu, Experts) {
   const DeviceScope scope(mx::Device::gpu);
   const auto normal = [](mx::Shape shape, std::uint64_t seed) {
     return mx::random::normal(shape, mx::float32, mx::random::key(seed));
   };
-  const auto packed = [&](int rows, int columns, std::uint64_t seed) {
-    const auto x = mx::quantize(normal({rows, columns}, seed), 32, 4);
+  const auto matrix = [&](int rows, int columns, std::uint64_t seed, bool packed) {
+    const auto values = normal({rows, columns}, seed);
+    if (!packed) return Matrix(mx::astype(values, mx::bfloat16));
+    const auto x = mx::quantize(values, 32, 4);
     return Matrix(PackedMatrix{x[0], x[1], x[2], {"affine", 32, 4}});
   };
-  std::vector<Expert> experts;
-  for (std::uint64_t i = 0; i < 4; ++i)
-    experts.push_back({packed(96, 64, 3 * i), packed(96, 64, 3 * i + 1), packed(64, 96, 3 * i + 2)});
-  Linear router;
-  router.add(packed(4, 64, 99), std::nullopt);
-  const Experts mixture(router, experts, {.count = 4, .per_token = 2, .intermediate_size = 96}, Activation::kGelu);
-  const auto x = normal({2, 50, 64}, 7);
-  mx::eval(x);
-  const auto gpu = mixture(x);
-  expect_on_gpu({gpu}, "experts");
-  mx::eval(gpu);
-  const auto cpu = on(mx::Device::cpu, [&] {
-    const auto y = mixture(x);
-    mx::eval(y);
-    return y;
-  });
-  EXPECT_LE(mx::max(mx::abs(mx::subtract(gpu, cpu))).item<float>(), kTolerance * mx::max(mx::abs(cpu)).item<float>());
+  const auto x = normal({2, 50, 64}, 7), by_output = normal({2, 50, 64}, 8);
+  mx::eval(x, by_output);
+  for (const bool packed : {false, true}) {
+    const auto stack = [&](int rows, int columns, std::uint64_t seed) {
+      std::vector<Matrix> single;
+      for (std::uint64_t i = 0; i < 4; ++i) single.push_back(matrix(rows, columns, seed + 3 * i, packed));
+      return MatrixStack(std::move(single));
+    };
+    Linear router;
+    router.add(matrix(4, 64, 99, packed), std::nullopt);
+    const Experts mixture(router, {stack(96, 64, 0), stack(96, 64, 1), stack(64, 96, 2)},
+                          {.count = 4, .per_token = 2, .intermediate_size = 96}, Activation::kGelu);
+    const auto with_gradient = [&] {
+      const auto forward = [&](const std::vector<mx::array>& in) { return std::vector<mx::array>{mixture(in[0])}; };
+      const auto [outputs, gradients] = mx::vjp(forward, {x}, {by_output});
+      return std::vector<mx::array>{outputs[0], gradients[0]};
+    };
+    const auto gpu = with_gradient();
+    expect_on_gpu(gpu, "experts");
+    mx::eval(gpu);
+    const auto cpu = on(mx::Device::cpu, [&] {
+      const auto y = with_gradient();
+      mx::eval(y);
+      return y;
+    });
+    for (std::size_t i = 0; i < gpu.size(); ++i)
+      EXPECT_LE(mx::max(mx::abs(mx::subtract(gpu[i], cpu[i]))).item<float>(), kTolerance * mx::max(mx::abs(cpu[i])).item<float>());
+  }
 }
 
 TEST_F(Gpu, WritesItsOwnText) {

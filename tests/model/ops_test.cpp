@@ -3,8 +3,11 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <functional>
+#include <optional>
 
+#include "mlx/memory.h"
 #include "mlx/ops.h"
 #include "mlx/random.h"
 #include "mlx/transforms.h"
@@ -93,19 +96,121 @@ TEST(Ops, LinearOfParts) {
   EXPECT_LE(largest_difference(one(x), parts(x)), 1e-5f);
 }
 
+constexpr int kExperts = 5, kInner = 12, kHidden = 16;
+
+MatrixStack stack_of(const mx::array& all, bool joined) {
+  if (joined) return {Matrix(mx::reshape(all, {-1, all.shape(-1)})), kExperts};
+  std::vector<Matrix> single;
+  for (const auto& one : mx::split(all, kExperts, 0)) single.emplace_back(mx::squeeze(one, 0));
+  return MatrixStack(std::move(single));
+}
+
+// All experts of all tokens, the weights of those that are not chosen being zero.
+mx::array experts_by_formula(const mx::array& x, const mx::array& router, const mx::array& gate, const mx::array& up,
+                             const mx::array& down, const ExpertsConfig& config) {
+  const auto scores = mx::softmax(mx::matmul(x, mx::transpose(router)), -1);
+  const auto least =
+      mx::slice(mx::sort(scores, -1), {0, kExperts - config.per_token}, {x.shape(0), kExperts - config.per_token + 1});
+  auto weights = mx::where(mx::greater_equal(scores, mx::stop_gradient(least)), scores, mx::array(0.0f));
+  if (config.normalized) weights = mx::divide(weights, mx::sum(weights, -1, true));
+  const auto each = [](const mx::array& rows, const mx::array& maps) { return mx::matmul(rows, mx::swapaxes(maps, -1, -2)); };
+  const auto inner = mx::multiply(activate(Activation::kSilu, each(x, gate)), each(x, up));  // [experts, tokens, inner]
+  return mx::sum(mx::multiply(each(inner, down), mx::expand_dims(mx::transpose(weights), -1)), 0);
+}
+
+// However they were given, wherever they run, few tokens and many.
 TEST(Ops, Experts) {
-  std::vector<Expert> experts;
-  for (std::uint64_t i = 0; i < 5; ++i)
-    experts.push_back({matrix(12, 16, 3 * i), matrix(12, 16, 3 * i + 1), matrix(16, 12, 3 * i + 2)});
-  Linear router;
-  router.add(matrix(5, 16, 99), std::nullopt);
-  for (const bool normalized : {false, true}) {
-    for (const int per_token : {1, 2, 5}) {
-      const ExpertsConfig config{.count = 5, .per_token = per_token, .intermediate_size = 12, .normalized = normalized};
-      const Experts mixture(router, experts, config, Activation::kSilu);
-      expect_equals_mlx({normal({2, 9, 16}, 3)}, [&](const auto& x) { return mixture(x[0]); });
+  using Operation = std::function<mx::array(const mx::array&)>;
+  const auto router = normal({kExperts, kHidden}, 99), gate = normal({kExperts, kInner, kHidden}, 1),
+             up = normal({kExperts, kInner, kHidden}, 2), down = normal({kExperts, kHidden, kInner}, 3);
+  Linear scores;
+  scores.add(Matrix(router), std::nullopt);
+  const auto with_gradient = [](const Operation& operation, const mx::array& x) {
+    const auto as_list = [&](const std::vector<mx::array>& in) { return std::vector<mx::array>{operation(in[0])}; };
+    const auto [outputs, gradients] = mx::vjp(as_list, {x}, {normal(x.shape(), 98)});
+    mx::eval(outputs[0], gradients[0]);
+    return std::pair(outputs[0], gradients[0]);
+  };
+  for (const int per_token : {1, 2, 5}) {
+    for (const int tokens : {9, 150}) {
+      const ExpertsConfig config{
+          .count = kExperts, .per_token = per_token, .intermediate_size = kInner, .normalized = per_token == 2};
+      const auto x = normal({tokens, kHidden}, 4);
+      const auto expected =
+          with_gradient([&](const auto& in) { return experts_by_formula(in, router, gate, up, down, config); }, x);
+      const float tolerance = 1e-5f * mx::max(mx::abs(expected.second)).item<float>();
+      for (const bool joined : {false, true}) {
+        for (const bool loaded_by_mlx : {false, true}) {
+          std::optional<MlxOperationsScope> scope;
+          if (loaded_by_mlx) scope.emplace();
+          const Experts mixture(scores, {stack_of(gate, joined), stack_of(up, joined), stack_of(down, joined)}, config,
+                                Activation::kSilu);
+          for (const bool run_by_mlx : {false, true}) {
+            scope.reset();
+            if (run_by_mlx) scope.emplace();
+            const auto [y, by_x] = with_gradient([&](const auto& in) { return mixture(in); }, x);
+            EXPECT_LE(largest_difference(y, expected.first), tolerance);
+            EXPECT_LE(largest_difference(by_x, expected.second), tolerance);
+          }
+        }
+      }
     }
   }
+}
+
+// Matrices that are packed alike stay packed where they are joined; others are restored.
+TEST(Ops, StackOfPackedMatrices) {
+  const MlxOperationsScope scope;
+  for (const auto& widths : {std::vector<int>{4, 4}, std::vector<int>{4, 8, 0}}) {
+    std::vector<Matrix> single;
+    std::vector<mx::array> restored;
+    for (const int bits : widths) {
+      const auto values = normal({kInner, 64}, restored.size());
+      const auto packed = mx::quantize(values, 32, std::max(bits, 4));
+      single.push_back(bits > 0 ? Matrix(PackedMatrix{packed[0], packed[1], packed[2], {"affine", 32, bits}}) : Matrix(values));
+      restored.push_back(bits > 0 ? mx::dequantize(packed[0], packed[1], packed[2], 32, bits) : values);
+    }
+    const int count = static_cast<int>(widths.size());
+    const MatrixStack stack(std::move(single));
+    const auto x = normal({count, 1, 64}, 9), expected = mx::matmul(x, mx::swapaxes(mx::stack(restored, 0), -1, -2));
+    for (const bool many : {false, true})
+      EXPECT_LE(largest_difference(stack.product(x, mx::arange(count, mx::uint32), many), expected), 1e-4f);
+    for (int i = 0; i < count; ++i)
+      EXPECT_EQ(largest_difference(mx::array(stack.data(i), {kInner, 64}), restored[static_cast<std::size_t>(i)]), 0.0f);
+  }
+}
+
+// What is stored in bfloat16 is multiplied by in float32 for many tokens, without such a copy until the gradient.
+TEST(Ops, NothingIsKeptOfWeightsInFloat32) {
+  constexpr int kSide = 512, kTokens = 2 * kFewTokens;
+  const auto values = mx::astype(normal({4 * kSide, kSide}, 1), mx::bfloat16);
+  const Matrix plain(values);
+  const MatrixStack stack(plain, 4);
+  const auto x = normal({kTokens, 1, kSide}, 2), exact = mx::astype(values, mx::float32);
+  const auto which = mx::astype(mx::floor_divide(mx::arange(kTokens), mx::array(kTokens / 4)), mx::uint32);
+  mx::eval(x, exact, which);
+  const MlxOperationsScope scope;
+  const auto check = [&](const std::function<mx::array(const mx::array&)>& product, const mx::array& expected) {
+    std::size_t kept = 0;
+    const auto [outputs, gradients] = mx::vjp(
+        [&](const std::vector<mx::array>& in) {
+          const std::size_t before = mx::get_active_memory();
+          auto y = product(in[0]);
+          mx::eval(y);
+          kept = mx::get_active_memory() - before;
+          return std::vector<mx::array>{y};
+        },
+        {x}, {mx::ones(expected.shape())});
+    EXPECT_LE(largest_difference(outputs[0], expected), 1e-3f);
+    EXPECT_LT(kept, exact.nbytes());
+    return gradients[0];
+  };
+  const auto by_plain = check([&](const auto& in) { return plain.product(in); }, mx::matmul(x, mx::transpose(exact)));
+  EXPECT_LE(largest_difference(by_plain, mx::broadcast_to(mx::sum(exact, 0), x.shape())), 1e-3f);
+  const auto each = mx::reshape(exact, {4, kSide, kSide});
+  const auto by_stack = check([&](const auto& in) { return stack.product(in, which, true); },
+                              mx::matmul(x, mx::swapaxes(mx::take(each, which, 0), -1, -2)));
+  EXPECT_LE(largest_difference(by_stack, mx::expand_dims(mx::take(mx::sum(each, 1), which, 0), 1)), 1e-3f);
 }
 
 // What mx::quantize packs is read as it restores it, on our kernels and on MLX's.

@@ -103,13 +103,26 @@ double segment_budget() {
   return kOtherwise;
 }
 
+// Floats that the MLPs of a layer keep of a token.
+double kept_by_mlps(const ModelConfig& config) {
+  const ExpertsConfig& e = config.experts;
+  const double visit = on_gpu() ? 4.0 * e.intermediate_size + 2.0 * config.hidden_size : 0.0;  // our kernel makes it once more
+  double most = 0;
+  for (const LayerConfig& layer : config.layers)
+    most = std::max(most, layer.experts ? e.per_token * visit + 2.0 * e.count : 4.0 * config.intermediate_size);
+  return most;
+}
+
 // Layers that are differentiated as one: as many as stay within the budget for a step of `tokens` in samples of `length`.
 int segment_layers(const ModelConfig& config, int tokens, int length) {
   // MLX's own attention beside a window keeps about six arrays of every query by every key (attention_graph).
   const double scores = on_gpu() ? 6.0 * config.num_heads * length : 0.0;
   const double floats = 6.0 * config.hidden_size + 2.0 * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim +
-                        4.0 * config.intermediate_size + scores;
-  const int most = std::max(1, static_cast<int>(segment_budget() / (sizeof(float) * floats * tokens)));
+                        kept_by_mlps(config) + scores;
+  // The experts of one layer at a time are there in float32.
+  const ExpertsConfig& e = config.experts;
+  const double experts = on_gpu() ? 3.0 * e.count * e.intermediate_size * config.hidden_size : 0.0;
+  const int most = std::max(1, static_cast<int>((segment_budget() / sizeof(float) - experts) / (floats * tokens)));
   const int segments = (config.num_layers + most - 1) / most;
   return (config.num_layers + segments - 1) / segments;
 }

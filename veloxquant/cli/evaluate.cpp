@@ -2,6 +2,7 @@
 
 #include <fmt/ranges.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <set>
 
@@ -68,6 +69,7 @@ nlohmann::ordered_json to_json(const EvaluationRow& row, const Storage& storage,
           {"effective_bits", row.effective_bits},
           {"bits_at", bits_at},
           {"constant_bytes", row.constant_bytes},
+          {"sliding_bytes", row.sliding_bytes},
           {"perplexity", row.perplexity},
           {"kl_mean", row.kl_mean},
           {"kl_p999", row.kl_p999},
@@ -80,19 +82,27 @@ std::string context_text(int context) {
   return context % 1024 == 0 ? fmt::format("{}k", context / 1024) : std::to_string(context);
 }
 
+std::string bytes_if_any(std::size_t bytes) {
+  return bytes > 0 ? bytes_text(bytes) : "–";
+}
+
 std::string share_text(const std::optional<double>& share) {
   return share ? fmt::format("{:.3f}", *share) : "–";
 }
 
 void print_rows(const std::vector<EvaluationRow>& rows, std::span<const Storage> storages, const std::set<int>& contexts) {
+  const bool slide = std::any_of(rows.begin(), rows.end(), [](const EvaluationRow& row) { return row.sliding_bytes > 0; });
   std::vector<std::vector<std::string>> cells = {{"storage", "bits"}};
   for (const int context : contexts) cells[0].push_back("at " + context_text(context));
-  for (const char* title : {"constant", "perplexity", "KL", "KL 99.9 %", "top-1", "recall", "recall 2"}) cells[0].push_back(title);
+  cells[0].push_back("constant");
+  if (slide) cells[0].push_back("sliding");
+  for (const char* title : {"perplexity", "KL", "KL 99.9 %", "top-1", "recall", "recall 2"}) cells[0].push_back(title);
   for (std::size_t i = 0; i < rows.size(); ++i) {
     const EvaluationRow& row = rows[i];
     auto& line = cells.emplace_back(std::vector<std::string>{row.storage, fmt::format("{:.4g}", row.effective_bits)});
     for (const int context : contexts) line.push_back(fmt::format("{:.4g}", storages[i].effective_bits(context)));
-    line.push_back(row.constant_bytes > 0 ? bytes_text(row.constant_bytes) : "–");
+    line.push_back(bytes_if_any(row.constant_bytes));
+    if (slide) line.push_back(bytes_if_any(static_cast<std::size_t>(row.sliding_bytes)));
     line.push_back(fmt::format("{:.3f}", row.perplexity));
     line.push_back(fmt::format("{:.4f}", row.kl_mean));
     line.push_back(fmt::format("{:.3f}", row.kl_p999));
@@ -100,7 +110,9 @@ void print_rows(const std::vector<EvaluationRow>& rows, std::span<const Storage>
     line.push_back(share_text(row.recall));
     line.push_back(share_text(row.recall_second));
   }
-  fmt::print("{}", table(cells));
+  fmt::print("{}\n", table(cells));
+  if (slide)
+    fmt::print("Bits count the layers that are stored; sliding is what the other layers keep beside, at full precision.\n");
 }
 
 void run(const Options& options) {
@@ -128,7 +140,7 @@ void run(const Options& options) {
     return print_json(json);
   }
   print_rows(rows, storages, options.contexts);
-  fmt::print("\n{} windows of {} tokens{}; KL in nats a token against full precision.\n", windows.count, length,
+  fmt::print("{} windows of {} tokens{}; KL in nats a token against full precision.\n", windows.count, length,
              options.text.files.empty() ? " of the model's own text" : "");
   if (options.plans.empty()) fmt::print("Next: veloxquant calibrate {} -o plan.safetensors\n", shell_word(options.model));
 }

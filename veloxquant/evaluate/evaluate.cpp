@@ -25,11 +25,12 @@ class Tally {
     targets_ += scores.size() - 1;
   }
 
-  EvaluationRow row(const Storage& storage, int context) {
+  EvaluationRow row(const Model& model, const Storage& storage, int context) {
     EvaluationRow row;
     row.storage = storage.name;
     row.effective_bits = storage.effective_bits(context);
     row.constant_bytes = storage.constant_bytes;
+    row.sliding_bytes = sliding_bytes(model.identity(), storage.sliding, context);
     const auto positions = static_cast<double>(kl_.size());
     row.perplexity = std::exp(cross_entropy_ / static_cast<double>(std::max<std::size_t>(targets_, 1)));
     for (const double kl : kl_) row.kl_mean += kl / positions;
@@ -105,7 +106,7 @@ std::vector<EvaluationRow> evaluate(const Model& model, const TokenBatch& window
   ask_all(documents.second, &Tally::second);
 
   std::vector<EvaluationRow> rows;
-  for (std::size_t s = 0; s < storages.size(); ++s) rows.push_back(tallies[s].row(storages[s], windows.length));
+  for (std::size_t s = 0; s < storages.size(); ++s) rows.push_back(tallies[s].row(model, storages[s], windows.length));
   return rows;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <optional>
 #include <span>
 #include <string>
@@ -20,6 +21,7 @@ struct EvaluationRow {
   std::string storage;
   double effective_bits = 0;  // at the length of a window
   std::size_t constant_bytes = 0;
+  std::int64_t sliding_bytes = 0;  // of the layers that the bits do not count, at the length of a window
   double perplexity = 0;
   double kl_mean = 0;
   double kl_p999 = 0;            // the KL divergence that 99.9 % of the positions stay below

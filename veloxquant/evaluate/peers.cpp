@@ -54,10 +54,14 @@ Storage restoring_peer(const Request& request, const Restore& keys, const Restor
     if (layers[static_cast<std::size_t>(layer)].sliding_window > 0) return std::make_unique<FullCache>();
     return std::make_unique<RestoringCache>(keys, values, exact);
   };
-  if (!request.windowed) return {request.name, factory, bits};
+  Storage storage{.name = request.name,
+                  .factory = factory,
+                  .effective_bits = bits,
+                  .sliding = sliding_layers(config, /* quantize_sliding= */ false)};
+  if (!request.windowed) return storage;
   const double exact_bits = make_quantizer(exact_parameters(Side::kKeys, config.head_dim))->rate();
-  return {request.name, factory,
-          [=](int context) { return windowed_bits(bits, exact_bits, context, kDefaultWindow + kDefaultSinks); }};
+  storage.effective_bits = [=](int context) { return windowed_bits(bits, exact_bits, context, kDefaultWindow + kDefaultSinks); };
+  return storage;
 }
 
 Storage mlx_peer(const Request& request) {
@@ -126,7 +130,8 @@ Storage full_storage() {
 
 Storage plan_storage(const std::string& name, const Plan& plan) {
   const auto kept = std::make_shared<const Plan>(plan);
-  return {name, restoring_factory(plan), [kept](int context) { return effective_bits(*kept, context); }, constant_bytes(plan)};
+  return {name, restoring_factory(plan), [kept](int context) { return effective_bits(*kept, context); }, constant_bytes(plan),
+          plan.sliding};
 }
 
 std::vector<std::string> peer_names() {

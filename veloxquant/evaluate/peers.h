@@ -20,7 +20,8 @@ struct Storage {
   /// Bits per element of keys and values with `context` ≥ 1 tokens in the cache: everything stored per token counts.
   std::function<double(int context)> effective_bits;
 
-  std::size_t constant_bytes = 0;  // what does not grow with the tokens: codebooks and the like
+  std::size_t constant_bytes = 0;          // what does not grow with the tokens: codebooks and the like
+  std::vector<SlidingLayer> sliding = {};  // layers of which the last tokens are kept as they are, beside those bits
 };
 
 /// Full precision: 32 bits, as the CPU engine stores them.

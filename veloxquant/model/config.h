@@ -47,6 +47,8 @@ struct ExpertsConfig {
 struct PackingConfig {
   std::string mode = "affine";
   int group_size = 64, bits = 4;
+
+  bool operator==(const PackingConfig&) const = default;
 };
 
 struct ModelConfig {

@@ -11,17 +11,17 @@
 namespace veloxquant {
 namespace {
 
-// The tokens that one expert sees, and what it makes of them.
+// The tokens that the expert of an index sees, and what it makes of them.
 class Visit {
  public:
   // x [tokens, hidden]; chosen [tokens, per_token].
-  Visit(const Expert& expert, Activation activation, const float* x, const std::int32_t* chosen, int index, std::size_t tokens,
-        std::size_t per_token)
+  Visit(const ExpertStacks& experts, Activation activation, const float* x, const std::int32_t* chosen, int index,
+        std::size_t tokens, std::size_t per_token)
       : activation_(activation),
-        hidden_(static_cast<std::size_t>(expert.gate.columns())),
-        inner_(static_cast<std::size_t>(expert.gate.rows())),
-        gate_up_{{expert.gate.data(), nullptr, inner_}, {expert.up.data(), nullptr, inner_}},
-        down_{{expert.down.data(), nullptr, hidden_}} {
+        hidden_(static_cast<std::size_t>(experts.gate.columns())),
+        inner_(static_cast<std::size_t>(experts.gate.rows())),
+        gate_up_{{experts.gate.data(index), nullptr, inner_}, {experts.up.data(index), nullptr, inner_}},
+        down_{{experts.down.data(index), nullptr, hidden_}} {
     for (std::size_t i = 0; i < tokens * per_token; ++i) {
       if (chosen[i] != index) continue;
       places_.push_back(i);
@@ -62,16 +62,15 @@ class Visit {
 
 // Inputs: x [tokens, hidden], chosen [tokens, per_token], weights [tokens, per_token].
 template <class Each>
-void visit_experts(const std::vector<Expert>& experts, Activation activation, const std::vector<mx::array>& in, Each each) {
+void visit_experts(const ExpertStacks& experts, Activation activation, const std::vector<mx::array>& in, Each each) {
   const auto tokens = static_cast<std::size_t>(in[1].shape(0)), per_token = static_cast<std::size_t>(in[1].shape(1));
-  for (std::size_t e = 0; e < experts.size(); ++e) {
-    const Visit visit(experts[e], activation, in[0].data<float>(), in[1].data<std::int32_t>(), static_cast<int>(e), tokens,
-                      per_token);
+  for (int e = 0; e < experts.gate.count(); ++e) {
+    const Visit visit(experts, activation, in[0].data<float>(), in[1].data<std::int32_t>(), e, tokens, per_token);
     if (visit.count() > 0) each(visit, per_token);
   }
 }
 
-void forward(const std::vector<Expert>& experts, Activation activation, const std::vector<mx::array>& in, mx::array& out) {
+void forward(const ExpertStacks& experts, Activation activation, const std::vector<mx::array>& in, mx::array& out) {
   const auto hidden = static_cast<std::size_t>(out.shape(1));
   float* sum = out.data<float>();
   const float* weights = in[2].data<float>();
@@ -85,8 +84,7 @@ void forward(const std::vector<Expert>& experts, Activation activation, const st
 }
 
 // in: as forward's, then the gradient by its output; out: by x and by weights.
-void backward(const std::vector<Expert>& experts, Activation activation, const std::vector<mx::array>& in,
-              std::vector<mx::array>& out) {
+void backward(const ExpertStacks& experts, Activation activation, const std::vector<mx::array>& in, std::vector<mx::array>& out) {
   const auto hidden = static_cast<std::size_t>(in[0].shape(1));
   const float *weights = in[2].data<float>(), *gained = in[3].data<float>();
   float *by_x = out[0].data<float>(), *by_weights = out[1].data<float>();
@@ -113,12 +111,8 @@ void backward(const std::vector<Expert>& experts, Activation activation, const s
 
 }  // namespace
 
-Experts::Experts(Linear router, std::vector<Expert> experts, const ExpertsConfig& config, Activation activation)
-    : router_(std::move(router)),
-      experts_(std::make_shared<const std::vector<Expert>>(std::move(experts))),
-      config_(config),
-      activation_(activation),
-      stacks_(std::make_shared<Stacks>()) {}
+Experts::Experts(Linear router, ExpertStacks experts, const ExpertsConfig& config, Activation activation)
+    : router_(std::move(router)), experts_(std::move(experts)), config_(config), activation_(activation) {}
 
 mx::array Experts::operator()(const mx::array& x) const {
   const auto flat = mx::reshape(x, {-1, x.shape(-1)});
@@ -129,14 +123,15 @@ mx::array Experts::operator()(const mx::array& x) const {
   auto weights = mx::take_along_axis(scores, chosen, -1);
   if (config_.normalized) weights = mx::divide(weights, mx::sum(weights, -1, /* keepdims= */ true));
   if (!own_kernels()) return mx::reshape(by_mlx(flat, chosen, weights), x.shape());
-  for (const auto& expert : *experts_) expert.gate.data(), expert.up.data(), expert.down.data();  // kernels find them there
+  for (int i = 0; i < experts_.gate.count(); ++i)
+    for (const auto* stack : {&experts_.gate, &experts_.up, &experts_.down}) stack->data(i);  // kernels find them there
   const auto sum = cpu_operation(
       "Experts", {mx::contiguous(flat), mx::contiguous(chosen), mx::contiguous(weights)}, {flat.shape()},
-      [experts = experts_, activation = activation_](const auto& in, auto& out) { forward(*experts, activation, in, out[0]); },
+      [experts = experts_, activation = activation_](const auto& in, auto& out) { forward(experts, activation, in, out[0]); },
       [experts = experts_, activation = activation_](const auto& in, const auto&, const auto& gradients, const auto& wanted) {
         const auto all =
             cpu_operation("ExpertsBackward", {in[0], in[1], in[2], mx::contiguous(gradients[0])}, {in[0].shape(), in[2].shape()},
-                          [experts, activation](const auto& read, auto& out) { backward(*experts, activation, read, out); });
+                          [experts, activation](const auto& read, auto& out) { backward(experts, activation, read, out); });
         std::vector<mx::array> results;
         for (const int input : wanted) results.push_back(input == 0 ? all[0] : input == 2 ? all[1] : mx::zeros_like(in[1]));
         return results;
@@ -145,24 +140,18 @@ mx::array Experts::operator()(const mx::array& x) const {
 }
 
 mx::array Experts::by_mlx(const mx::array& x, const mx::array& chosen, const mx::array& weights) const {
-  std::call_once(stacks_->made, [this] {
-    const auto stack = [this](Matrix Expert::*part) {
-      std::vector<Matrix> matrices;
-      for (const auto& expert : *experts_) matrices.push_back(expert.*part);
-      return MatrixStack(matrices);
-    };
-    stacks_->gate = stack(&Expert::gate);
-    stacks_->up = stack(&Expert::up);
-    stacks_->down = stack(&Expert::down);
-  });
   const int tokens = x.shape(0), hidden = x.shape(1), visits = tokens * config_.per_token;
-  const auto which = mx::astype(mx::flatten(chosen), mx::uint32);
-  const auto repeated =
-      mx::reshape(mx::broadcast_to(mx::expand_dims(x, 1), {tokens, config_.per_token, hidden}), {visits, 1, hidden});
+  const bool many = tokens > kFewTokens;
+  auto which = mx::astype(mx::flatten(chosen), mx::uint32);
+  auto visitors = mx::reshape(mx::broadcast_to(mx::expand_dims(x, 1), {tokens, config_.per_token, hidden}), {visits, 1, hidden});
+  // Few wait for their weights alone; many go through each expert together.
+  const auto order = mx::argsort(which);
+  if (many) which = mx::take(which, order), visitors = mx::take(visitors, order, 0);
   const auto inner =
-      mx::multiply(activate(activation_, stacks_->gate->product(repeated, which)), stacks_->up->product(repeated, which));
-  const auto said = mx::reshape(stacks_->down->product(inner, which), {tokens, config_.per_token, hidden});
-  return mx::sum(mx::multiply(said, mx::expand_dims(weights, -1)), 1);
+      mx::multiply(activate(activation_, experts_.gate.product(visitors, which, many)), experts_.up.product(visitors, which, many));
+  auto said = experts_.down.product(inner, which, many);
+  if (many) said = mx::take(said, mx::argsort(order), 0);
+  return mx::sum(mx::multiply(mx::reshape(said, {tokens, config_.per_token, hidden}), mx::expand_dims(weights, -1)), 1);
 }
 
 }  // namespace veloxquant

@@ -1,5 +1,8 @@
 #include "veloxquant/model/matrix.h"
 
+#include <algorithm>
+#include <functional>
+
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
 #include "veloxquant/model/cpu_operation.h"
@@ -25,13 +28,18 @@ mx::array to_float32(const mx::array& x) {
   return mx::astype(x, mx::float32);
 }
 
-// Products of few rows, as when text is written token by token, only wait for their weights, which are read as they are stored.
-// Those of many are what is measured: activations rounded to bfloat16 alone change a model by more than the storage that is
-// measured does.
-constexpr std::size_t kFewRows = 64;
+using Map = std::function<mx::array(const mx::array&)>;
 
-mx::Dtype precision_for(const mx::array& x, const mx::array& weights) {
-  return x.size() / static_cast<std::size_t>(x.shape(-1)) <= kFewRows ? weights.dtype() : mx::float32;
+// forward(x), whose gradient is `backward` of that by its output.  MLX's own would keep weights in float32 until then.
+mx::array with_gradient(const mx::array& x, const Map& forward, const Map& backward) {
+  const auto evaluated = [&](const std::vector<mx::array>& in) {
+    auto y = forward(in[0]);
+    y.set_tracer(false);  // what is evaluated while MLX traces keeps its inputs otherwise
+    return std::vector<mx::array>{y};
+  };
+  return mx::custom_vjp(evaluated, [backward](const auto&, const auto& gradients, const auto&) {
+    return std::vector<mx::array>{backward(gradients[0])};
+  })({x})[0];
 }
 
 }  // namespace
@@ -90,9 +98,12 @@ mx::array Matrix::product(const mx::array& x) const {
   if (const auto& p = forms_->packed)
     return to_float32(
         mx::quantized_matmul(x, p->weight, p->scales, p->biases, true, p->packing.group_size, p->packing.bits, p->packing.mode));
-  const auto& w = array();
-  const auto type = precision_for(x, w);
-  return to_float32(mx::matmul(mx::astype(x, type), mx::transpose(mx::astype(w, type))));
+  const bool many = x.size() / static_cast<std::size_t>(columns_) > static_cast<std::size_t>(kFewTokens);
+  const auto forward = [&](const mx::array& rows) {
+    const auto w = many ? to_float32(array()) : array();
+    return to_float32(mx::matmul(mx::astype(rows, w.dtype()), mx::transpose(w)));
+  };
+  return many ? with_gradient(x, forward, [self = *this](const mx::array& y) { return self.product_back(y); }) : forward(x);
 }
 
 mx::array Matrix::product_back(const mx::array& x) const {
@@ -116,29 +127,80 @@ const mx::array& Matrix::array() const {
   return *forms_->array;
 }
 
-MatrixStack::MatrixStack(const std::vector<Matrix>& matrices) {
-  const auto stacked = [&](auto part) {
-    std::vector<mx::array> parts;
-    for (const auto& matrix : matrices) parts.push_back(part(matrix));
-    return mx::stack(parts, 0);
-  };
-  if (const auto& first = matrices.at(0).forms_->packed) {
-    packed_ = PackedMatrix{
-        stacked([](const Matrix& m) { return m.forms_->packed->weight; }),
-        stacked([](const Matrix& m) { return m.forms_->packed->scales; }),
-        first->biases ? std::optional(stacked([](const Matrix& m) { return *m.forms_->packed->biases; })) : std::nullopt,
-        first->packing};
-  } else {
-    values_ = stacked([](const Matrix& m) { return m.array(); });
-  }
+struct MatrixStack::Forms {
+  std::vector<Matrix> single;
+  std::optional<Matrix> joined;
+  std::once_flag joined_made;
+};
+
+MatrixStack::MatrixStack(std::vector<Matrix> matrices)
+    : forms_(std::make_shared<Forms>()),
+      count_(static_cast<int>(matrices.size())),
+      rows_(matrices.at(0).rows()),
+      columns_(matrices.at(0).columns()) {
+  forms_->single = std::move(matrices);
+  if (own_kernels()) return;
+  joined();
+  forms_->single.clear();  // memory is held once
 }
 
-mx::array MatrixStack::product(const mx::array& x, const mx::array& which) const {
-  if (packed_)
-    return to_float32(mx::gather_qmm(x, packed_->weight, packed_->scales, packed_->biases, std::nullopt, which, true,
-                                     packed_->packing.group_size, packed_->packing.bits, packed_->packing.mode));
-  const auto type = precision_for(x, *values_);
-  return to_float32(mx::gather_mm(mx::astype(x, type), mx::swapaxes(mx::astype(*values_, type), -1, -2), std::nullopt, which));
+MatrixStack::MatrixStack(Matrix joined, int count)
+    : forms_(std::make_shared<Forms>()), count_(count), rows_(joined.rows() / count), columns_(joined.columns()) {
+  forms_->joined = std::move(joined);
+}
+
+const float* MatrixStack::data(int i) const {
+  if (!forms_->single.empty()) return forms_->single[static_cast<std::size_t>(i)].data();
+  return forms_->joined->data() + static_cast<std::ptrdiff_t>(i) * rows_ * columns_;
+}
+
+const Matrix& MatrixStack::joined() const {
+  std::call_once(forms_->joined_made, [this] {
+    if (forms_->joined) return;
+    const auto& single = forms_->single;
+    const auto& first = single[0].forms_->packed;
+    const auto all = [&](auto part) {
+      std::vector<mx::array> parts;
+      for (const auto& matrix : single) parts.push_back(part(matrix));
+      auto rows = mx::concatenate(parts, 0);
+      rows.eval();  // so that it does not hold the parts
+      return rows;
+    };
+    const bool packed_alike = first && std::all_of(single.begin(), single.end(), [&](const Matrix& matrix) {
+                                const auto& packed = matrix.forms_->packed;
+                                return packed && packed->packing == first->packing;
+                              });
+    if (packed_alike) {
+      forms_->joined = Matrix(
+          PackedMatrix{all([](const Matrix& m) { return m.forms_->packed->weight; }),
+                       all([](const Matrix& m) { return m.forms_->packed->scales; }),
+                       first->biases ? std::optional(all([](const Matrix& m) { return *m.forms_->packed->biases; })) : std::nullopt,
+                       first->packing});
+    } else {
+      forms_->joined = Matrix(all([](const Matrix& m) { return m.forms_->packed ? restored(*m.forms_->packed) : m.array(); }));
+    }
+  });
+  return *forms_->joined;
+}
+
+mx::array MatrixStack::product(const mx::array& x, const mx::array& which, bool many) const {
+  const auto forward = [&](const mx::array& rows) { return gathered(rows, which, many, true); };
+  if (!many) return forward(x);
+  return with_gradient(x, forward, [self = *this, which](const mx::array& y) { return self.gathered(y, which, true, false); });
+}
+
+// By the matrices, or transposed by their transposes.
+mx::array MatrixStack::gathered(const mx::array& x, const mx::array& which, bool many, bool transposed) const {
+  const auto& forms = *joined().forms_;
+  const auto stacked = [&](const mx::array& rows) { return mx::reshape(rows, {count_, rows_, rows.shape(-1)}); };
+  if (const auto& p = forms.packed)
+    return to_float32(mx::gather_qmm(x, stacked(p->weight), stacked(p->scales),
+                                     p->biases ? std::optional(stacked(*p->biases)) : std::nullopt, std::nullopt, which, transposed,
+                                     p->packing.group_size, p->packing.bits, p->packing.mode, std::nullopt, many));
+  auto weights = stacked(joined().array());
+  if (many) weights = to_float32(weights);
+  return to_float32(mx::gather_mm(mx::astype(x, weights.dtype()), transposed ? mx::swapaxes(weights, -1, -2) : weights,
+                                  std::nullopt, which, many));
 }
 
 }  // namespace veloxquant

@@ -22,6 +22,11 @@ struct PackedMatrix {
 /// In float32.
 mx::array restored(const PackedMatrix& packed);
 
+/// Products of at most so many tokens, as when text is written token by token, only wait for their weights, and MLX's operations
+/// make them in the precision in which these are stored.  Those of more are what is measured: in float32, since activations rounded
+/// to bfloat16 alone change a model by more than the storage that is measured does.
+inline constexpr int kFewTokens = 64;
+
 /// An immutable matrix [rows, columns].  Copies share it.
 ///
 /// Our CPU kernels read it in float32: where it lies in the mapped file if it is stored so there, else restored to memory of its
@@ -67,18 +72,37 @@ class Matrix {
   int rows_, columns_;
 };
 
-/// Matrices of the same shape one after another, for MLX's gather_mm and gather_qmm.
+/// Matrices [rows, columns] of the same shape.  Copies share them.
+///
+/// Our CPU kernels read them one by one, where each lies; MLX's operations gather them from one array, which on a GPU is made at
+/// once and is then all that there is.
 class MatrixStack {
  public:
   /// At least one.
-  explicit MatrixStack(const std::vector<Matrix>& matrices);
+  explicit MatrixStack(std::vector<Matrix> matrices);
 
-  /// x [N, 1, columns], which [N] uint32 → x[n]·W[which[n]]ᵀ, [N, 1, rows].
-  mx::array product(const mx::array& x, const mx::array& which) const;
+  /// `count` of them one after another, [count * rows, columns].
+  MatrixStack(Matrix joined, int count);
+
+  int count() const { return count_; }
+  int rows() const { return rows_; }
+  int columns() const { return columns_; }
+
+  /// The i-th in float32, row-major.
+  const float* data(int i) const;
+
+  /// x [N, 1, columns] float32, which [N] uint32 → x[n]·W[which[n]]ᵀ, [N, 1, rows] float32, by MLX's operations.  `many`: for more
+  /// than kFewTokens; `which` is then ascending.
+  mx::array product(const mx::array& x, const mx::array& which, bool many) const;
 
  private:
-  std::optional<PackedMatrix> packed_;
-  std::optional<mx::array> values_;
+  struct Forms;
+
+  const Matrix& joined() const;
+  mx::array gathered(const mx::array& x, const mx::array& which, bool many, bool transposed) const;
+
+  std::shared_ptr<Forms> forms_;
+  int count_, rows_, columns_;
 };
 
 }  // namespace veloxquant

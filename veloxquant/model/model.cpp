@@ -72,22 +72,17 @@ class Model::Reader {
   Experts experts(const std::string& layer) {
     const auto& c = config_.experts;
     const std::string block = layer + c.block;
-    const auto all = [&](const char* stacked, const std::string& single, int rows, int columns) {
+    const auto all = [&](const char* joined, const std::string& single, int rows, int columns) {
+      const std::string module = block + "switch_mlp." + joined;
+      if (weights_.has_matrix(module))
+        return MatrixStack(matrix(module, rows, columns, c.count), c.count);  // as mlx_lm writes them
       std::vector<Matrix> matrices;
-      if (const std::string module = block + "switch_mlp." + stacked; weights_.has_matrix(module)) {  // as mlx_lm writes them
-        const auto stack = matrix(module, rows, columns, c.count);
-        for (int i = 0; i < c.count; ++i) matrices.push_back(stack.part(i * rows, (i + 1) * rows));
-      } else {
-        for (int i = 0; i < c.count; ++i)
-          matrices.push_back(matrix(fmt::format("{}experts.{}.{}", block, i, single), rows, columns));
-      }
-      return matrices;
+      for (int i = 0; i < c.count; ++i) matrices.push_back(matrix(fmt::format("{}experts.{}.{}", block, i, single), rows, columns));
+      return MatrixStack(std::move(matrices));
     };
-    const auto gate = all("gate_proj", c.gate, c.intermediate_size, config_.hidden_size),
-               up = all("up_proj", c.up, c.intermediate_size, config_.hidden_size),
-               down = all("down_proj", c.down, config_.hidden_size, c.intermediate_size);
-    std::vector<Expert> experts;
-    for (std::size_t i = 0; i < gate.size(); ++i) experts.push_back({gate[i], up[i], down[i]});
+    ExpertStacks experts{all("gate_proj", c.gate, c.intermediate_size, config_.hidden_size),
+                         all("up_proj", c.up, c.intermediate_size, config_.hidden_size),
+                         all("down_proj", c.down, config_.hidden_size, c.intermediate_size)};
     return {linear(block + "gate", c.count, config_.hidden_size, false), std::move(experts), c, config_.activation};
   }
 
