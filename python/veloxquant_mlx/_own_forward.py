@@ -4,6 +4,7 @@ import tempfile
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_map
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from ._load import core
@@ -33,7 +34,10 @@ class PerturbingCache(KVCache):
 
 
 class OwnForward:
-    """A live model, run by its own code."""
+    """A live model, run by its own code; a context in which its parameters are float32.
+
+    Activations rounded to bfloat16 change a model by more than the noise and the storage that are measured do.
+    """
 
     def __init__(self, model, tokenizer, device):
         self.model, self.tokenizer, self.device = model, tokenizer, device
@@ -43,6 +47,14 @@ class OwnForward:
         self.num_layers = len(make_prompt_cache(model))
         keys = self._first_keys()
         self.num_kv_heads, self.head_dim = keys.shape[1], keys.shape[-1]
+
+    def __enter__(self):
+        self._parameters = self.model.parameters()
+        self.model.update(tree_map(_float32, self._parameters))
+        return self
+
+    def __exit__(self, *_):
+        self.model.update(self._parameters)
 
     def _check_caches(self):
         for i, cache in enumerate(make_prompt_cache(self.model)):
@@ -170,6 +182,10 @@ def check_tokens(model, tokenizer):
     rows, tokens = getattr(arguments, "vocab_size", None), vocabulary_size(tokenizer)
     if rows is not None and tokens is not None and tokens > rows:
         raise ValueError(f"tokenizer: it has ids up to {tokens - 1}, and the model {rows} tokens: they are not of one model")
+
+
+def _float32(x):
+    return x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
 
 
 def _layer_type(model, index):

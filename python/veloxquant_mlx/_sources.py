@@ -11,12 +11,12 @@ from ._tokenizers import encoder, is_tokenizer
 
 
 class Source:
-    """engine: a core.Model and its core.TextEncoder, or None where own_forward is what runs."""
+    """engine: a core.Model and its core.TextEncoder, or None where own_forward is what runs; a context in which it may."""
 
     def __init__(self, function, model, tokenizer, device):
         self.device = _inputs.device(device)
         self.engine = self.own_forward = None
-        if isinstance(model, (list, tuple, dict)) or isinstance(tokenizer, (list, tuple, dict, int, float)):
+        if type(model) in (list, tuple, dict) or isinstance(tokenizer, (list, tuple, dict, int, float)):  # nn.Module is a dict
             raise TypeError(_inputs.say(function, f"got {type(model).__name__} and {type(tokenizer).__name__} for model and tokenizer"))
         if isinstance(model, (str, os.PathLike)):
             self._from_folder(pathlib.Path(model), tokenizer)
@@ -24,6 +24,15 @@ class Source:
             if not is_tokenizer(tokenizer):
                 raise TypeError(_inputs.say(function, f"tokenizer: got {type(tokenizer).__name__} for a live model"))
             self._from_live(model, tokenizer)
+
+    def __enter__(self):
+        if self.own_forward is not None:
+            self.own_forward.__enter__()
+        return self
+
+    def __exit__(self, *problem):
+        if self.own_forward is not None:
+            self.own_forward.__exit__(*problem)
 
     def _from_folder(self, folder, tokenizer):
         self.engine = core.Model.load(folder)

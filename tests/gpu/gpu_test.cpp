@@ -13,6 +13,7 @@
 #include "veloxquant/cache/restoring_cache.h"
 #include "veloxquant/calibrate/adjoint_plan.h"
 #include "veloxquant/calibrate/gradients.h"
+#include "veloxquant/calibrate/observe.h"
 #include "veloxquant/calibrate/make_plan.h"
 #include "veloxquant/calibrate/sensitivity.h"
 #include "veloxquant/calibrate/unit_statistics.h"

@@ -86,8 +86,7 @@ def calibrate_layer_sensitivities(
     noise_scale, seed, texts = _inputs.number("noise_scale", noise_scale), _inputs.seed(seed), _inputs.texts(text)
     if not noise_scale > 0 or not math.isfinite(noise_scale):
         raise ValueError(f"noise_scale: expected a number above 0, got {noise_scale}")
-    source = Source(calibrate_layer_sensitivities, model, tokenizer, device)
-    with Progress(progress) as report:
+    with Source(calibrate_layer_sensitivities, model, tokenizer, device) as source, Progress(progress) as report:
         if source.engine is None:
             return _probe(source.own_forward, texts, num_samples, sequence_length, noise_scale, seed, report)
         found = core.calibrate_layer_sensitivities(

@@ -33,8 +33,7 @@ def calibrate_smooth_factors(
     """
     num_samples, length = _inputs.integer("num_samples", num_samples), _inputs.integer("sequence_length", sequence_length, 2)
     seed, texts = _inputs.seed(seed), _inputs.texts(text)
-    source = Source(calibrate_smooth_factors, model, tokenizer, device)
-    with Progress(progress) as report:
+    with Source(calibrate_smooth_factors, model, tokenizer, device) as source, Progress(progress) as report:
         if source.engine is not None:
             return core.calibrate_smooth_factors(source.engine, source.encoder, num_samples, length, texts, seed, source.device, report)
         live = source.own_forward
@@ -74,8 +73,7 @@ def train_codebook(
     num_samples, num_centroids, num_subspaces, length, max_iter = (_inputs.integer(name, value) for name, value in counts.items())
     factors = _inputs.Array("smooth_factors", smooth_factors)
     seed, texts = _inputs.seed(seed), _inputs.texts(text)
-    source = Source(train_codebook, model, tokenizer, device)
-    with Progress(progress) as report:
+    with Source(train_codebook, model, tokenizer, device) as source, Progress(progress) as report:
         if source.engine is not None:
             trained = core.train_codebook(
                 source.engine,
