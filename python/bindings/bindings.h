@@ -21,6 +21,7 @@ namespace nb = nanobind;
 namespace veloxquant::python {
 
 void bind_models(nb::module_& module);
+void bind_live_model(nb::module_& module);
 void bind_ratequant(nb::module_& module);
 void bind_vecinfer(nb::module_& module);
 void bind_plans(nb::module_& module);

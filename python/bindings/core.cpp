@@ -39,6 +39,7 @@ NB_MODULE(_core, module) {
   module.def("gemm_calls", &veloxquant::gemm_calls, "Calls of this module's cblas_sgemm so far.");
   module.def("blas_description", &veloxquant::blas_description, "The BLAS that matrix products of this module come through.");
   bind_models(module);
+  bind_live_model(module);
   bind_ratequant(module);
   bind_vecinfer(module);
   bind_plans(module);

@@ -10,6 +10,7 @@
 #include "bindings.h"
 #include "mlx/ops.h"
 #include "veloxquant/calibrate/observe.h"
+#include "veloxquant/generate/own_text.h"
 #include "veloxquant/model/attention.h"
 #include "veloxquant/model/device.h"
 #include "veloxquant/model/families/families.h"
@@ -53,7 +54,7 @@ nb::dict to_dict(const ModelIdentity& identity) {
 }
 
 // Of one batch of tokens, read at full precision.
-mx::array logits(const Model& model, const mx::array& tokens, const std::string& device) {
+mx::array logits(const LanguageModel& model, const mx::array& tokens, const std::string& device) {
   const DeviceScope scope(resolve_device(device));
   auto result = model.logits(model.forward(tokens, model.make_caches(FullCache::factory())));
   result.eval();
@@ -67,7 +68,17 @@ nb::ndarray<nb::numpy, std::int32_t> tokens_of(TokenBatch batch) {
 }  // namespace
 
 void bind_models(nb::module_& module) {
-  nb::class_<Model>(module, "Model", "A model of a family that the C++ engine runs.")
+  nb::class_<LanguageModel>(module, "LanguageModel", "What calibration sees of a model.")
+      .def_prop_ro("num_layers", [](const LanguageModel& model) { return model.config().num_layers; })
+      .def_prop_ro("num_kv_heads", [](const LanguageModel& model) { return model.config().num_kv_heads; })
+      .def_prop_ro("head_dim", [](const LanguageModel& model) { return model.config().head_dim; })
+      .def_prop_ro("vocab_size", [](const LanguageModel& model) { return model.config().vocab_size; })
+      .def_prop_ro("max_position_embeddings", [](const LanguageModel& model) { return model.config().max_position_embeddings; })
+      .def_prop_ro(
+          "identity", [](const LanguageModel& model) { return to_dict(model.identity()); }, "Which model plans are for.")
+      .def("logits", &logits, nb::arg("tokens"), nb::arg("device"), WithoutInterpreter(),
+           "tokens [B, T] int32 → [B, T, vocab_size].");
+  nb::class_<Model, LanguageModel>(module, "Model", "A model of a family that the C++ engine runs.")
       .def_static("load", &Model::load, nb::arg("folder"), WithoutInterpreter(),
                   "Read config.json and the safetensors of a folder.")
       .def_static(
@@ -79,16 +90,7 @@ void bind_models(nb::module_& module) {
             return Model::from_arrays(config, arrays, source);
           },
           nb::arg("config"), nb::arg("arrays"), nb::arg("source"), nb::arg("device"),
-          "config: text of a config.json; arrays: the tensors by mlx_lm's names, shared where they can be; source: for messages.")
-      .def("logits", &logits, nb::arg("tokens"), nb::arg("device"), WithoutInterpreter(),
-           "tokens [B, T] int32 → [B, T, vocab_size].")
-      .def_prop_ro("num_layers", [](const Model& model) { return model.config().num_layers; })
-      .def_prop_ro("num_kv_heads", [](const Model& model) { return model.config().num_kv_heads; })
-      .def_prop_ro("head_dim", [](const Model& model) { return model.config().head_dim; })
-      .def_prop_ro("vocab_size", [](const Model& model) { return model.config().vocab_size; })
-      .def_prop_ro("max_position_embeddings", [](const Model& model) { return model.config().max_position_embeddings; })
-      .def_prop_ro(
-          "identity", [](const Model& model) { return to_dict(model.identity()); }, "Which model plans are for.");
+          "config: text of a config.json; arrays: the tensors by mlx_lm's names, shared where they can be; source: for messages.");
 
   module.def(
       "weights_hash", [](const std::filesystem::path& folder) { return Weights(folder).headers_hash(); }, nb::arg("folder"),
@@ -121,6 +123,21 @@ void bind_models(nb::module_& module) {
   nb::class_<CallableEncoder, TextEncoder>(module, "CallableEncoder", "A callable that takes text and gives a list of tokens.")
       .def(nb::init<nb::object>(), nb::arg("encode"));
 
+  module.def(
+      "generate_own_text",
+      [](const LanguageModel& model, int num_samples, int length, std::uint64_t seed, const std::string& device,
+         nb::object progress) {
+        PythonProgress report(std::move(progress));
+        TokenBatch batch(0, 0);
+        {
+          const nb::gil_scoped_release release;
+          const DeviceScope scope(resolve_device_or_cpu(device));
+          batch = generate_own_text(model, num_samples, length, seed, callback_of(report));
+        }
+        return tokens_of(std::move(batch));
+      },
+      nb::arg("model"), nb::arg("num_samples"), nb::arg("length"), nb::arg("seed"), nb::arg("device"), nb::arg("progress").none(),
+      "What the model writes itself → [num_samples, length] int32.");
   module.def(
       "cut_samples",
       [](const std::vector<std::vector<std::int32_t>>& texts, int num_samples, int length) {

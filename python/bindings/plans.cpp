@@ -2,10 +2,12 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "bindings.h"
 #include "veloxquant/calibrate/calibrate.h"
+#include "veloxquant/calibrate/gradients.h"
 #include "veloxquant/calibrate/make_plan.h"
 #include "veloxquant/core/error.h"
 #include "veloxquant/model/device.h"
@@ -35,11 +37,11 @@ bool quantizes_sliding(const std::string& sliding) {
   return sliding == "quantize";
 }
 
-AdjointPlan calibrate_plan(const Model& model, const TextEncoder& tokenizer, const NamedTexts& texts, const std::string& method,
-                           double bits, std::optional<std::int64_t> bytes, int context, const std::optional<std::string>& units,
-                           const std::optional<std::string>& keys, std::optional<int> window, std::optional<int> sinks,
-                           const std::string& sliding, int num_samples, int length, std::uint64_t seed, const std::string& device,
-                           nb::object progress) {
+AdjointPlan calibrate_plan(const LanguageModel& model, const TextEncoder& tokenizer, const NamedTexts& texts,
+                           const std::string& method, double bits, std::optional<std::int64_t> bytes, int context,
+                           const std::optional<std::string>& units, const std::optional<std::string>& keys,
+                           std::optional<int> window, std::optional<int> sinks, const std::string& sliding, int num_samples,
+                           int length, std::uint64_t seed, const std::string& device, nb::object progress) {
   PythonProgress report(std::move(progress));
   const CalibrateOptions options{.method = method,
                                  .bits = bits,
@@ -100,8 +102,25 @@ void bind_plans(nb::module_& module) {
           "__eq__", [](const Plan& a, const Plan& b) { return a == b; }, nb::is_operator());
 
   module.def(
+      "likelihood_gradients",
+      [](const LanguageModel& model, const nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>& samples,
+         int window, std::uint64_t seed, const std::string& device) {
+        TokenBatch batch(static_cast<int>(samples.shape(0)), static_cast<int>(samples.shape(1)));
+        batch.tokens.assign(samples.data(), samples.data() + samples.size());
+        std::vector<std::tuple<int, int, mx::array, mx::array, mx::array, mx::array>> result;
+        const nb::gil_scoped_release release;
+        const DeviceScope scope(resolve_device_or_cpu(device));
+        likelihood_gradients(model, batch, {.window = window, .weights = {}, .seed = seed}, [&](const LayerGradients& step) {
+          result.emplace_back(step.layer, step.first_sample, step.keys, step.values, step.key_gradients, step.value_gradients);
+        });
+        return result;
+      },
+      nb::arg("model"), nb::arg("samples"), nb::arg("window"), nb::arg("seed"), nb::arg("device"),
+      "samples [B, T] int32 → (layer, first sample, keys before RoPE, values, gradients by keys, by values) for every layer and "
+      "step.");
+  module.def(
       "calibrate",
-      [](const Model& model, const TextEncoder& tokenizer, const NamedTexts& texts, const std::string& method, double bits,
+      [](const LanguageModel& model, const TextEncoder& tokenizer, const NamedTexts& texts, const std::string& method, double bits,
          std::optional<std::int64_t> bytes, int context, const std::optional<std::string>& units,
          const std::optional<std::string>& keys, std::optional<int> window, std::optional<int> sinks, const std::string& sliding,
          int num_samples, int length, std::uint64_t seed, const std::string& device, nb::object progress) {

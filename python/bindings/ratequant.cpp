@@ -16,7 +16,7 @@ namespace {
 using namespace allocators;
 
 // Results pass as JSON, which both sides write and read anyway.
-std::string sensitivities(const Model& model, const TextEncoder& tokenizer, int num_samples, int sequence_length,
+std::string sensitivities(const LanguageModel& model, const TextEncoder& tokenizer, int num_samples, int sequence_length,
                           double noise_scale, const std::string& device, const NamedTexts& texts, std::uint64_t seed,
                           nb::object progress) {
   PythonProgress report(std::move(progress));

@@ -13,8 +13,8 @@ namespace {
 
 using namespace allocators;
 
-auto factors(const Model& model, const TextEncoder& tokenizer, int num_samples, int sequence_length, const NamedTexts& texts,
-             std::uint64_t seed, const std::string& device, nb::object progress) {
+auto factors(const LanguageModel& model, const TextEncoder& tokenizer, int num_samples, int sequence_length,
+             const NamedTexts& texts, std::uint64_t seed, const std::string& device, nb::object progress) {
   PythonProgress report(std::move(progress));
   Tensor result;
   {
@@ -26,8 +26,8 @@ auto factors(const Model& model, const TextEncoder& tokenizer, int num_samples, 
   return numpy_of(std::move(result));
 }
 
-auto codebook(const Model& model, const TextEncoder& tokenizer, const FloatArray& factors, int num_samples, int num_centroids,
-              int num_subspaces, int sequence_length, int max_iter, const NamedTexts& texts, std::uint64_t seed,
+auto codebook(const LanguageModel& model, const TextEncoder& tokenizer, const FloatArray& factors, int num_samples,
+              int num_centroids, int num_subspaces, int sequence_length, int max_iter, const NamedTexts& texts, std::uint64_t seed,
               const std::string& device, nb::object progress) {
   PythonProgress report(std::move(progress));
   Tensor result;

@@ -14,7 +14,7 @@ from ._load import core
 from ._tokenizers import folder_of, special_token
 
 # What mlx_lm's arguments leave out of config.json and the engine wants to know.
-_BESIDE_ARGUMENTS = ("hidden_act", "hidden_activation", "max_position_embeddings", "bos_token_id", "eos_token_id")
+_BESIDE_ARGUMENTS = ("hidden_act", "hidden_activation", "max_position_embeddings")
 
 # No window: longer than any sequence.
 _NO_WINDOW = 1 << 30
@@ -60,6 +60,18 @@ def source_hashes(tokenizer, architecture, live_weights_hash):
     return hashlib.sha256(data).hexdigest(), weights if weights == live_weights_hash else ""
 
 
+def first_token(model, tokenizer):
+    """What the model's own text begins with, or None: as for its folder, where that is known."""
+    source = _source_config(tokenizer, getattr(getattr(model, "args", None), "model_type", None))[1] or {}
+    for name in ("bos_token_id", "eos_token_id"):
+        token = source.get(name)
+        token = token[0] if isinstance(token, list) and token else token
+        if isinstance(token, int):
+            return token
+    token = special_token(tokenizer, "bos_token_id")
+    return special_token(tokenizer, "eos_token_id") if token is None else token
+
+
 def _source_config(tokenizer, model_type):
     # The tokenizer remembers where it was read, and mlx_lm reads both from one folder.
     name = folder_of(tokenizer)
@@ -83,8 +95,7 @@ def _config(model, arguments, tokenizer):
     for name in _BESIDE_ARGUMENTS:
         if config.get(name) is None and source.get(name) is not None:
             config[name] = source[name]
-        if config.get(name) is None and name.endswith("token_id"):
-            config[name] = special_token(tokenizer, name)
+    config["bos_token_id"], config["eos_token_id"] = first_token(model, tokenizer), None
     packings = {
         name: {"group_size": module.group_size, "bits": module.bits, "mode": getattr(module, "mode", "affine")}
         for name, module in model.named_modules()

@@ -7,8 +7,9 @@ import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
+from ._live import first_token
 from ._load import core
-from ._tokenizers import encoder, special_token, vocabulary_size
+from ._tokenizers import encoder, vocabulary_size
 
 # Tokens that go through the model together, as in the engine.
 _STEP_TOKENS = 4096
@@ -96,9 +97,7 @@ class OwnForward:
         return self._own_text(num_samples, length, seed, progress)
 
     def _own_text(self, num_samples, length, seed, progress):
-        first = special_token(self.tokenizer, "bos_token_id")
-        if first is None:
-            first = special_token(self.tokenizer, "eos_token_id")
+        first = first_token(self.model, self.tokenizer)
         if first is None:
             raise ValueError("tokenizer: it names no bos_token_id and no eos_token_id to begin the model's own text with: pass text=")
         key = mx.random.key(seed)

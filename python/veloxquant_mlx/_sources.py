@@ -15,7 +15,7 @@ class Source:
 
     def __init__(self, function, model, tokenizer, device):
         self.device = _inputs.device(device)
-        self.engine = self.own_forward = None
+        self.engine = self.own_forward = self.hashes = None
         if type(model) in (list, tuple, dict) or isinstance(tokenizer, (list, tuple, dict, int, float)):  # nn.Module is a dict
             raise TypeError(_inputs.say(function, f"got {type(model).__name__} and {type(tokenizer).__name__} for model and tokenizer"))
         if isinstance(model, (str, os.PathLike)):
@@ -42,14 +42,13 @@ class Source:
             raise ValueError(
                 f"tokenizer: it has ids up to {size - 1}, and the model {self.engine.vocab_size} tokens: they are not of one model"
             )
-        self.hashes = None
 
     def _from_live(self, model, tokenizer):
         check_tokens(model, tokenizer)
+        self.encoder = encoder(tokenizer)
         self.engine = engine_model(model, tokenizer, self.device)
         if self.engine is None:
             self.own_forward = OwnForward(model, tokenizer, self.device)
             return
-        self.encoder = encoder(tokenizer)
         identity = self.engine.identity
         self.hashes = source_hashes(tokenizer, identity["architecture"], identity["weights_hash"])

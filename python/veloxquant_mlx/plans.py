@@ -1,9 +1,12 @@
 """Plans: how every head's keys and values are stored, and how they are made."""
 
+import contextlib
 import json
 import os
 
 from . import _inputs
+from ._layer_walk import LayerWalk
+from ._live import first_token
 from ._load import core
 from ._progress import Progress
 from ._sources import Source
@@ -126,12 +129,13 @@ def calibrate(
     for name, value in (("method", method), ("sliding", sliding)):
         if not isinstance(value, str):
             raise TypeError(f"{name}: expected a str, got {type(value).__name__}")
-    source = Source(calibrate, model, tokenizer, device)
-    if source.engine is None:
-        raise ValueError(f"model: calibrate makes plans for {', '.join(core.families())}, got {type(model).__module__}")
-    with Progress(progress) as report:
+    with Source(calibrate, model, tokenizer, device) as source, contextlib.ExitStack() as stack, Progress(progress) as report:
+        engine = source.engine
+        if engine is None:
+            walk = stack.enter_context(LayerWalk(model))
+            engine = walk.engine_model(first_token(model, tokenizer), turns=method == "rotated_pq")
         plan, frontier, full, kept = core.calibrate(
-            source.engine,
+            engine,
             source.encoder,
             texts,
             method,

@@ -6,7 +6,7 @@
 
 namespace veloxquant::allocators::ratequant {
 
-LayerMap<SensitivityResult> calibrate_layer_sensitivities(const Model& model, const TextEncoder& tokenizer, int num_samples,
+LayerMap<SensitivityResult> calibrate_layer_sensitivities(const LanguageModel& model, const TextEncoder& tokenizer, int num_samples,
                                                           int sequence_length, double noise_scale, const std::string& device,
                                                           const CalibrationOptions& options) {
   if (device != "gpu" && device != "cpu")

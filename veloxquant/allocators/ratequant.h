@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "veloxquant/core/progress.h"
-#include "veloxquant/model/model.h"
+#include "veloxquant/model/language_model.h"
 #include "veloxquant/plan/allocation.h"
 #include "veloxquant/plan/distortion_curve.h"
 #include "veloxquant/plan/sensitivity.h"
@@ -40,8 +40,8 @@ using veloxquant::SensitivityResult;
 /// device: "gpu" or "cpu"; "gpu" without a GPU back end warns once and runs on the CPU.
 /// Throws std::invalid_argument for another device, counts below 1, a noise_scale that is not above 0, and texts that are too
 /// short.
-LayerMap<SensitivityResult> calibrate_layer_sensitivities(const Model& model, const TextEncoder& tokenizer, int num_samples = 32,
-                                                          int sequence_length = 512, double noise_scale = 0.1,
+LayerMap<SensitivityResult> calibrate_layer_sensitivities(const LanguageModel& model, const TextEncoder& tokenizer,
+                                                          int num_samples = 32, int sequence_length = 512, double noise_scale = 0.1,
                                                           const std::string& device = "gpu",
                                                           const CalibrationOptions& options = {});
 

@@ -56,7 +56,7 @@ std::vector<std::int64_t> with_last(std::vector<std::int64_t> shape, std::initia
 
 }  // namespace
 
-Tensor calibrate_smooth_factors(const Model& model, const TextEncoder& tokenizer, int num_samples, int sequence_length,
+Tensor calibrate_smooth_factors(const LanguageModel& model, const TextEncoder& tokenizer, int num_samples, int sequence_length,
                                 const CalibrationOptions& options) {
   const int head_dim = model.config().head_dim;
   const auto samples =
@@ -94,8 +94,8 @@ Tensor train_layer_codebook(std::span<const float> keys, std::span<const float> 
                                  .seed = Random(options.seed, static_cast<std::uint64_t>(layer)).next()});
 }
 
-Tensor train_codebook(const Model& model, const TextEncoder& tokenizer, const Tensor& factors, int num_samples, int num_centroids,
-                      int num_subspaces, int sequence_length, int max_iter, const CalibrationOptions& options) {
+Tensor train_codebook(const LanguageModel& model, const TextEncoder& tokenizer, const Tensor& factors, int num_samples,
+                      int num_centroids, int num_subspaces, int sequence_length, int max_iter, const CalibrationOptions& options) {
   const int head_dim = model.config().head_dim, num_layers = model.config().num_layers;
   const CodebookOptions wanted{num_centroids, num_subspaces, max_iter, options.seed};
   check_codebook_options(wanted, num_layers, head_dim, factors);

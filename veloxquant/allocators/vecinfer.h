@@ -8,20 +8,20 @@
 
 #include "veloxquant/allocators/ratequant.h"
 #include "veloxquant/core/tensor.h"
-#include "veloxquant/model/model.h"
+#include "veloxquant/model/language_model.h"
 #include "veloxquant/text/text_encoder.h"
 
 namespace veloxquant::allocators::vecinfer {
 
 /// λᵢ = √max|Kᵢ| over samples, tokens and KV heads, never zero (a dead channel gets 1) → [num_layers, head_dim].
-Tensor calibrate_smooth_factors(const Model& model, const TextEncoder& tokenizer, int num_samples = 64, int sequence_length = 256,
-                                const CalibrationOptions& options = {});
+Tensor calibrate_smooth_factors(const LanguageModel& model, const TextEncoder& tokenizer, int num_samples = 64,
+                                int sequence_length = 256, const CalibrationOptions& options = {});
 
 /// K-means per sub-space on transformed keys → [num_layers, num_subspaces, num_centroids, head_dim / num_subspaces].
 /// smooth_factors [num_layers, head_dim].  Throws std::invalid_argument unless those are finite and above 0, num_centroids is a
 /// power of two from 2 to 4096, num_subspaces divides head_dim, head_dim is a power of two, max_iter is at least 1 and there are no
 /// fewer keys than centroids.
-Tensor train_codebook(const Model& model, const TextEncoder& tokenizer, const Tensor& smooth_factors, int num_samples = 128,
+Tensor train_codebook(const LanguageModel& model, const TextEncoder& tokenizer, const Tensor& smooth_factors, int num_samples = 128,
                       int num_centroids = 256, int num_subspaces = 8, int sequence_length = 256, int max_iter = 100,
                       const CalibrationOptions& options = {});
 

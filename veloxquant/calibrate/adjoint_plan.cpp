@@ -45,7 +45,8 @@ std::int64_t bytes_for_units(const ModelConfig& config, const AdjointPlanOptions
 
 class Planner {
  public:
-  Planner(const Model& model, const CalibrationSet& set, const AdjointPlanOptions& options, const ProgressCallback& progress)
+  Planner(const LanguageModel& model, const CalibrationSet& set, const AdjointPlanOptions& options,
+          const ProgressCallback& progress)
       : model_(model), set_(set), options_(options), progress_(progress) {}
 
   AdjointPlan run() {
@@ -224,7 +225,7 @@ class Planner {
     result.plan_recall = share(restoring_factory(result.plan));
   }
 
-  const Model& model_;
+  const LanguageModel& model_;
   const CalibrationSet& set_;
   const AdjointPlanOptions& options_;
   const ProgressCallback& progress_;
@@ -265,7 +266,7 @@ void check_adjoint_plan_options(const ModelConfig& config, const AdjointPlanOpti
                   std::floor(bits(most) * 1e4) / 1e4, context, options.bits);
 }
 
-AdjointPlan make_adjoint_plan(const Model& model, const CalibrationSet& set, const AdjointPlanOptions& options,
+AdjointPlan make_adjoint_plan(const LanguageModel& model, const CalibrationSet& set, const AdjointPlanOptions& options,
                               const ProgressCallback& progress) {
   check_adjoint_plan_options(model.config(), options, set.samples.length);
   return Planner(model, set, options, progress).run();

@@ -8,7 +8,7 @@
 #include "veloxquant/calibrate/calibration_samples.h"
 #include "veloxquant/calibrate/width_allocation.h"
 #include "veloxquant/core/progress.h"
-#include "veloxquant/model/model.h"
+#include "veloxquant/model/language_model.h"
 #include "veloxquant/plan/plan.h"
 #include "veloxquant/quantize/rotated_pq.h"
 
@@ -40,7 +40,7 @@ void check_adjoint_plan_options(const ModelConfig& config, const AdjointPlanOpti
 /// Throws std::invalid_argument for a budget that no choice meets or that exceeds the dearest (says the range), a context that
 /// window and sinks fill, samples of no more tokens than these (nothing would be read from what is coded), and as unit_statistics
 /// does.
-AdjointPlan make_adjoint_plan(const Model& model, const CalibrationSet& set, const AdjointPlanOptions& options,
+AdjointPlan make_adjoint_plan(const LanguageModel& model, const CalibrationSet& set, const AdjointPlanOptions& options,
                               const ProgressCallback& progress = {});
 
 }  // namespace veloxquant

@@ -55,8 +55,8 @@ void fill_statistics(const SideSums& keys, const SideSums& values, int length, S
 
 }  // namespace
 
-AdjointSensitivities adjoint_sensitivities(const Model& model, const TokenBatch& samples, const AdjointProbeOptions& options,
-                                           const ProgressCallback& progress) {
+AdjointSensitivities adjoint_sensitivities(const LanguageModel& model, const TokenBatch& samples,
+                                           const AdjointProbeOptions& options, const ProgressCallback& progress) {
   const ModelConfig& config = model.config();
   const StatisticsOptions wanted{.gradients = {.window = options.window, .weights = {}, .seed = options.seed}};
   UnitStatisticsStore store(config, samples.count, samples.length, wanted);

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "veloxquant/core/progress.h"
-#include "veloxquant/model/model.h"
+#include "veloxquant/model/language_model.h"
 #include "veloxquant/plan/layer_map.h"
 #include "veloxquant/plan/sensitivity.h"
 #include "veloxquant/quantize/registry.h"
@@ -40,8 +40,8 @@ struct AdjointProbeOptions {
 /// White noise of deviation σ in stored vectors costs ½σ²·E‖g‖² nats, g the gradients by them (calibrate/gradients.h); a layer's
 /// mean and standard deviation are over samples, and its distortions are those of the scalar quantizers on its keys (after RoPE)
 /// and values.  Throws as likelihood_gradients does.
-AdjointSensitivities adjoint_sensitivities(const Model& model, const TokenBatch& samples, const AdjointProbeOptions& options,
-                                           const ProgressCallback& progress = {});
+AdjointSensitivities adjoint_sensitivities(const LanguageModel& model, const TokenBatch& samples,
+                                           const AdjointProbeOptions& options, const ProgressCallback& progress = {});
 
 /// to_json() of the layers with a field "units": [{"layer", "side", "head", "sensitivity", "widths": [{"bits", "predicted_kl"}]}].
 nlohmann::ordered_json to_json(const AdjointSensitivities& sensitivities);

@@ -39,7 +39,7 @@ void refuse_options_of_rotated_pq(const CalibrateOptions& options) {
 }
 
 // The documented ways: RateQuant for scalar quantizers, VecInfer.
-Plan documented_plan(const Model& model, const TextEncoder& tokenizer, const std::vector<std::string>& texts,
+Plan documented_plan(const LanguageModel& model, const TextEncoder& tokenizer, const std::vector<std::string>& texts,
                      const CalibrateOptions& options, const ProgressCallback& progress) {
   refuse_options_of_rotated_pq(options);
   const PlanOptions wanted{.method = options.method,
@@ -56,7 +56,7 @@ Plan documented_plan(const Model& model, const TextEncoder& tokenizer, const std
   return make_plan(model, samples, wanted, progress);
 }
 
-AdjointPlan rotated_plan(const Model& model, const TextEncoder& tokenizer, const std::vector<std::string>& texts,
+AdjointPlan rotated_plan(const LanguageModel& model, const TextEncoder& tokenizer, const std::vector<std::string>& texts,
                          const CalibrateOptions& options, const ProgressCallback& progress) {
   const AdjointPlanOptions wanted{.bits = options.bits,
                                   .bytes = options.bytes,
@@ -77,7 +77,7 @@ AdjointPlan rotated_plan(const Model& model, const TextEncoder& tokenizer, const
 
 }  // namespace
 
-AdjointPlan calibrate(const Model& model, const TextEncoder& tokenizer, const std::vector<NamedText>& texts,
+AdjointPlan calibrate(const LanguageModel& model, const TextEncoder& tokenizer, const std::vector<NamedText>& texts,
                       const CalibrateOptions& options, const ProgressCallback& progress) {
   std::vector<std::string> contents;
   for (const auto& text : texts) contents.push_back(text.text);

@@ -8,7 +8,7 @@
 
 #include "veloxquant/calibrate/adjoint_plan.h"
 #include "veloxquant/core/progress.h"
-#include "veloxquant/model/model.h"
+#include "veloxquant/model/language_model.h"
 #include "veloxquant/text/text_encoder.h"
 
 namespace veloxquant {
@@ -35,7 +35,7 @@ struct CalibrateOptions {
 /// Reads samples of the texts and of the model's own text as the method does (calibration_set, calibration_samples) and makes the
 /// plan (make_adjoint_plan, make_plan); methods other than rotated_pq fill in `plan` alone.
 /// Throws as these do, and std::invalid_argument for options of rotated_pq with another method.
-AdjointPlan calibrate(const Model& model, const TextEncoder& tokenizer, const std::vector<NamedText>& texts,
+AdjointPlan calibrate(const LanguageModel& model, const TextEncoder& tokenizer, const std::vector<NamedText>& texts,
                       const CalibrateOptions& options, const ProgressCallback& progress = {});
 
 }  // namespace veloxquant

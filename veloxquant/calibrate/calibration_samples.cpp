@@ -29,7 +29,7 @@ std::pair<std::int32_t, double> commonest(std::span<const std::int32_t> tokens) 
   return {most->first, static_cast<double>(most->second) / static_cast<double>(tokens.size())};
 }
 
-TokenBatch own_text(const Model& model, int count, int length, std::uint64_t seed, const ProgressCallback& progress) {
+TokenBatch own_text(const LanguageModel& model, int count, int length, std::uint64_t seed, const ProgressCallback& progress) {
   TokenBatch samples = generate_own_text(model, count, length, seed, progress);
   if (length < kLeastJudged) return samples;
   int degenerate = 0;
@@ -50,7 +50,7 @@ void append(TokenBatch& to, const TokenBatch& from) {
   to.count += from.count;
 }
 
-std::vector<std::vector<std::int32_t>> encode_all(const Model& model, const TextEncoder& tokenizer,
+std::vector<std::vector<std::int32_t>> encode_all(const LanguageModel& model, const TextEncoder& tokenizer,
                                                   const std::vector<std::string>& texts, int length) {
   const int longest = model.config().max_position_embeddings;
   if (length > longest) throw_invalid("samples", "length: expected at most {} (the model's maximum), got {}", longest, length);
@@ -60,7 +60,7 @@ std::vector<std::vector<std::int32_t>> encode_all(const Model& model, const Text
 }
 
 // At most `wanted` samples of the texts, as many as they hold; throws where that is none.
-TokenBatch some_samples(const Model& model, const TextEncoder& tokenizer, const std::vector<std::string>& texts, int wanted,
+TokenBatch some_samples(const LanguageModel& model, const TextEncoder& tokenizer, const std::vector<std::string>& texts, int wanted,
                         int length) {
   if (texts.empty()) return TokenBatch(0, length);
   const auto tokens = encode_all(model, tokenizer, texts, length);
@@ -71,13 +71,13 @@ TokenBatch some_samples(const Model& model, const TextEncoder& tokenizer, const 
 
 }  // namespace
 
-TokenBatch calibration_samples(const Model& model, const TextEncoder& tokenizer, const std::vector<std::string>& texts,
+TokenBatch calibration_samples(const LanguageModel& model, const TextEncoder& tokenizer, const std::vector<std::string>& texts,
                                int num_samples, int length, std::uint64_t seed, const ProgressCallback& progress) {
   if (texts.empty()) return own_text(model, num_samples, length, seed, progress);
   return cut_samples(encode_all(model, tokenizer, texts, length), num_samples, length);
 }
 
-CalibrationSet calibration_set(const Model& model, const TextEncoder& tokenizer, const std::vector<std::string>& texts,
+CalibrationSet calibration_set(const LanguageModel& model, const TextEncoder& tokenizer, const std::vector<std::string>& texts,
                                int num_samples, int length, std::uint64_t seed, const ProgressCallback& progress) {
   const int parts = texts.empty() ? 2 : 3, facts = length >= kLeastFactLength && num_samples >= 3 ? num_samples / parts : 0;
   if (facts == 0)

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "veloxquant/core/progress.h"
-#include "veloxquant/model/model.h"
+#include "veloxquant/model/language_model.h"
 #include "veloxquant/text/recall.h"
 #include "veloxquant/text/samples.h"
 #include "veloxquant/text/text_encoder.h"
@@ -15,7 +15,7 @@ namespace veloxquant {
 
 /// Samples of the texts (UTF-8; at even distances over all of them), or of the model's own text where there are none.
 /// Throws std::invalid_argument if the texts are too short, or the length exceeds the model's maximum, and as own_text does.
-TokenBatch calibration_samples(const Model& model, const TextEncoder& tokenizer, const std::vector<std::string>& texts,
+TokenBatch calibration_samples(const LanguageModel& model, const TextEncoder& tokenizer, const std::vector<std::string>& texts,
                                int num_samples, int length, std::uint64_t seed, const ProgressCallback& progress = {});
 
 /// Running text, then text with facts sown.
@@ -32,7 +32,7 @@ struct CalibrationSet {
 ///
 /// Throws as calibration_samples does, and std::runtime_error where there are no texts and the model's own
 /// is one token over and over or cannot be written; with texts a warning says so, and they serve alone.
-CalibrationSet calibration_set(const Model& model, const TextEncoder& tokenizer, const std::vector<std::string>& texts,
+CalibrationSet calibration_set(const LanguageModel& model, const TextEncoder& tokenizer, const std::vector<std::string>& texts,
                                int num_samples, int length, std::uint64_t seed, const ProgressCallback& progress = {});
 
 }  // namespace veloxquant

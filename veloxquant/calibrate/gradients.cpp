@@ -49,7 +49,7 @@ class TappedCache : public AttentionCache {
 };
 
 // What Σ_t √weight_t · log p(y_t) gains by hidden states [B, T, hidden_size] after the last layer.
-mx::array head_gradient(const Model& model, const mx::array& hidden, std::span<const float> weights, std::uint64_t seed) {
+mx::array head_gradient(const LanguageModel& model, const mx::array& hidden, std::span<const float> weights, std::uint64_t seed) {
   const int width = hidden.shape(-1), rows = hidden.shape(0) * hidden.shape(1);
   const auto flat = mx::reshape(hidden, {rows, width});
   const auto uniforms = mx::random::uniform({rows}, mx::float32, mx::random::key(seed));
@@ -133,7 +133,7 @@ struct Segment {
   mx::Shape stored;  // of a layer's keys or values
 
   // hidden states that enter → those that leave, keys and values by layer; taps: two probes a layer.
-  mx::array run(const Model& model, mx::array hidden, std::span<const mx::array> taps, int window,
+  mx::array run(const LanguageModel& model, mx::array hidden, std::span<const mx::array> taps, int window,
                 std::vector<mx::array>& keys_and_values) const {
     keys_and_values.clear();
     for (int layer = begin; layer < end; ++layer) {
@@ -157,7 +157,7 @@ mx::array detached(const mx::array& x) {
 
 }  // namespace
 
-void likelihood_gradients(const Model& model, const TokenBatch& samples, const GradientOptions& options,
+void likelihood_gradients(const LanguageModel& model, const TokenBatch& samples, const GradientOptions& options,
                           const std::function<void(const LayerGradients&)>& visit, const ProgressCallback& progress) {
   check_weights(options, samples);
   const ModelConfig& config = model.config();

@@ -7,7 +7,7 @@
 
 #include "mlx/array.h"
 #include "veloxquant/core/progress.h"
-#include "veloxquant/model/model.h"
+#include "veloxquant/model/language_model.h"
 #include "veloxquant/text/samples.h"
 
 namespace veloxquant {
@@ -34,7 +34,7 @@ struct LayerGradients {
 /// segments lies in a file past 128 MB (16 GB on a GPU).
 /// Throws std::invalid_argument for weights of another size, below 0 or not finite, std::runtime_error that names the layer if a
 /// key, a value or a gradient is not finite.
-void likelihood_gradients(const Model& model, const TokenBatch& samples, const GradientOptions& options,
+void likelihood_gradients(const LanguageModel& model, const TokenBatch& samples, const GradientOptions& options,
                           const std::function<void(const LayerGradients& gradients)>& visit, const ProgressCallback& progress = {});
 
 }  // namespace veloxquant

@@ -82,8 +82,8 @@ double layer_distortion(const QuantizerMethod& method, const LayerObservation& o
 }
 
 // The same for quantizers that learn, by what each width is measured to lose: their widths lie on no curve.
-std::vector<double> learned_widths(const Model& model, const TokenBatch& samples, const QuantizerMethod& method, Ladder ladder,
-                                   const LayerMap<SensitivityResult>& sensitivities, const PlanOptions& options,
+std::vector<double> learned_widths(const LanguageModel& model, const TokenBatch& samples, const QuantizerMethod& method,
+                                   Ladder ladder, const LayerMap<SensitivityResult>& sensitivities, const PlanOptions& options,
                                    const ProgressCallback& progress) {
   const auto layers = stored_layers(model.config(), options.quantize_sliding);
   while (ladder.widths.size() > 1 && ladder.widths.front() < kRates.front() && ladder.widths[1] <= options.bits)
@@ -111,9 +111,9 @@ std::vector<double> learned_widths(const Model& model, const TokenBatch& samples
 }
 
 // Fits every unit at its layer's width; the predicted KL where sensitivities are known.
-void fit_units(const Model& model, const TokenBatch& samples, const QuantizerMethod& method, const std::vector<double>& widths,
-               const LayerMap<SensitivityResult>& sensitivities, const PlanOptions& options, Plan& plan,
-               const ProgressCallback& progress) {
+void fit_units(const LanguageModel& model, const TokenBatch& samples, const QuantizerMethod& method,
+               const std::vector<double>& widths, const LayerMap<SensitivityResult>& sensitivities, const PlanOptions& options,
+               Plan& plan, const ProgressCallback& progress) {
   const int head_dim = model.config().head_dim;
   const auto layers = stored_layers(model.config(), options.quantize_sliding);
   double predicted = 0;
@@ -185,7 +185,8 @@ void check_plan_options(const ModelConfig& config, const PlanOptions& options, i
                   method.name, method.least_vectors, num_samples, length, config.num_kv_heads, vectors);
 }
 
-Plan make_plan(const Model& model, const TokenBatch& samples, const PlanOptions& options, const ProgressCallback& progress) {
+Plan make_plan(const LanguageModel& model, const TokenBatch& samples, const PlanOptions& options,
+               const ProgressCallback& progress) {
   check_plan_options(model.config(), options, samples.count, samples.length);
   const QuantizerMethod& method = quantizer_method(options.method);
   const Ladder ladder = ladder_of(method, options.units, model.config().head_dim);

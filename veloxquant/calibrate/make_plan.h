@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "veloxquant/core/progress.h"
-#include "veloxquant/model/model.h"
+#include "veloxquant/model/language_model.h"
 #include "veloxquant/plan/plan.h"
 #include "veloxquant/text/samples.h"
 
@@ -55,6 +55,7 @@ void check_plan_options(const ModelConfig& config, const PlanOptions& options, i
 /// integer widths), for `vecinfer` by the distortion that each width is measured to have.
 ///
 /// Throws as check_plan_options does.
-Plan make_plan(const Model& model, const TokenBatch& samples, const PlanOptions& options, const ProgressCallback& progress = {});
+Plan make_plan(const LanguageModel& model, const TokenBatch& samples, const PlanOptions& options,
+               const ProgressCallback& progress = {});
 
 }  // namespace veloxquant

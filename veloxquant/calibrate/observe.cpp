@@ -37,7 +37,7 @@ void LayerObservation::add(const ObservingCache& cache) {
   append(cache.values(), Side::kValues, values_);
 }
 
-std::size_t observed_elements(const Model& model, const TokenBatch& samples) {
+std::size_t observed_elements(const LanguageModel& model, const TokenBatch& samples) {
   return samples.tokens.size() * static_cast<std::size_t>(model.config().num_kv_heads) *
          static_cast<std::size_t>(model.config().head_dim);
 }
@@ -50,8 +50,8 @@ int samples_per_step(const TokenBatch& samples) {
   return std::clamp(4096 / samples.length, 1, samples.count);
 }
 
-void observe_layers(const Model& model, const TokenBatch& samples, const std::function<void(int, const LayerObservation&)>& visit,
-                    const ProgressCallback& progress) {
+void observe_layers(const LanguageModel& model, const TokenBatch& samples,
+                    const std::function<void(int, const LayerObservation&)>& visit, const ProgressCallback& progress) {
   const int step = samples_per_step(samples), num_layers = model.config().num_layers;
   Activations hidden;
   for (int begin = 0; begin < samples.count; begin += step)

@@ -9,7 +9,7 @@
 #include "mlx/array.h"
 #include "veloxquant/core/progress.h"
 #include "veloxquant/model/attention_cache.h"
-#include "veloxquant/model/model.h"
+#include "veloxquant/model/language_model.h"
 #include "veloxquant/quantize/registry.h"
 #include "veloxquant/text/samples.h"
 
@@ -45,11 +45,11 @@ class LayerObservation {
 };
 
 /// Elements of the keys that a layer stores for all samples; its values are as many.
-std::size_t observed_elements(const Model& model, const TokenBatch& samples);
+std::size_t observed_elements(const LanguageModel& model, const TokenBatch& samples);
 
 /// Runs all samples through layer 0, calls `visit`, then through layer 1, and so on: one layer's keys and values are in memory at a
 /// time.  Throws std::runtime_error if a layer gives a value that is not finite.
-void observe_layers(const Model& model, const TokenBatch& samples,
+void observe_layers(const LanguageModel& model, const TokenBatch& samples,
                     const std::function<void(int layer, const LayerObservation& observation)>& visit,
                     const ProgressCallback& progress = {});
 

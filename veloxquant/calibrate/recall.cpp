@@ -7,7 +7,7 @@
 
 namespace veloxquant {
 
-RecallCount recall(const Model& model, std::span<const std::int32_t> tokens, const AnswerSpans& answers,
+RecallCount recall(const LanguageModel& model, std::span<const std::int32_t> tokens, const AnswerSpans& answers,
                    const CacheFactory& factory) {
   const int length = static_cast<int>(tokens.size()) - 1;  // nothing is asked about what follows the last token
   const auto hidden = model.forward(mx::array(tokens.data(), {1, length}, mx::int32), model.make_caches(factory));

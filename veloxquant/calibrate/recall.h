@@ -6,7 +6,7 @@
 #include <optional>
 #include <span>
 
-#include "veloxquant/model/model.h"
+#include "veloxquant/model/language_model.h"
 #include "veloxquant/text/recall.h"
 
 namespace veloxquant {
@@ -29,7 +29,7 @@ struct RecallCount {
 };
 
 /// Reads `tokens` with caches of `factory`; an answer is right if every token of it is the likeliest one after what stands before.
-RecallCount recall(const Model& model, std::span<const std::int32_t> tokens, const AnswerSpans& answers,
+RecallCount recall(const LanguageModel& model, std::span<const std::int32_t> tokens, const AnswerSpans& answers,
                    const CacheFactory& factory);
 
 }  // namespace veloxquant

@@ -65,7 +65,7 @@ void check_change(std::size_t layer, double change) {
 // Hidden states of all samples, a few samples together: stream 0 is the clean one, stream s + 1 has noise in layer s.
 class Streams {
  public:
-  Streams(const Model& model, const TokenBatch& samples) : model_(model), samples_(samples), hidden_(kHiddenBytes) {
+  Streams(const LanguageModel& model, const TokenBatch& samples) : model_(model), samples_(samples), hidden_(kHiddenBytes) {
     const int step = samples_per_step(samples);
     for (int begin = 0; begin < samples.count; begin += step, ++steps_)
       hidden_.add(model.embed(token_array(samples, begin, std::min(begin + step, samples.count))));
@@ -132,7 +132,7 @@ class Streams {
   // In memory; the rest lies in a file.
   static constexpr std::size_t kHiddenBytes = std::size_t{512} << 20;
 
-  const Model& model_;
+  const LanguageModel& model_;
   const TokenBatch& samples_;
   std::size_t steps_ = 0;
   Activations hidden_;  // [stream, step]
@@ -169,7 +169,7 @@ std::map<std::string, std::vector<DistortionPoint>> measure_distortions(std::spa
   return distortions;
 }
 
-LayerMap<SensitivityResult> probe_sensitivities(const Model& model, const TokenBatch& samples, const ProbeOptions& options,
+LayerMap<SensitivityResult> probe_sensitivities(const LanguageModel& model, const TokenBatch& samples, const ProbeOptions& options,
                                                 const ProgressCallback& progress) {
   if (!(options.noise_scale > 0) || !std::isfinite(options.noise_scale))
     throw_invalid("sensitivity", "noise_scale: expected a number above 0, got {}", options.noise_scale);

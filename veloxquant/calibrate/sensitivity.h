@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "veloxquant/core/progress.h"
-#include "veloxquant/model/model.h"
+#include "veloxquant/model/language_model.h"
 #include "veloxquant/plan/layer_map.h"
 #include "veloxquant/plan/sensitivity.h"
 #include "veloxquant/quantize/registry.h"
@@ -38,7 +38,7 @@ std::uint64_t noise_seed(std::uint64_t seed, int layer, int step, Side side);
 /// sample, √(2·KL) with the KL divergence averaged over positions (docs/design.md).  Layers below the perturbed one are not run
 /// again, and all samples go through a layer before the next: L · (L + 3) / 2 layer runs for L layers.  Throws
 /// std::invalid_argument unless noise_scale > 0 and such noise is finite, std::runtime_error if a change of the output is not.
-LayerMap<SensitivityResult> probe_sensitivities(const Model& model, const TokenBatch& samples, const ProbeOptions& options,
+LayerMap<SensitivityResult> probe_sensitivities(const LanguageModel& model, const TokenBatch& samples, const ProbeOptions& options,
                                                 const ProgressCallback& progress = {});
 
 }  // namespace veloxquant

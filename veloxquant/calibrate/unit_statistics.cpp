@@ -124,7 +124,7 @@ UnitStatistics UnitStatisticsStore::get(std::size_t index) const {
   return result;
 }
 
-UnitStatisticsStore unit_statistics(const Model& model, const TokenBatch& samples, const StatisticsOptions& options,
+UnitStatisticsStore unit_statistics(const LanguageModel& model, const TokenBatch& samples, const StatisticsOptions& options,
                                     const ProgressCallback& progress) {
   UnitStatisticsStore store(model.config(), samples.count, samples.length, options);
   likelihood_gradients(

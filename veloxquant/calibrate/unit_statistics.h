@@ -71,7 +71,7 @@ class UnitStatisticsStore {
 
 /// Rows are drawn evenly over all samples and positions.  Throws as likelihood_gradients does, and std::invalid_argument for
 /// samples that are not longer than sinks.
-UnitStatisticsStore unit_statistics(const Model& model, const TokenBatch& samples, const StatisticsOptions& options,
+UnitStatisticsStore unit_statistics(const LanguageModel& model, const TokenBatch& samples, const StatisticsOptions& options,
                                     const ProgressCallback& progress = {});
 
 /// Calls work(index, unit) for all units, on all threads; a unit for each thread is in memory.

@@ -25,7 +25,7 @@ class Tally {
     targets_ += scores.size() - 1;
   }
 
-  EvaluationRow row(const Model& model, const Storage& storage, int context) {
+  EvaluationRow row(const LanguageModel& model, const Storage& storage, int context) {
     EvaluationRow row;
     row.storage = storage.name;
     row.effective_bits = storage.effective_bits(context);
@@ -65,7 +65,7 @@ void check_finite(const std::vector<PositionScore>& scores, const Storage& stora
                     storage.name, window, kl, cross_entropy);
 }
 
-void score_window(const Model& model, const TokenBatch& windows, int index, std::span<const Storage> storages,
+void score_window(const LanguageModel& model, const TokenBatch& windows, int index, std::span<const Storage> storages,
                   std::vector<Tally>& tallies, ProgressStage& stage) {
   const auto tokens = token_array(windows, index, index + 1);
   std::vector<mx::array> hidden;
@@ -83,7 +83,7 @@ void score_window(const Model& model, const TokenBatch& windows, int index, std:
 
 }  // namespace
 
-std::vector<EvaluationRow> evaluate(const Model& model, const TokenBatch& windows, std::span<const Storage> peers_and_plans,
+std::vector<EvaluationRow> evaluate(const LanguageModel& model, const TokenBatch& windows, std::span<const Storage> peers_and_plans,
                                     const RecallDocuments& documents, const ProgressCallback& progress) {
   if (windows.length < 2) throw_invalid("evaluate", "expected windows of at least 2 tokens, got {}", windows.length);
   std::vector<Storage> storages = {full_storage()};

@@ -10,7 +10,7 @@
 
 #include "veloxquant/core/progress.h"
 #include "veloxquant/evaluate/peers.h"
-#include "veloxquant/model/model.h"
+#include "veloxquant/model/language_model.h"
 #include "veloxquant/text/recall.h"
 #include "veloxquant/text/samples.h"
 
@@ -41,7 +41,7 @@ struct RecallDocuments {
 /// counts all tokens but a window's first, divergence and agreement all positions.  A fact counts as recalled if every token of its
 /// answer is the likeliest one.  The first row is full precision; then one row per storage, in order.
 /// Throws std::runtime_error that names the storage if a model's logits are not finite with it.
-std::vector<EvaluationRow> evaluate(const Model& model, const TokenBatch& windows, std::span<const Storage> storages,
+std::vector<EvaluationRow> evaluate(const LanguageModel& model, const TokenBatch& windows, std::span<const Storage> storages,
                                     const RecallDocuments& documents, const ProgressCallback& progress = {});
 
 }  // namespace veloxquant

@@ -31,7 +31,7 @@ struct Request {
   std::string name;
   int bits;
   bool windowed;
-  const Model& model;
+  const LanguageModel& model;
   const ProgressCallback& progress;
 };
 
@@ -143,7 +143,7 @@ std::vector<std::string> peer_names() {
   return names;
 }
 
-Storage peer_storage(const std::string& name, const Model& model, const ProgressCallback& progress) {
+Storage peer_storage(const std::string& name, const LanguageModel& model, const ProgressCallback& progress) {
   for (const bool windowed : {false, true})
     for (const auto& family : peer_families())
       for (const int bits : family.widths)

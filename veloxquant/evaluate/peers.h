@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "veloxquant/core/progress.h"
-#include "veloxquant/model/model.h"
+#include "veloxquant/model/language_model.h"
 #include "veloxquant/plan/plan.h"
 
 namespace veloxquant {
@@ -38,7 +38,7 @@ Storage plan_storage(const std::string& name, const Plan& plan);
 /// and the first 4 stay at 8 bits.
 ///
 /// Throws std::invalid_argument that lists the names for another one, and where the head dimension does not suit the peer.
-Storage peer_storage(const std::string& name, const Model& model, const ProgressCallback& progress = {});
+Storage peer_storage(const std::string& name, const LanguageModel& model, const ProgressCallback& progress = {});
 
 /// All names that peer_storage takes; those with "+window" last.
 std::vector<std::string> peer_names();

@@ -38,7 +38,8 @@ int first_token(const ModelConfig& config) {
 }
 
 // Decodes one batch; columns of the result are tokens.
-void decode_batch(const Model& model, int batch, const mx::array& key, TokenBatch& samples, int first_row, ProgressStage& stage) {
+void decode_batch(const LanguageModel& model, int batch, const mx::array& key, TokenBatch& samples, int first_row,
+                  ProgressStage& stage) {
   const AttentionCaches caches = model.make_caches(FullCache::factory());
   mx::array token = mx::full({batch, 1}, first_token(model.config()), mx::int32);
   const auto uniforms = mx::random::uniform({samples.length, batch}, mx::float32, key);
@@ -55,7 +56,7 @@ void decode_batch(const Model& model, int batch, const mx::array& key, TokenBatc
 
 }  // namespace
 
-TokenBatch generate_own_text(const Model& model, int num_samples, int length, std::uint64_t seed,
+TokenBatch generate_own_text(const LanguageModel& model, int num_samples, int length, std::uint64_t seed,
                              const ProgressCallback& progress) {
   if (num_samples < 1) throw_invalid("own text", "expected at least 1 sample, got {}", num_samples);
   const int longest = model.config().max_position_embeddings;

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "veloxquant/core/progress.h"
-#include "veloxquant/model/model.h"
+#include "veloxquant/model/language_model.h"
 #include "veloxquant/text/samples.h"
 
 namespace veloxquant {
@@ -16,7 +16,7 @@ namespace veloxquant {
 /// Same seed, same text on one device; devices differ where two tokens are equally likely to float precision.
 /// Throws std::invalid_argument for counts below 1 and a length beyond the model's maximum, std::runtime_error if config.json names
 /// neither token.
-TokenBatch generate_own_text(const Model& model, int num_samples, int length, std::uint64_t seed,
+TokenBatch generate_own_text(const LanguageModel& model, int num_samples, int length, std::uint64_t seed,
                              const ProgressCallback& progress = {});
 
 }  // namespace veloxquant

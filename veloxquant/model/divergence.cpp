@@ -40,7 +40,7 @@ mx::array score_logits(const mx::array& reference, const mx::array& logits, cons
 
 }  // namespace
 
-std::vector<std::vector<PositionScore>> score_hidden(const Model& model, const std::vector<mx::array>& hidden,
+std::vector<std::vector<PositionScore>> score_hidden(const LanguageModel& model, const std::vector<mx::array>& hidden,
                                                      std::span<const std::int32_t> targets) {
   const int tokens = hidden.at(0).shape(1), width = hidden[0].shape(2);
   const int chunk = std::min(model.logit_rows(), tokens);

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "mlx/array.h"
-#include "veloxquant/model/model.h"
+#include "veloxquant/model/language_model.h"
 
 namespace veloxquant {
 
@@ -19,7 +19,7 @@ struct PositionScore {
 /// Scores hidden states of one sequence after the last layer, each [1, T, hidden_size]; the first is the reference and is scored
 /// against itself.  `targets`: the token that follows each position, −1 for none; or empty.  Logits exist for a few hundred
 /// positions at a time only.  → [hidden.size()][T].
-std::vector<std::vector<PositionScore>> score_hidden(const Model& model, const std::vector<mx::array>& hidden,
+std::vector<std::vector<PositionScore>> score_hidden(const LanguageModel& model, const std::vector<mx::array>& hidden,
                                                      std::span<const std::int32_t> targets);
 
 }  // namespace veloxquant

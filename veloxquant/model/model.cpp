@@ -121,7 +121,7 @@ Model Model::from_arrays(std::string_view config_json, const std::map<std::strin
   return {std::move(config), Weights(arrays, source)};
 }
 
-Model::Model(ModelConfig config, Weights weights) : config_(std::move(config)), identity_(make_identity(config_, weights)) {
+Model::Model(ModelConfig config, Weights weights) : LanguageModel(config, make_identity(config, weights)) {
   const ModelConfig& c = config_;
   for (const auto& rope : c.ropes) ropes_.emplace_back(rope, c.head_dim);
   Reader reader(weights, c);
@@ -234,11 +234,6 @@ mx::array Model::logits(const mx::array& hidden) const {
   return soft_capped(scaled(head_(normed(hidden, *final_norm_)), config_.logit_scale), config_.logit_soft_cap);
 }
 
-int Model::logit_rows() const {
-  constexpr int kLogits = 1 << 22;  // 16 MiB
-  return std::max(1, kLogits / config_.vocab_size);
-}
-
 mx::array Model::hidden_gradient(const mx::array& hidden, const mx::array& gradient) const {
   const auto norm = [this](const std::vector<mx::array>& x) { return std::vector<mx::array>{normed(x[0], *final_norm_)}; };
   auto by_scores = gradient;
@@ -247,18 +242,6 @@ mx::array Model::hidden_gradient(const mx::array& hidden, const mx::array& gradi
     by_scores = mx::multiply(gradient, mx::subtract(mx::array(1.0f), mx::square(bent)));
   }
   return mx::vjp(norm, {hidden}, {head_.backward(scaled(by_scores, config_.logit_scale))}).second[0];
-}
-
-mx::array Model::forward(const mx::array& tokens, const AttentionCaches& caches) const {
-  auto hidden = embed(tokens);
-  for (int i = 0; i < config_.num_layers; ++i) hidden = layer(i, hidden, *caches.at(static_cast<std::size_t>(i)));
-  return hidden;
-}
-
-AttentionCaches Model::make_caches(const CacheFactory& factory) const {
-  AttentionCaches caches;
-  for (int i = 0; i < config_.num_layers; ++i) caches.push_back(factory(i));
-  return caches;
 }
 
 }  // namespace veloxquant

@@ -1,4 +1,4 @@
-// A causal language model, one layer at a time.
+// The models that the engine runs itself.
 #pragma once
 
 #include <filesystem>
@@ -10,11 +10,8 @@
 #include <vector>
 
 #include "mlx/array.h"
-#include "veloxquant/model/attention_cache.h"
-#include "veloxquant/model/config.h"
-#include "veloxquant/model/device.h"
+#include "veloxquant/model/language_model.h"
 #include "veloxquant/model/ops.h"
-#include "veloxquant/plan/model_identity.h"
 
 namespace veloxquant {
 
@@ -22,10 +19,8 @@ class Weights;
 
 /// A decoder-only transformer with pre-norm blocks, grouped-query attention with RoPE and a gated MLP or a mixture of them, in
 /// float32; on a GPU weights stay as they are stored, and products of a few rows are made in their precision.  The families
-/// (families/) are variations of it.  Layers are called one by one, since calibration walks layer by layer over all samples.
-///
-/// A model is immutable and runs on MLX's default device at the time of the call (DeviceScope).
-class Model {
+/// (families/) are variations of it.
+class Model : public LanguageModel {
  public:
   /// Reads config.json and the safetensors files of `folder`.  Throws std::runtime_error that names file, field or tensor.
   static Model load(const std::filesystem::path& folder);
@@ -35,33 +30,12 @@ class Model {
   static Model from_arrays(std::string_view config_json, const std::map<std::string, mx::array>& arrays, const std::string& source);
 
   Model(Model&&) noexcept;
-  ~Model();
+  ~Model() override;
 
-  const ModelConfig& config() const { return config_; }
-
-  /// What plans record of the model they were made for.
-  const ModelIdentity& identity() const { return identity_; }
-
-  /// tokens [B, T] int32 in [0, vocab_size) → hidden states [B, T, hidden_size].
-  mx::array embed(const mx::array& tokens) const;
-
-  /// hidden states [B, T, hidden_size] through layer `index`, whose keys and values go to `cache` → the same shape.
-  mx::array layer(int index, const mx::array& hidden, AttentionCache& cache) const;
-
-  /// hidden states [..., hidden_size] after the last layer → logits [..., vocab_size].
-  mx::array logits(const mx::array& hidden) const;
-
-  /// Rows of hidden states whose logits take a moderate amount of memory.
-  int logit_rows() const;
-
-  /// What a loss gains by `hidden` when it gains `gradient` by logits(hidden): [..., vocab_size] → [..., hidden_size].
-  mx::array hidden_gradient(const mx::array& hidden, const mx::array& gradient) const;
-
-  /// All of it but the head: tokens [B, T] → hidden states [B, T, hidden_size]; caches: one per layer.
-  mx::array forward(const mx::array& tokens, const AttentionCaches& caches) const;
-
-  /// One cache per layer.
-  AttentionCaches make_caches(const CacheFactory& factory) const;
+  mx::array embed(const mx::array& tokens) const override;
+  mx::array layer(int index, const mx::array& hidden, AttentionCache& cache) const override;
+  mx::array logits(const mx::array& hidden) const override;
+  mx::array hidden_gradient(const mx::array& hidden, const mx::array& gradient) const override;
 
  private:
   struct Layer;
@@ -73,8 +47,6 @@ class Model {
   mx::array normed(const mx::array& x, const mx::array& weight) const;
   mx::array attention(int index, const mx::array& x, AttentionCache& cache) const;
 
-  ModelConfig config_;
-  ModelIdentity identity_;
   std::vector<Rope> ropes_;
   std::vector<Layer> layers_;
   std::optional<Matrix> embedding_;
