@@ -9,13 +9,13 @@
 #include "veloxquant/core/parallel.h"
 #include "veloxquant/kernels/attention_blocks.h"
 #include "veloxquant/kernels/gemm.h"
+#include "veloxquant/kernels/running_softmax.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "veloxquant/kernels/attention.cpp"
 // clang-format off
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
-#include "hwy/contrib/math/math-inl.h"
 #include "veloxquant/kernels/rows-inl.h"
 // clang-format on
 
@@ -24,38 +24,6 @@ namespace veloxquant {
 namespace HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
-
-// Scores s become cap · tanh(s / cap).
-void cap_scores(float* scores, std::size_t count, float cap) {
-  const hn::ScalableTag<float> d;
-  const std::size_t lanes = hn::Lanes(d), whole = count / lanes * lanes;
-  const auto vcap = hn::Set(d, cap), inverse = hn::Set(d, 1.0f / cap);
-  for (std::size_t i = 0; i < whole; i += lanes)
-    hn::StoreU(hn::Mul(vcap, hn::Tanh(d, hn::Mul(hn::LoadU(d, scores + i), inverse))), d, scores + i);
-  for (std::size_t i = whole; i < count; ++i) scores[i] = cap * std::tanh(scores[i] / cap);
-}
-
-// One step of the running softmax of a query: scores [count] become weights relative to the new maximum; returns by how much what
-// was summed so far shrinks.
-float softmax_step(float* scores, std::size_t count, float& maximum, float& sum) {
-  const hn::ScalableTag<float> d;
-  const std::size_t lanes = hn::Lanes(d), whole = count / lanes * lanes;
-  const float top = row_maximum(scores, count, maximum);
-  auto sums = hn::Zero(d);
-  const auto vtop = hn::Set(d, top);
-  for (std::size_t i = 0; i < whole; i += lanes) {
-    const auto weight = hn::Exp(d, hn::Sub(hn::LoadU(d, scores + i), vtop));
-    hn::StoreU(weight, d, scores + i);
-    sums = hn::Add(sums, weight);
-  }
-  float added = hn::GetLane(hn::SumOfLanes(d, sums));
-  for (std::size_t i = whole; i < count; ++i) added += scores[i] = std::exp(scores[i] - top);
-
-  const float shrink = std::exp(maximum - top);
-  maximum = top;
-  sum = sum * shrink + added;
-  return shrink;
-}
 
 void scale_vector(float* x, std::size_t dim, float factor) {
   scale_row(x, dim, factor);
@@ -86,8 +54,6 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace veloxquant {
 
-HWY_EXPORT(cap_scores);
-HWY_EXPORT(softmax_step);
 HWY_EXPORT(scale_vector);
 HWY_EXPORT(score_keys);
 HWY_EXPORT(add_values);
@@ -112,10 +78,7 @@ float weigh_scores(const AttentionRule& rule, float* scores, std::size_t count, 
                    float& sum) {
   const auto [first, last] = seen_of_block(seen, begin, count);
   float shrink = 1.0f;
-  if (last > first) {
-    if (rule.soft_cap > 0) HWY_DYNAMIC_DISPATCH(cap_scores)(scores + first, last - first, rule.soft_cap);
-    shrink = HWY_DYNAMIC_DISPATCH(softmax_step)(scores + first, last - first, maximum, sum);
-  }
+  if (last > first) shrink = running_softmax(scores + first, last - first, rule.soft_cap, maximum, sum);
   std::fill(scores, scores + first, 0.0f);
   std::fill(scores + last, scores + count, 0.0f);
   return shrink;

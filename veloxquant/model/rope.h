@@ -20,6 +20,10 @@ class Rope {
   /// x [B, H, T, D], token t at position offset + t → the same shape.
   mx::array operator()(const mx::array& x, int offset) const;
 
+  /// Radians per position of each pair that turns, [n/2], and by what the pairs are multiplied as well.
+  const std::vector<float>& frequencies() const { return frequencies_; }
+  float magnitude() const { return magnitude_; }
+
   /// Positions per radian of each dimension pair that turns, [n/2].
   const std::vector<float>& wavelengths() const { return wavelengths_; }
 

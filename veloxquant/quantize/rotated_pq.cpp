@@ -107,6 +107,12 @@ std::size_t patch_bytes(std::size_t dim) {
   return 3 + (dim * kPatchBits + 7) / 8;
 }
 
+float squared(std::span<const float> x) {
+  float sum = 0;
+  for (const float value : x) sum += value * value;
+  return sum;
+}
+
 Tensor matrix_tensor(const SquareMatrix& matrix, std::size_t dim) {
   const auto size = static_cast<std::int64_t>(dim);
   return {{size, size}, to_float(matrix)};
@@ -307,25 +313,30 @@ std::size_t RotatedPqQuantizer::encoded_bytes(std::size_t tokens) const {
   return rotated_pq_bytes(dim(), static_cast<int>(codes_), static_cast<int>(patches_), tokens);
 }
 
+void RotatedPqQuantizer::encode_codes(std::span<const float> vectors, std::span<std::uint8_t> codes, std::span<float> rest) const {
+  const std::size_t tokens = vectors.size() / dim_;
+  rotate(vectors.data(), tokens, mean_, transform_, rest.data());
+  std::vector<std::uint16_t> wide(tokens * codes_);
+  std::size_t column = 0, code = 0;
+  for (const auto& subspace : subspaces_) {
+    subspace.encode(rest.data() + column, tokens, dim_, wide.data() + code, codes_);
+    column += static_cast<std::size_t>(subspace.dim());
+    code += static_cast<std::size_t>(subspace.stages());
+  }
+  std::copy(wide.begin(), wide.end(), codes.begin());
+  std::vector<float> restored(tokens * dim_);
+  look_up(codes.data(), tokens, restored.data());
+  for (std::size_t i = 0; i < restored.size(); ++i) rest[i] -= restored[i];
+}
+
 void RotatedPqQuantizer::encode(std::span<const float> vectors, std::span<std::uint8_t> encoded) const {
   const std::size_t tokens = vectors.size() / dim_;
-  std::vector<float> z(std::min(tokens, kBlockTokens) * dim_), restored(patches_ > 0 ? z.size() : 0);
+  std::vector<float> rest(std::min(tokens, kBlockTokens) * dim_);
   std::uint8_t* out = encoded.data();
   for (std::size_t begin = 0; begin < tokens; begin += kBlockTokens) {
     const std::size_t block = std::min(kBlockTokens, tokens - begin);
-    rotate(vectors.data() + begin * dim_, block, mean_, transform_, z.data());
-    std::vector<std::uint16_t> codes(block * codes_);
-    std::size_t column = 0, code = 0;
-    for (const auto& subspace : subspaces_) {
-      subspace.encode(z.data() + column, block, dim_, codes.data() + code, codes_);
-      column += static_cast<std::size_t>(subspace.dim());
-      code += static_cast<std::size_t>(subspace.stages());
-    }
-    std::copy(codes.begin(), codes.end(), out);
-    if (patches_ > 0) {
-      look_up(out, block, restored.data());
-      write_patches(z.data(), restored.data(), block, out + block * codes_);
-    }
+    encode_codes(vectors.subspan(begin * dim_, block * dim_), {out, block * codes_}, rest);
+    if (patches_ > 0) write_patches(std::span(rest).first(block * dim_), out + block * codes_);
     out += encoded_bytes(block);
   }
 }
@@ -365,41 +376,46 @@ void RotatedPqQuantizer::look_up(const std::uint8_t* codes, std::size_t tokens, 
   }
 }
 
-void RotatedPqQuantizer::write_patches(const float* z, const float* restored, std::size_t tokens, std::uint8_t* bytes) const {
+void RotatedPqQuantizer::write_patches(std::span<const float> rest, std::uint8_t* bytes) const {
+  const std::size_t tokens = rest.size() / dim_;
   std::vector<float> errors(tokens);
-  for (std::size_t t = 0; t < tokens; ++t)
-    for (std::size_t i = t * dim_; i < (t + 1) * dim_; ++i) errors[t] += (z[i] - restored[i]) * (z[i] - restored[i]);
+  for (std::size_t t = 0; t < tokens; ++t) errors[t] = squared(rest.subspan(t * dim_, dim_));
   std::vector<std::size_t> worst(tokens);
   std::iota(worst.begin(), worst.end(), std::size_t{0});
   const auto count = static_cast<std::ptrdiff_t>(patches_of(patches_, tokens));
   std::partial_sort(worst.begin(), worst.begin() + count, worst.end(),
                     [&](std::size_t a, std::size_t b) { return errors[a] != errors[b] ? errors[a] > errors[b] : a < b; });
   std::sort(worst.begin(), worst.begin() + count);
-  std::vector<float> rest(dim_);
-  for (auto t = worst.begin(); t != worst.begin() + count; ++t, bytes += patch_bytes(dim_)) {
-    float largest = 0;
-    for (std::size_t i = 0; i < dim_; ++i) {
-      rest[i] = z[*t * dim_ + i] - restored[*t * dim_ + i];
-      largest = std::max(largest, std::abs(rest[i]));
-    }
-    bytes[0] = static_cast<std::uint8_t>(*t);
-    store_half(largest / kPatchCentre, bytes + 1);
-    const float scale = load_half(bytes + 1);
-    std::fill(bytes + 3, bytes + patch_bytes(dim_), std::uint8_t{0});
-    for (std::size_t i = 0; i < dim_; ++i) {
-      const float code = scale > 0 ? std::clamp(std::nearbyint(rest[i] / scale + kPatchCentre), 0.0f, 2 * kPatchCentre) : 0.0f;
-      bytes[3 + i / 2] |= static_cast<std::uint8_t>(static_cast<unsigned>(code) << (i % 2 * kPatchBits));
-    }
+  for (auto t = worst.begin(); t != worst.begin() + count; ++t, bytes += patch_bytes())
+    write_patch(rest.subspan(*t * dim_, dim_), *t, bytes);
+}
+
+std::size_t RotatedPqQuantizer::patch_bytes() const {
+  return veloxquant::patch_bytes(dim_);
+}
+
+void RotatedPqQuantizer::write_patch(std::span<const float> rest, std::size_t place, std::uint8_t* bytes) const {
+  float largest = 0;
+  for (const float value : rest) largest = std::max(largest, std::abs(value));
+  bytes[0] = static_cast<std::uint8_t>(place);
+  store_half(largest / kPatchCentre, bytes + 1);
+  const float scale = load_half(bytes + 1);
+  std::fill(bytes + 3, bytes + patch_bytes(), std::uint8_t{0});
+  for (std::size_t i = 0; i < dim_; ++i) {
+    const float code = scale > 0 ? std::clamp(std::nearbyint(rest[i] / scale + kPatchCentre), 0.0f, 2 * kPatchCentre) : 0.0f;
+    bytes[3 + i / 2] |= static_cast<std::uint8_t>(static_cast<unsigned>(code) << (i % 2 * kPatchBits));
   }
 }
 
+void RotatedPqQuantizer::add_patch(const std::uint8_t* bytes, float* z) const {
+  const float scale = load_half(bytes + 1);
+  for (std::size_t i = 0; i < dim_; ++i)
+    z[i] += scale * (static_cast<float>(bytes[3 + i / 2] >> (i % 2 * kPatchBits) & 15) - kPatchCentre);
+}
+
 void RotatedPqQuantizer::add_patches(const std::uint8_t* bytes, std::size_t tokens, float* z) const {
-  for (std::size_t p = 0; p < patches_of(patches_, tokens); ++p, bytes += patch_bytes(dim_)) {
-    float* row = z + std::min<std::size_t>(bytes[0], tokens - 1) * dim_;
-    const float scale = load_half(bytes + 1);
-    for (std::size_t i = 0; i < dim_; ++i)
-      row[i] += scale * (static_cast<float>(bytes[3 + i / 2] >> (i % 2 * kPatchBits) & 15) - kPatchCentre);
-  }
+  for (std::size_t p = 0; p < patches_of(patches_, tokens); ++p, bytes += patch_bytes())
+    add_patch(bytes, z + std::min<std::size_t>(bytes[0], tokens - 1) * dim_);
 }
 
 std::size_t rotated_pq_bytes(int dim, int codes, int patches, std::size_t tokens) {

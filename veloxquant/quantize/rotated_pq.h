@@ -97,9 +97,21 @@ class RotatedPqQuantizer : public Quantizer {
   void encode(std::span<const float> vectors, std::span<std::uint8_t> encoded) const override;
   void decode(std::span<const std::uint8_t> encoded, std::span<float> vectors) const override;
 
+  // The same in parts, for caches that lay codes out in their own way.
+
+  /// vectors [tokens, dim] → codes [tokens, codes], and what these leave of the rotated vectors, [tokens, dim].
+  void encode_codes(std::span<const float> vectors, std::span<std::uint8_t> codes, std::span<float> rest) const;
+
+  /// One patch, patch_bytes() bytes: the rest [dim] of the token at `place` of its block.
+  void write_patch(std::span<const float> rest, std::size_t place, std::uint8_t* bytes) const;
+  std::size_t patch_bytes() const;
+
+  /// Adds the rest in a patch to a rotated vector [dim].
+  void add_patch(const std::uint8_t* bytes, float* z) const;
+
  private:
   void look_up(const std::uint8_t* codes, std::size_t tokens, float* z) const;
-  void write_patches(const float* z, const float* restored, std::size_t tokens, std::uint8_t* bytes) const;
+  void write_patches(std::span<const float> rest, std::uint8_t* bytes) const;
   void add_patches(const std::uint8_t* bytes, std::size_t tokens, float* z) const;
 
   std::size_t dim_, codes_, patches_;

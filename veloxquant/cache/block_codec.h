@@ -1,0 +1,73 @@
+// The tokens of one head in blocks of codes, and attention over them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "veloxquant/model/rope.h"
+#include "veloxquant/quantize/packed_layout.h"
+#include "veloxquant/quantize/registry.h"
+
+namespace veloxquant {
+
+/// What a block that still grows needs beside its bytes.
+struct OpenBlock {
+  std::vector<float> patch_errors;  // rotated_pq: of the tokens patched, in the order of the patches
+};
+
+/// Queries of one KV head [num_queries, dim] at work on a block.
+struct BlockQueries {
+  const float* q;  // as attention has them: turned by their positions
+  std::size_t num_queries;
+  float scale;
+};
+
+/// scores[r · score_stride + t] = scale · q[r]·k[t], and sums[r] += Σ_t weights[r · weight_stride + t] · v[t]; k and v `stride` apart.
+void score_vectors(const BlockQueries& queries, const float* k, std::size_t tokens, std::size_t stride, std::size_t dim, float* scores,
+                   std::size_t score_stride);
+void add_vectors(const float* weights, std::size_t num_queries, std::size_t weight_stride, const float* v, std::size_t tokens,
+                 std::size_t stride, std::size_t dim, float* sums);
+
+/// Keys or values of one KV head of one layer: how kPackedBlockTokens tokens lie in a block, and what attention does with them.
+/// Immutable: one serves all caches and threads.
+class BlockCodec {
+ public:
+  virtual ~BlockCodec() = default;
+
+  virtual std::size_t block_bytes() const = 0;
+
+  /// Appends vectors [n, dim] as tokens at … at + n − 1 of a block; at + n ≤ kPackedBlockTokens.
+  virtual void append(std::span<const float> vectors, std::size_t at, std::uint8_t* block, OpenBlock& open) const = 0;
+
+  /// The first `tokens` tokens → vectors [tokens, dim].
+  virtual void decode(const std::uint8_t* block, std::size_t tokens, float* vectors) const = 0;
+
+  /// Keys: scores[r · score_stride + t] = scale · q[r]·k[t] of the first `tokens` tokens, the first at `position`.
+  virtual void score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries, float* scores,
+                     std::size_t score_stride) const;
+
+  /// Values: sums[r] += Σ_t weights[r · weight_stride + t] · v[t], sums [num_queries, dim], in a space of the codec's own, …
+  virtual void add(const std::uint8_t* block, std::size_t tokens, const float* weights, std::size_t num_queries,
+                   std::size_t weight_stride, float* sums) const;
+
+  /// … from which they are brought back once: sums [num_queries, dim] of weights that add up to totals [num_queries].
+  virtual void finish(std::span<float> sums, std::span<const float> totals) const;
+
+ protected:
+  /// rope: what turns stored keys; null for values, and for keys that are stored turned.
+  BlockCodec(int dim, const Rope* rope) : dim_(static_cast<std::size_t>(dim)), rope_(rope) {}
+
+  const std::size_t dim_;
+  const Rope* const rope_;
+};
+
+/// Throws std::invalid_argument, naming the method, for one that groups tokens in another way (KIVI's keys).
+void check_packable(const QuantizerParameters& parameters);
+
+/// Throws as check_packable does.  `rope` outlives it.
+std::shared_ptr<const BlockCodec> make_block_codec(const QuantizerParameters& parameters, const Rope* rope);
+
+}  // namespace veloxquant

@@ -1,0 +1,31 @@
+// How the codes of a unit lie in memory while a cache is in use: one definition for CPU, GPU and files.
+#pragma once
+
+#include <cstddef>
+
+#include "veloxquant/kernels/packed_lookup.h"
+
+namespace veloxquant {
+
+/// Memory of a cache grows by so many tokens; the blocks of rotated_pq, which share patches, are as long.
+inline constexpr std::size_t kPackedBlockTokens = 256;
+
+/// Tokens of a tile, within a block.
+inline constexpr std::size_t kPackedTileTokens = 32;
+
+/// Where the 8-bit codes of a block stand.  Tile after tile; in a tile the first four codes of every token, then the next four, …,
+/// and last the one to three that remain: a scan over tokens reads forward, and on a GPU neighbouring threads read neighbouring
+/// words.
+struct PackedCodes {
+  std::size_t codes;  // of a token
+
+  constexpr CodePlace place(std::size_t code) const {
+    const std::size_t word = code / 4, rest = codes - 4 * word, bytes = rest < 4 ? rest : 4;
+    return {word * 4 * kPackedTileTokens + code % 4, bytes};
+  }
+
+  constexpr std::size_t tile_bytes() const { return codes * kPackedTileTokens; }
+  constexpr std::size_t block_bytes() const { return codes * kPackedBlockTokens; }
+};
+
+}  // namespace veloxquant
