@@ -14,5 +14,6 @@ void add_allocate(CLI::App& program);
 void add_inspect(CLI::App& program);
 void add_verify(CLI::App& program);
 void add_evaluate(CLI::App& program);
+void add_generate(CLI::App& program);
 
 }  // namespace veloxquant::cli

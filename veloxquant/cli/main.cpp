@@ -41,6 +41,7 @@ int run(int argc, char** argv) {
   program.footer("Example: veloxquant calibrate MODEL -o plan.safetensors && veloxquant evaluate MODEL --plan plan.safetensors");
   add_calibrate(program);
   add_evaluate(program);
+  add_generate(program);
   add_sensitivity(program);
   add_allocate(program);
   add_inspect(program);

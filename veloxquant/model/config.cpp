@@ -63,17 +63,26 @@ const Family& family_of(const JsonObject& json) {
   json.refuse("model_type", fmt::format("one of {}", fmt::join(names, ", ")));
 }
 
-// A list of ids (several ends of text) counts by its first.
-std::optional<int> read_token(const JsonObject& json, std::string_view field, int vocab_size) {
-  if (!json.has(field)) return std::nullopt;
+// One id, or a list.
+std::vector<std::int32_t> read_tokens(const JsonObject& json, std::string_view field, int vocab_size) {
+  std::vector<std::int32_t> tokens;
+  if (!json.has(field)) return tokens;
   const auto& value = json.at(field);
-  if (value.is_array()) {
-    if (value.empty() || !value[0].is_number_integer()) json.refuse(field, "a token or a list of tokens");
-    const auto first = value[0].get<std::int64_t>();
-    if (first < 0 || first >= vocab_size) json.refuse(field, fmt::format("tokens from 0 to {}", vocab_size - 1));
-    return static_cast<int>(first);
-  }
-  return static_cast<int>(json.integer(field, 0, vocab_size - 1));
+  const auto add = [&](const nlohmann::json& token) {
+    if (!token.is_number_integer()) json.refuse(field, "a token or a list of tokens");
+    if (token < 0 || token >= vocab_size) json.refuse(field, fmt::format("tokens from 0 to {}", vocab_size - 1));
+    tokens.push_back(token.get<std::int32_t>());
+  };
+  if (!value.is_array()) return add(value), tokens;
+  if (value.empty()) json.refuse(field, "a token or a list of tokens");
+  for (const auto& token : value) add(token);
+  return tokens;
+}
+
+// A list (several ends of text) counts by its first.
+std::optional<int> read_token(const JsonObject& json, std::string_view field, int vocab_size) {
+  const auto tokens = read_tokens(json, field, vocab_size);
+  return tokens.empty() ? std::nullopt : std::optional<int>(tokens.front());
 }
 
 void refuse_unsupported(const JsonObject& json) {
@@ -244,6 +253,17 @@ ModelConfig read_config(const std::filesystem::path& folder) {
     throw_failure("model", "{}: not a folder; expected one with config.json and safetensors", folder.string());
   const auto path = folder / "config.json";
   return parse_config(read_file(path, kMaxConfigBytes), path.string());
+}
+
+std::vector<std::int32_t> read_stop_tokens(const std::filesystem::path& folder, const ModelConfig& config) {
+  std::vector<std::int32_t> tokens;
+  for (const char* name : {"config.json", "generation_config.json"}) {
+    if (!std::filesystem::exists(folder / name)) continue;
+    const auto document = read_json(folder / name);
+    for (const auto token : read_tokens(JsonObject(document, (folder / name).string()), "eos_token_id", config.vocab_size))
+      if (std::find(tokens.begin(), tokens.end(), token) == tokens.end()) tokens.push_back(token);
+  }
+  return tokens;
 }
 
 ModelConfig parse_config(std::string_view text, const std::string& source) {

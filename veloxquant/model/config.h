@@ -1,6 +1,7 @@
 // What config.json of a Hugging Face model folder says.
 #pragma once
 
+#include <cstdint>
 #include <filesystem>
 #include <map>
 #include <optional>
@@ -92,6 +93,9 @@ std::vector<int> stored_layers(const ModelConfig& config, bool sliding);
 /// Reads `folder`/config.json.  Throws std::runtime_error that names file, field, value and what is accepted; a model type,
 /// activation, RoPE scaling, kind of layer or packing that is not supported is refused by name.
 ModelConfig read_config(const std::filesystem::path& folder);
+
+/// Tokens that end a text: eos_token_id, one or a list, of config.json and of generation_config.json where there is one.
+std::vector<std::int32_t> read_stop_tokens(const std::filesystem::path& folder, const ModelConfig& config);
 
 /// The text of such a file; `source` stands for its name in messages.  Throws likewise.
 ModelConfig parse_config(std::string_view json, const std::string& source);

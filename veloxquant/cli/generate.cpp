@@ -1,0 +1,118 @@
+#include "veloxquant/generate/generate.h"
+
+#include <fmt/format.h>
+
+#include <cstdio>
+
+#include "veloxquant/cache/packed_cache.h"
+#include "veloxquant/cli/commands.h"
+#include "veloxquant/cli/options.h"
+#include "veloxquant/cli/terminal.h"
+#include "veloxquant/core/error.h"
+#include "veloxquant/model/attention.h"
+
+namespace veloxquant::cli {
+namespace {
+
+struct Options {
+  std::string model, prompt;
+  std::optional<std::string> plan;
+  GenerateOptions generate;
+  RunOptions run;
+  bool json = false;
+};
+
+// Prints text as its tokens come; a character that is not complete yet waits for the next one.
+class TextStream {
+ public:
+  explicit TextStream(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
+
+  void add(std::int32_t token) {
+    tokens_.push_back(token);
+    if (const std::string text = tokenizer_.decode(tokens_); !text.ends_with(kReplacement)) print_rest_of(text);
+  }
+
+  void finish() { print_rest_of(tokenizer_.decode(tokens_)); }
+
+ private:
+  static constexpr const char* kReplacement = "\xEF\xBF\xBD";
+
+  void print_rest_of(const std::string& text) {
+    if (text.size() <= printed_) return;
+    fmt::print("{}", text.substr(printed_));
+    std::fflush(stdout);
+    printed_ = text.size();
+  }
+
+  const Tokenizer& tokenizer_;
+  std::vector<std::int32_t> tokens_;
+  std::size_t printed_ = 0;
+};
+
+void run(const Options& options) {
+  const DeviceScope scope = options.run.enter();
+  const LoadedModel loaded = load_model(options.model);
+  std::optional<Plan> plan;
+  if (options.plan) {
+    plan = read_plan_for(loaded.model, options.model, *options.plan);
+    if (mx::default_device() == mx::Device::gpu)
+      throw_failure("generate", "--plan: packed caches run on the CPU: expected --device cpu");
+  }
+  const auto prompt = loaded.tokenizer.encode(options.prompt, /* add_special_tokens= */ true);
+  GenerateOptions wanted = options.generate;
+  wanted.seed = options.run.seed;
+  wanted.stop_tokens = read_stop_tokens(options.model, loaded.model.config());
+  const auto progress = terminal_progress();  // stops at Ctrl-C
+  TextStream stream(loaded.tokenizer);
+  const auto made =
+      generate(loaded.model, prompt, plan ? packed_factory(*plan) : FullCache::factory(), wanted, [&](std::int32_t token) {
+        progress("writing", 0, 0);
+        if (!options.json) stream.add(token);
+        return true;
+      });
+  const std::size_t codebooks = plan ? constant_bytes(*plan) : 0;
+  const auto& config = loaded.model.config();
+  const double elements = 2.0 * config.num_layers * config.num_kv_heads * config.head_dim * made.tokens_in_cache,
+               bits = 8.0 * static_cast<double>(made.cache_bytes) / elements;
+  if (options.json)
+    return print_json({{"text", loaded.tokenizer.decode(made.tokens)},
+                       {"prompt_tokens", prompt.size()},
+                       {"tokens", made.tokens.size()},
+                       {"stopped", made.stopped},
+                       {"tokens_in_cache", made.tokens_in_cache},
+                       {"cache_bytes", made.cache_bytes},
+                       {"codebook_bytes", codebooks},
+                       {"effective_bits", bits},
+                       {"tokens_per_second", made.tokens_per_second},
+                       {"seconds_to_first_token", made.seconds_to_first_token}});
+  stream.finish();
+  fmt::print(stderr, "\n\n{} tokens, {:.1f} tokens/s, first after {:.2f} s; cache of {} tokens: {}, {:.3g} bits per element{}\n",
+             made.tokens.size(), made.tokens_per_second, made.seconds_to_first_token, made.tokens_in_cache,
+             bytes_text(made.cache_bytes), bits,
+             codebooks > 0 ? fmt::format("; {} of codebooks beside", bytes_text(codebooks)) : "");
+}
+
+}  // namespace
+
+void add_generate(CLI::App& program) {
+  auto options = std::make_shared<Options>();
+  CLI::App& command = *program.add_subcommand("generate", "Let a model write, with its cache stored as a plan says");
+  command.footer("Example: veloxquant generate MODEL --plan plan.safetensors --prompt \"It was a dark night\" --max-tokens 200");
+  command.add_option("model", options->model, "Model folder: config.json, *.safetensors, tokenizer.json")->required();
+  command.add_option("--plan", options->plan, "Plan file (default: the cache in float32)");
+  command.add_option("--prompt", options->prompt, "Text to go on from")->required();
+  command.add_option("--max-tokens", options->generate.max_tokens, "Tokens to write at most")
+      ->check(whole_number(1))
+      ->capture_default_str();
+  command.add_option("--temperature", options->generate.temperature, "0 takes the likeliest token, 1 draws as the model says")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command.add_option("--top-p", options->generate.top_p, "Draw only from the likeliest tokens that have so much together")
+      ->check(positive_number())
+      ->capture_default_str();
+  options->run.add_to(command);
+  add_json_flag(command, options->json);
+  command.callback([options] { run(*options); });
+}
+
+}  // namespace veloxquant::cli

@@ -1,0 +1,110 @@
+#include "veloxquant/generate/generate.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <numeric>
+
+#include "mlx/ops.h"
+#include "mlx/transforms.h"
+#include "veloxquant/core/error.h"
+#include "veloxquant/core/random.h"
+#include "veloxquant/core/warning.h"
+
+namespace veloxquant {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr int kPromptChunk = 512;
+
+double seconds_since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+void check(const LanguageModel& model, std::span<const std::int32_t> prompt, const GenerateOptions& options) {
+  if (prompt.empty()) throw_invalid("generate", "prompt: expected at least one token, got none");
+  const int vocabulary = model.config().vocab_size, longest = model.config().max_position_embeddings;
+  for (const auto token : prompt)
+    if (token < 0 || token >= vocabulary)
+      throw_invalid("generate", "prompt: expected tokens from 0 to {}, got {}", vocabulary - 1, token);
+  if (options.max_tokens < 1) throw_invalid("generate", "max_tokens: expected at least 1, got {}", options.max_tokens);
+  if (!(options.temperature >= 0) || !std::isfinite(options.temperature))
+    throw_invalid("generate", "temperature: expected a number from 0, got {}", options.temperature);
+  if (!(options.top_p > 0 && options.top_p <= 1))
+    throw_invalid("generate", "top_p: expected a number above 0, at most 1, got {}", options.top_p);
+  if (const auto all = prompt.size() + static_cast<std::size_t>(options.max_tokens); all > static_cast<std::size_t>(longest))
+    warn(fmt::format("prompt and text are up to {} tokens, and the model was made for {}: what lies beyond may make no sense", all,
+                     longest));
+}
+
+// Logits [vocab_size] of the last of `tokens`.
+std::vector<float> read(const LanguageModel& model, std::span<const std::int32_t> tokens, const AttentionCaches& caches) {
+  const int count = static_cast<int>(tokens.size());
+  const auto hidden = model.forward(mx::array(tokens.data(), {1, count}, mx::int32), caches);
+  auto logits = mx::contiguous(model.logits(mx::slice(hidden, {0, count - 1, 0}, {1, count, hidden.shape(2)})));
+  logits.eval();
+  return {logits.data<float>(), logits.data<float>() + logits.size()};
+}
+
+}  // namespace
+
+std::int32_t choose_token(std::span<const float> logits, double temperature, double top_p, double uniform) {
+  const auto best = static_cast<std::int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+  if (temperature == 0) return best;
+  const double top = logits[static_cast<std::size_t>(best)];
+  std::vector<double> weights(logits.size());
+  for (std::size_t i = 0; i < logits.size(); ++i) weights[i] = std::exp((logits[i] - top) / temperature);
+  const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
+  std::vector<std::int32_t> order(logits.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::size_t kept = order.size();
+  double mass = total;
+  if (top_p < 1) {
+    std::stable_sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
+      return weights[static_cast<std::size_t>(a)] > weights[static_cast<std::size_t>(b)];
+    });
+    mass = 0;
+    for (kept = 0; kept < order.size() && (kept == 0 || mass < top_p * total); ++kept)
+      mass += weights[static_cast<std::size_t>(order[kept])];
+  }
+  double left = uniform * mass;
+  for (std::size_t i = 0; i < kept; ++i) {
+    left -= weights[static_cast<std::size_t>(order[i])];
+    if (left < 0) return order[i];
+  }
+  return best;  // rounding
+}
+
+Generation generate(const LanguageModel& model, std::span<const std::int32_t> prompt, const CacheFactory& factory,
+                    const GenerateOptions& options, const TokenCallback& on_token) {
+  check(model, prompt, options);
+  const auto begin = Clock::now();
+  const auto caches = model.make_caches(factory);
+  std::vector<float> logits;
+  for (std::size_t at = 0; at < prompt.size(); at += kPromptChunk)
+    logits = read(model, prompt.subspan(at, std::min<std::size_t>(kPromptChunk, prompt.size() - at)), caches);
+  Generation result;
+  auto first = begin;
+  Random random(options.seed);
+  while (static_cast<int>(result.tokens.size()) < options.max_tokens) {
+    const std::int32_t token = choose_token(logits, options.temperature, options.top_p, random.uniform());
+    result.stopped = std::find(options.stop_tokens.begin(), options.stop_tokens.end(), token) != options.stop_tokens.end();
+    if (result.stopped) break;
+    result.tokens.push_back(token);
+    if (result.tokens.size() == 1) {
+      result.seconds_to_first_token = seconds_since(begin);
+      first = Clock::now();
+    }
+    if (on_token && !on_token(token)) break;
+    if (static_cast<int>(result.tokens.size()) < options.max_tokens) logits = read(model, {&token, 1}, caches);
+  }
+  if (result.tokens.size() > 1) result.tokens_per_second = static_cast<double>(result.tokens.size() - 1) / seconds_since(first);
+  result.tokens_in_cache = caches.at(0)->offset();
+  for (const auto& cache : caches) result.cache_bytes += cache->nbytes();
+  return result;
+}
+
+}  // namespace veloxquant
