@@ -35,7 +35,7 @@ bench: build
 	cmake --build $(BUILD) --parallel $(JOBS) --target engine_bench kernels_bench
 	.venv-bench/bin/python bench/run.py $(BUILD) $(MODELS)
 
-# With the libraries of this machine that it needs, for any that is not older (scripts/wheel.sh).
+# With the libraries of this machine that it needs, for any of the same age or newer.
 wheel:
 	bash scripts/setup.sh --test
 	bash scripts/wheel.sh dist

@@ -77,7 +77,8 @@ def test_the_program_in_a_clean_environment(clean, demo_model, tmp_path):
     assert re.match(r"veloxquant [\d.]+, OpenBLAS ", output("veloxquant", "--version", env={"PATH": str(clean)}))
     said = output(clean / "veloxquant", "sensitivity", tmp_path, "-o", tmp_path / "s.json", status=1)
     assert str(tmp_path) in said
-    process = subprocess.Popen([clean / "veloxquant", "sensitivity", demo_model, "--device", "cpu"])
+    long = ["sensitivity", demo_model, "--samples", "1000", "--device", "cpu"]
+    process = subprocess.Popen([clean / "veloxquant", *long], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
     assert os.readlink(f"/proc/{process.pid}/exe").endswith("veloxquant_mlx/bin/veloxquant")
@@ -89,6 +90,12 @@ def test_a_missing_debian_package_is_named(tmp_path):
     said = output(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT, "-C",
                   "cmake.define.CMAKE_DISABLE_FIND_PACKAGE_fmt=ON", env={**os.environ, "PKG_CONFIG_LIBDIR": str(tmp_path)}, status=1)
     assert "apt-get install libfmt-dev libhwy-dev libpcre2-dev libutf8proc-dev\n" in said
+
+
+def test_versions_are_those_of_the_scripts():
+    pins = re.findall(r'"([\w\[\]-]+==[\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    lines = "".join(path.read_text() for path in (ROOT / "scripts").glob("requirements*.txt")).replace("_", "-").splitlines()
+    assert len(pins) >= 5 and set(pins) <= set(lines)
 
 
 def test_setup_knows_the_debian_packages():
