@@ -2,15 +2,13 @@
 BUILD ?= build
 JOBS ?= $(shell nproc)
 PYTHON = .venv/bin/python
-# A command for the shell, not for make, which would run it before setup.sh.
-MLX_ROOT = $$($(PYTHON) -c 'import importlib.util as u; print(u.find_spec("mlx").submodule_search_locations[0])')
 
-.PHONY: build demo test test-slow test-gpu bench clean format tidy
+.PHONY: build demo test test-slow test-gpu bench wheel clean format tidy
 .DEFAULT_GOAL = build
 
 build:
 	bash scripts/setup.sh
-	cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DMLX_ROOT="$(MLX_ROOT)"
+	cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DVELOXQUANT_PYTHON=ON -DPython_EXECUTABLE=$(CURDIR)/$(PYTHON)
 	cmake --build $(BUILD) --parallel $(JOBS)
 
 demo: build
@@ -36,6 +34,11 @@ bench: build
 	bash scripts/setup.sh --bench
 	cmake --build $(BUILD) --parallel $(JOBS) --target engine_bench kernels_bench
 	.venv-bench/bin/python bench/run.py $(BUILD) $(MODELS)
+
+# With the libraries of this machine that it needs, for any of the same age or newer.
+wheel:
+	bash scripts/setup.sh --test
+	bash scripts/wheel.sh dist
 
 format:
 	git ls-files '*.h' '*.cpp' | xargs clang-format -i
