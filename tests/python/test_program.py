@@ -589,7 +589,7 @@ def test_options_are_checked_before_own_text_is_written(run, tiny, demo_model, t
     fails(calibrate("--method", "vecinfer", "--bits", 1.5), "1.5", "sub-spaces")
     fails(calibrate("--method", "vecinfer", "--units", "head"), "uniform and layer", "head")
     for option in (["--window", 32], ["--sinks", 4], ["--keys", "plane"], ["--bytes", "1GiB"], ["--frontier"]):
-        fails(calibrate("--method", "kivi", *option), option[0], "rotated_pq", "kivi")
+        fails(calibrate("--method", "kivi", *option), option[0].lstrip("-"), "rotated_pq", "kivi")
     fails(calibrate("--method", "turboquant", "--units", "layer", "--bits", 6.25), "1.25 to 4.25", "6.25")
     fails(run("calibrate", tiny, "-o", ""), "expected the name of a file")
     fails(run("sensitivity", tiny, "-o", ""), "expected the name of a file")
