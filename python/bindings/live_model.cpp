@@ -2,10 +2,15 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <memory>
 
 #include "bindings.h"
 #include "mlx/ops.h"
+#include "veloxquant/cache/packed_cache.h"
 #include "veloxquant/model/language_model.h"
 #include "veloxquant/model/rope.h"
 
@@ -76,13 +81,18 @@ class LiveModel : public LanguageModel {
   std::vector<Rope> ropes_;
 };
 
-// Layers that turn alike share a rope.
-void add_layer(const LiveLayer& layer, ModelConfig& config) {
+RopeConfig rope_of(const LiveLayer& layer) {
   RopeConfig rope;
   rope.theta = 1;
   rope.scaling = RopeConfig::Scaling::kLongRope;
   rope.dims = 2 * static_cast<int>(layer.radians.size());
   for (const double radians : layer.radians) rope.factors.push_back(1 / radians);
+  return rope;
+}
+
+// Layers that turn alike share a rope.
+void add_layer(const LiveLayer& layer, ModelConfig& config) {
+  const RopeConfig rope = rope_of(layer);
   std::size_t at = 0;
   while (at < config.ropes.size() && config.ropes[at].factors != rope.factors) ++at;
   if (at == config.ropes.size()) config.ropes.push_back(rope);
@@ -115,6 +125,36 @@ LiveModel* make_live_model(nb::object walk, const std::string& architecture, con
   return new LiveModel(std::move(walk), std::move(config), identity);
 }
 
+// A cache of its own for a layer of a live model.
+class LiveCache {
+ public:
+  LiveCache(std::unique_ptr<AttentionCache> cache, const LiveLayer& layer, int head_dim)
+      : cache_(std::move(cache)),
+        rope_(rope_of(layer), head_dim),
+        attention_(*cache_, rope_, 2 * static_cast<int>(layer.radians.size()), layer.sliding_window) {}
+
+  int offset() const { return cache_->offset(); }
+  std::size_t nbytes() const { return cache_->nbytes(); }
+  mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, float scale) { return attention_.attend(q, k, v, scale); }
+
+ private:
+  std::unique_ptr<AttentionCache> cache_;
+  Rope rope_;
+  LiveAttention attention_;
+};
+
+// None for layers that the plan leaves as they are.
+std::vector<std::unique_ptr<LiveCache>> packed_caches(const Plan& plan, const std::vector<LiveLayer>& layers) {
+  const auto factory = packed_factory(plan);
+  std::vector<std::unique_ptr<LiveCache>> caches;
+  for (int i = 0; i < plan.model.num_layers; ++i) {
+    const bool slides = std::any_of(plan.sliding.begin(), plan.sliding.end(), [i](const SlidingLayer& some) { return some.layer == i; });
+    caches.push_back(slides ? nullptr
+                            : std::make_unique<LiveCache>(factory(i), layers.at(static_cast<std::size_t>(i)), plan.model.head_dim));
+  }
+  return caches;
+}
+
 }  // namespace
 
 void bind_live_model(nb::module_& module) {
@@ -129,6 +169,12 @@ void bind_live_model(nb::module_& module) {
             new (self) LiveLayer{std::move(radians), sliding_window};
           },
           nb::arg("radians"), nb::arg("sliding_window"));
+  nb::class_<LiveCache>(module, "LiveCache", "Keys and values of one layer, as a plan stores them.")
+      .def_prop_ro("offset", &LiveCache::offset)
+      .def_prop_ro("nbytes", &LiveCache::nbytes)
+      .def("attend", &LiveCache::attend, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("scale"), WithoutInterpreter(),
+           "Appends k and v, and attends: as LiveAttention.attend.");
+  module.def("packed_caches", &packed_caches, nb::arg("plan"), nb::arg("layers"), "One for each layer, None for those that slide.");
   nb::class_<LiveModel, LanguageModel>(module, "LiveModel", "A model that a Python object runs, layer by layer.");
   module.def("make_live_model", &make_live_model, nb::arg("walk"), nb::arg("architecture"), nb::arg("layers"),
              nb::arg("hidden_size"), nb::arg("intermediate_size"), nb::arg("num_heads"), nb::arg("num_kv_heads"),

@@ -12,7 +12,8 @@ allocators.ratequant and allocators.vecinfer are the documented API.
 from ._load import core
 from . import allocators  # isort: skip  _load comes first
 from .plans import Plan, calibrate
+from ._packed import PackedKVCache, make_cache  # isort: skip
 
 Tokenizer = core.Tokenizer
 __version__ = core.__version__
-__all__ = ["Plan", "Tokenizer", "allocators", "calibrate"]
+__all__ = ["PackedKVCache", "Plan", "Tokenizer", "allocators", "calibrate", "make_cache"]

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from ._attention import OurAttention, know_our_caches
 from ._load import core
 
 # What still works where this does not.
@@ -47,7 +48,7 @@ class _KeysAt(_Cache):
         raise _Reached
 
 
-class _Attention(_Cache):
+class _Attention(_Cache, OurAttention):
     """Gives a layer's queries, keys and values to the engine's attention."""
 
     def __init__(self, attention, order):
@@ -58,7 +59,7 @@ class _Attention(_Cache):
         self.keys, self.values = keys, values
         return keys, values
 
-    def attend(self, queries, scale):
+    def attend(self, queries, keys, values, scale):
         q, k = (x.astype(mx.float32) if self.order is None else x.astype(mx.float32)[..., self.order] for x in (queries, self.keys))
         self.result = self.attention.attend(q, k, self.values.astype(mx.float32), scale)
         return self.result.astype(queries.dtype)
@@ -67,8 +68,11 @@ class _Attention(_Cache):
 class _Spy:
     """Stands in for a layer: notes its arguments, gives `result` or what entered."""
 
-    def __init__(self, result=None, stops=False):
-        self.result, self.stops, self.arguments = result, stops, None
+    def __init__(self, layer, result=None, stops=False):
+        self.layer, self.result, self.stops, self.arguments = layer, result, stops, None
+
+    def __getattr__(self, name):  # models look at attributes of their layers, too
+        return getattr(self.layer, name)
 
     def __call__(self, hidden, *args, **kwargs):
         self.hidden, self.arguments = hidden, (args, kwargs)
@@ -86,15 +90,15 @@ class LayerWalk:
         self._held = self._find_layers()
         self._layers = list(self._held)
         self._arguments = self._read_arguments()
-        self._orders = [None] * len(self._layers)
+        self.orders = [None] * len(self._layers)
 
     # Layers of the model --------------------------------------------------------------------------------------------------------------
 
     def embed(self, tokens):
-        return self._run([_Spy(stops=True)] * len(self._layers), tokens)[0].hidden
+        return self._run([_Spy(layer, stops=True) for layer in self._layers], tokens)[0].hidden
 
     def layer(self, index, hidden, attention):
-        cache = _Attention(attention, self._orders[index])
+        cache = _Attention(attention, self.orders[index])
         out = self._call(index, hidden, cache)
         if cache.result is None:
             raise ValueError(f"model: {self._name(index)} does not attend through scaled_dot_product_attention; {_ALLOCATORS}")
@@ -102,21 +106,27 @@ class LayerWalk:
 
     def logits(self, hidden):
         rows = hidden.reshape(1, -1, hidden.shape[-1])
-        spies = [_Spy(result=rows)] + [_Spy() for _ in self._layers[1:]]
+        spies = [_Spy(self._layers[0], result=rows)] + [_Spy(layer) for layer in self._layers[1:]]
         logits = self._run(spies, mx.zeros(rows.shape[:2], mx.int32))[1]
         return logits.astype(mx.float32).reshape(*hidden.shape[:-1], -1)
+
+    def live_layers(self, turns, hidden=None):
+        """→ (core.LiveLayer of each layer, keys of a token); turns: whether keys are to be stored before RoPE."""
+        hidden = self.embed(mx.zeros((1, 1), mx.int32)) if hidden is None else hidden
+        layers, keys = [], None
+        for index, cache in enumerate(self._caches):
+            keys = self._keys(index, 0, hidden)
+            radians, self.orders[index] = self._read_turning(index, hidden.shape[-1]) if turns else ([], None)
+            window = cache.max_size if isinstance(cache, RotatingKVCache) else 0
+            layers.append(core.LiveLayer(radians, window))
+        return layers, keys
 
     def engine_model(self, tokenizer_first_token, turns):
         """→ core.LiveModel; turns: whether keys are to be stored before RoPE."""
         arguments = getattr(self._model, "args", None)
         hidden = self.embed(mx.zeros((1, 1), mx.int32))
         vocab_size = self.logits(hidden).shape[-1]
-        layers, keys = [], None
-        for index, cache in enumerate(self._caches):
-            keys = self._keys(index, 0, hidden)
-            radians, self._orders[index] = self._read_turning(index, hidden.shape[-1]) if turns else ([], None)
-            window = cache.max_size if isinstance(cache, RotatingKVCache) else 0
-            layers.append(core.LiveLayer(radians, window))
+        layers, keys = self.live_layers(turns, hidden)
         return core.make_live_model(
             self,
             getattr(arguments, "model_type", type(self._model).__module__.rsplit(".", 1)[-1]),
@@ -135,12 +145,7 @@ class LayerWalk:
 
     def __enter__(self):
         self._stack = contextlib.ExitStack()
-        names = {type(self._model).__module__, type(self._layers[0]).__module__}
-        for name, module in list(sys.modules.items()):
-            attend = getattr(module, "scaled_dot_product_attention", None)
-            if (name.startswith("mlx_lm.models.") or name in names) and callable(attend):
-                setattr(module, "scaled_dot_product_attention", _for_our_caches(attend))
-                self._stack.callback(setattr, module, "scaled_dot_product_attention", attend)
+        self._stack.callback(know_our_caches(self._model))
         return self
 
     def __exit__(self, *problem):
@@ -174,7 +179,7 @@ class LayerWalk:
     def _read_arguments(self):
         read = []
         for tokens in ([1, 2, 3], [3, 1, 2, 0]):
-            spies = [_Spy() for _ in self._layers]
+            spies = [_Spy(layer) for layer in self._layers]
             self._run(spies, mx.array([tokens], mx.int32))
             read.append([self._pattern(index, spy, len(tokens)) for index, spy in enumerate(spies)])
         for index, (one, other) in enumerate(zip(*read, strict=True)):
@@ -270,15 +275,3 @@ def _frequencies(pairs_at):
         done = done | (np.abs(radians) * position > _MOST_RADIANS)
         position *= 2
     return np.where(np.abs(radians) < 1e-12, 1e-12, radians)
-
-
-def _for_our_caches(attend):
-    def scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks=None, **kwargs):
-        if not isinstance(cache, _Attention):
-            given = {} if sinks is None else {"sinks": sinks}
-            return attend(queries, keys, values, cache=cache, scale=scale, mask=mask, **given, **kwargs)
-        if sinks is not None:
-            raise ValueError(f"model: attention with sinks of its own is not read; {_ALLOCATORS}")
-        return cache.attend(queries, scale)
-
-    return scaled_dot_product_attention

@@ -1,5 +1,6 @@
 """Live mlx_lm models of families that the C++ engine does not have: the model's own forward runs, with caches of ours in its list."""
 
+import contextlib
 import tempfile
 
 import mlx.core as mx
@@ -50,12 +51,12 @@ class OwnForward:
         self.num_kv_heads, self.head_dim = keys.shape[1], keys.shape[-1]
 
     def __enter__(self):
-        self._parameters = self.model.parameters()
-        self.model.update(tree_map(_float32, self._parameters))
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(in_float32(self.model))
         return self
 
     def __exit__(self, *_):
-        self.model.update(self._parameters)
+        self._stack.close()
 
     def _check_caches(self):
         for i, cache in enumerate(make_prompt_cache(self.model)):
@@ -183,8 +184,15 @@ def check_tokens(model, tokenizer):
         raise ValueError(f"tokenizer: it has ids up to {tokens - 1}, and the model {rows} tokens: they are not of one model")
 
 
-def _float32(x):
-    return x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
+@contextlib.contextmanager
+def in_float32(model):
+    """A context in which a model's parameters are float32."""
+    parameters = model.parameters()
+    model.update(tree_map(lambda x: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x, parameters))
+    try:
+        yield
+    finally:
+        model.update(parameters)
 
 
 def _layer_type(model, index):

@@ -86,6 +86,7 @@ def no_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "no GPU back end")
         warnings.filterwarnings("ignore", "no facts are sown")
+        warnings.filterwarnings("ignore", "own text")
         yield
 
 
