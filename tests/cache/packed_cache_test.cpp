@@ -50,7 +50,8 @@ Stored rotated(const Sequence& x, int dim, Rotation rotation, int patches) {
   for (int head = 0; head < kHeads; ++head)
     for (const Side side : {Side::kKeys, Side::kValues}) {
       const auto& vectors = side == Side::kKeys ? x.k : x.v;
-      const RotatedPqFitter fitter({vectors.data<float>(), vectors.size()}, dim, {}, side == Side::kKeys ? rotation : Rotation::kFull);
+      const RotatedPqFitter fitter({vectors.data<float>(), vectors.size()}, dim, {},
+                                   side == Side::kKeys ? rotation : Rotation::kFull);
       (side == Side::kKeys ? stored.keys : stored.values)
           .push_back(fitter.fit(side, {.codes = 9 + 5 * head, .stages = 2, .patches = patches, .max_iter = 2}));
     }
@@ -82,8 +83,8 @@ double largest_difference(const Sequence& x, const Stored& stored, ExactTokens e
     const auto some = [&](const mx::array& y) { return cut(y, begin, end); };
     const auto expected = restoring.attend(some(x.q), some(x.k), some(x.v), spec),
                got = packed.attend(some(x.q), some(x.k), some(x.v), spec);
-    difference = std::max<double>(difference, mx::max(mx::abs(mx::subtract(expected, got))).item<float>() /
-                                                  mx::max(mx::abs(expected)).item<float>());
+    difference = std::max<double>(
+        difference, mx::max(mx::abs(mx::subtract(expected, got))).item<float>() / mx::max(mx::abs(expected)).item<float>());
     EXPECT_EQ(got.shape(), expected.shape());
     begin = end;
   }

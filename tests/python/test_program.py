@@ -690,3 +690,31 @@ def test_gpu_is_refused_where_there_is_none(run, tiny, text):
     done = run("evaluate", tiny, "--text", text, "--length", 16, "--device", "gpu")
     if done.returncode != 0:
         fails(done, "gpu")
+
+
+def test_generate_says_what_the_cache_takes(run, demo_model, tmp_path):
+    path = tmp_path / "made.plan"
+    made = run("calibrate", demo_model, "--method", "affine", "--units", "uniform", "--bits", 4.5, "-o", path)
+    assert made.returncode == 0, made.stderr
+    prompt = ["--prompt", "It was a cold evening in November, and the rain had been falling", "--max-tokens", 40, "--json"]
+    full, packed = (json.loads(run("generate", demo_model, *prompt, *plan).stdout) for plan in ([], ["--plan", path]))
+    assert full["tokens"] == packed["tokens"] == 40 and full["text"].startswith(" ") == packed["text"].startswith(" ")
+    assert packed["tokens_in_cache"] == packed["prompt_tokens"] + 39
+    # Memory grows by blocks of 256 tokens: 12 layers, 2 KV heads of 64, keys and values, 4 bits and 4 bytes a vector.
+    assert packed["cache_bytes"] == 256 * 12 * 2 * 2 * (64 * 4 // 8 + 4)
+    assert packed["effective_bits"] == pytest.approx(8 * packed["cache_bytes"] / (packed["tokens_in_cache"] * 12 * 2 * 2 * 64))
+    assert packed["codebook_bytes"] == 0 and packed["tokens_per_second"] > 0 and packed["seconds_to_first_token"] > 0
+    again = json.loads(run("generate", demo_model, *prompt, "--temperature", 0.9, "--top-p", 0.9, "--seed", 3).stdout)
+    assert again["text"] == json.loads(run("generate", demo_model, *prompt, "--temperature", 0.9, "--top-p", 0.9, "--seed", 3).stdout)["text"]
+    streamed = run("generate", demo_model, *prompt[:-1])
+    assert streamed.stdout.rstrip("\n") == full["text"].rstrip("\n") and "tokens/s" in streamed.stderr
+
+
+def test_generate_refuses(run, demo_model, tiny, plan, tmp_path):
+    fails(run("generate", demo_model, "--prompt", ""), "prompt", "at least one token")
+    fails(run("generate", tiny, "--plan", plan, "--prompt", "a"), "another model")
+    assert run("generate", demo_model).returncode == 2
+    assert run("generate", demo_model, "--prompt", "a", "--max-tokens", 0).returncode == 2
+    kivi = tmp_path / "kivi.plan"
+    assert run("calibrate", demo_model, "--method", "kivi", "--units", "uniform", "--bits", 3, "-o", kivi).returncode == 0
+    fails(run("generate", demo_model, "--plan", kivi, "--prompt", "a"), "kivi groups 32 tokens")

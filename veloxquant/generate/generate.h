@@ -12,9 +12,9 @@ namespace veloxquant {
 
 struct GenerateOptions {
   int max_tokens = 256;
-  double temperature = 0.0;               // 0: the likeliest token
-  double top_p = 1.0;                     // (0, 1]: only the likeliest tokens that have so much together (arXiv 1904.09751)
-  std::vector<std::int32_t> stop_tokens;  // end the text, and are not part of it
+  double temperature = 0.0;                    // 0: the likeliest token
+  double top_p = 1.0;                          // (0, 1]: only the likeliest tokens that have so much together (arXiv 1904.09751)
+  std::vector<std::int32_t> stop_tokens = {};  // end the text, and are not part of it
   std::uint64_t seed = 0;
 };
 
