@@ -26,6 +26,11 @@ void bind_ratequant(nb::module_& module);
 void bind_vecinfer(nb::module_& module);
 void bind_plans(nb::module_& module);
 
+/// Has libmlx.so call the cblas_sgemm of this module; false where there is nothing to redirect.  Python loads modules with their
+/// symbols bound at once (RTLD_NOW), so that standing among the global symbols helps only before mlx.core is imported; its table of
+/// calls can be written at any time.
+bool take_mlx_products();
+
 /// What functions run in that work for long: no other thread waits for the interpreter.
 using WithoutInterpreter = nb::call_guard<nb::gil_scoped_release>;
 

@@ -36,6 +36,7 @@ NB_MODULE(_core, module) {
   module.doc() = "The C++ side of veloxquant_mlx.";
   module.attr("__version__") = VELOXQUANT_VERSION;
   veloxquant::set_warning_handler(warn_in_python);
+  module.def("take_mlx_products", &take_mlx_products, "Have MLX multiply with this module's cblas_sgemm; whether it does.");
   module.def("gemm_calls", &veloxquant::gemm_calls, "Calls of this module's cblas_sgemm so far.");
   module.def("blas_description", &veloxquant::blas_description, "The BLAS that matrix products of this module come through.");
   bind_models(module);

@@ -135,7 +135,9 @@ class LiveCache {
 
   int offset() const { return cache_->offset(); }
   std::size_t nbytes() const { return cache_->nbytes(); }
-  mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, float scale) { return attention_.attend(q, k, v, scale); }
+  mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, float scale) {
+    return attention_.attend(q, k, v, scale);
+  }
 
  private:
   std::unique_ptr<AttentionCache> cache_;
@@ -148,7 +150,8 @@ std::vector<std::unique_ptr<LiveCache>> packed_caches(const Plan& plan, const st
   const auto factory = packed_factory(plan);
   std::vector<std::unique_ptr<LiveCache>> caches;
   for (int i = 0; i < plan.model.num_layers; ++i) {
-    const bool slides = std::any_of(plan.sliding.begin(), plan.sliding.end(), [i](const SlidingLayer& some) { return some.layer == i; });
+    const bool slides =
+        std::any_of(plan.sliding.begin(), plan.sliding.end(), [i](const SlidingLayer& some) { return some.layer == i; });
     caches.push_back(slides ? nullptr
                             : std::make_unique<LiveCache>(factory(i), layers.at(static_cast<std::size_t>(i)), plan.model.head_dim));
   }

@@ -36,12 +36,12 @@ def engine_model(model, tokenizer, device):
             json.dumps(_config(model, arguments, tokenizer)), dict(tree_flatten(model.parameters())), "the live model", device
         )
     except RuntimeError as error:
-        warnings.warn(f"the live model runs by its own code, which takes longer: {error}", stacklevel=4)
+        warnings.warn(f"the live model runs by its own code, which takes longer: {error}", stacklevel=6)
         return None
     if not _says_the_same(model, engine, device):
         warnings.warn(
             f"the live model says something else than the engine's {arguments.model_type}: it runs by its own code, which takes longer",
-            stacklevel=4,
+            stacklevel=6,
         )
         return None
     return engine

@@ -1,17 +1,14 @@
-"""Loads the extension module so that MLX's matrix products come through the BLAS that it brings.
+"""Loads the extension module and has MLX multiply with the BLAS that it brings.
 
 MLX's Linux wheel holds the reference BLAS, some thirty times slower than OpenBLAS.  The module has a cblas_sgemm of its own (OpenBLAS
-on all cores); MLX takes it if it stands among the global symbols when MLX first multiplies.
+on all cores), and puts it into the table through which libmlx.so calls that function.
 """
 
-import os
 import sys
 import warnings
 
 
 def _load():
-    flags = sys.getdlopenflags()
-    sys.setdlopenflags(os.RTLD_GLOBAL | os.RTLD_LAZY)
     try:
         from . import _core
     except ImportError as error:
@@ -19,8 +16,6 @@ def _load():
             raise
         import mlx.core  # noqa: F401  installed elsewhere: once it is loaded, the module finds it by its name
         from . import _core
-    finally:
-        sys.setdlopenflags(flags)
     return _core
 
 
@@ -36,9 +31,6 @@ def _multiplies_with_ours(core):
 
 
 core = _load()
+core.take_mlx_products()
 if not _multiplies_with_ours(core):
-    warnings.warn(
-        "mlx.core multiplied matrices before veloxquant_mlx was imported and stays with its slow BLAS, in models that mlx_lm runs on "
-        "the CPU: import veloxquant_mlx first",
-        stacklevel=3,
-    )
+    warnings.warn("this MLX multiplies with a BLAS of its own, which may be slow, in models that mlx_lm runs on the CPU", stacklevel=3)

@@ -93,7 +93,7 @@ class OwnForward:
     # Samples [num_samples, length] int32 of texts, or of the model's own text.
     def samples(self, texts, num_samples, length, seed, progress):
         if texts:
-            tokenize = encoder(self.tokenizer)
+            tokenize = encoder(self.tokenizer, rows_of(self.model))
             return core.cut_samples([tokenize.encode(text) for _, text in texts], num_samples, length)
         return self._own_text(num_samples, length, seed, progress)
 
@@ -159,8 +159,8 @@ class Observations:
     """Keys and values [num_samples, num_kv_heads, length, head_dim] of every layer, float32, in a file."""
 
     def __init__(self, num_layers, *shape):
-        self._file = tempfile.TemporaryFile()
-        self._arrays = np.memmap(self._file, np.float32, "w+", shape=(num_layers, 2, *shape))
+        with tempfile.TemporaryFile() as file:  # the mapping holds it
+            self._arrays = np.memmap(file, np.float32, "w+", shape=(num_layers, 2, *shape))
 
     def set(self, layer, begin, keys, values):
         for side, x in enumerate((keys, values)):
@@ -176,10 +176,14 @@ class Observations:
         return self._arrays[layer, 1]
 
 
+def rows_of(model):
+    """Tokens that the model has, or None if it does not say."""
+    return getattr(getattr(model, "args", None), "vocab_size", None)
+
+
 def check_tokens(model, tokenizer):
     """ValueError unless the tokenizer's ids fit the model's embedding."""
-    arguments = getattr(model, "args", None)
-    rows, tokens = getattr(arguments, "vocab_size", None), vocabulary_size(tokenizer)
+    rows, tokens = rows_of(model), vocabulary_size(tokenizer)
     if rows is not None and tokens is not None and tokens > rows:
         raise ValueError(f"tokenizer: it has ids up to {tokens - 1}, and the model {rows} tokens: they are not of one model")
 

@@ -1,8 +1,13 @@
 """Progress bars with tqdm, on terminals and in notebooks."""
 
 import sys
+import warnings
 
-from tqdm.auto import tqdm
+from tqdm import TqdmWarning
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", TqdmWarning)  # notebooks without ipywidgets have text for bars
+    from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
 
 

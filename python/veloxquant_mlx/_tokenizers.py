@@ -2,6 +2,8 @@
 
 import weakref
 
+import numpy as np
+
 from ._load import core
 
 _parsed = weakref.WeakKeyDictionary()
@@ -11,10 +13,11 @@ def is_tokenizer(value):
     return isinstance(value, core.TextEncoder) or callable(getattr(value, "encode", None)) and not isinstance(value, (str, bytes))
 
 
-def encoder(tokenizer):
+def encoder(tokenizer, rows=None):
     """→ what the extension module reads texts with.
 
     tokenizer: mlx_lm's TokenizerWrapper, one of transformers or of tokenizers, or veloxquant_mlx.Tokenizer.
+    rows: tokens that the model has, where known: for tokenizers that are not asked how many they have.
     """
     if isinstance(tokenizer, core.TextEncoder):
         return tokenizer
@@ -24,15 +27,14 @@ def encoder(tokenizer):
             f"{type(tokenizer).__name__}"
         )
     try:
-        return _parsed[tokenizer]
+        made = _parsed[tokenizer]
     except (KeyError, TypeError):
-        pass
-    made = _parse(tokenizer) or core.CallableEncoder(lambda text: _encode(tokenizer, text))
-    try:
-        _parsed[tokenizer] = made
-    except TypeError:  # no weak references
-        pass
-    return made
+        made = _parse(tokenizer)
+        try:
+            _parsed[tokenizer] = made
+        except TypeError:  # no weak references
+            pass
+    return made or core.CallableEncoder(lambda text: _encode(tokenizer, text, rows))
 
 
 def vocabulary_size(tokenizer):
@@ -69,6 +71,12 @@ def _parse(tokenizer):
         return None
 
 
-def _encode(tokenizer, text):
-    tokens = tokenizer.encode(text, add_special_tokens=False)
-    return list(getattr(tokens, "ids", tokens))
+def _encode(tokenizer, text, rows):
+    found = tokenizer.encode(text, add_special_tokens=False)
+    tokens = list(getattr(found, "ids", found))
+    for token in tokens:
+        if not isinstance(token, (int, np.integer)):
+            raise TypeError(f"tokenizer: expected a list of token ids, got {type(found).__name__} with {token!r}")
+        if not 0 <= token < (rows or 2**31):
+            raise ValueError(f"tokenizer: the model has {rows or 2**31} tokens, got token {token}")
+    return tokens

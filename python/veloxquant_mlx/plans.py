@@ -84,6 +84,7 @@ class Plan:
         return f"Plan({self.model['architecture']}, {self.provenance['method']}, {self.bits:.4g} bits{kl})"
 
 
+@_inputs.documented
 def calibrate(
     model,
     tokenizer=None,
@@ -126,10 +127,9 @@ def calibrate(
         value if value is None else _inputs.integer(name, value, 0, 65536) for name, value in (("window", window), ("sinks", sinks))
     )
     bits, seed, texts = _inputs.number("bits", bits), _inputs.seed(seed), _inputs.texts(text)
-    for name, value in (("method", method), ("sliding", sliding)):
-        if not isinstance(value, str):
-            raise TypeError(f"{name}: expected a str, got {type(value).__name__}")
-    with Source(calibrate, model, tokenizer, device) as source, contextlib.ExitStack() as stack, Progress(progress) as report:
+    method, sliding = _inputs.word("method", method), _inputs.word("sliding", sliding)
+    units, keys = _inputs.word("units", units, optional=True), _inputs.word("keys", keys, optional=True)
+    with Source(model, tokenizer, device) as source, contextlib.ExitStack() as stack, Progress(progress) as report:
         engine = source.engine
         if engine is None:
             walk = stack.enter_context(LayerWalk(model))

@@ -1,10 +1,15 @@
 import os
 import pathlib
 import subprocess
+import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+# The Python module as it is in the build folder.
+MODULE = pathlib.Path(os.environ.get("VELOXQUANT_TOOLS", ROOT / "build" / "tools")).resolve().parent / "python"
+sys.path.insert(0, str(MODULE))
 
 
 def pytest_configure(config):

@@ -1,16 +1,11 @@
 """Models whose layers are called one by one: how keys turn is read from what layers make of them, and gradients are those of the engine."""
-import os
-import pathlib
-import sys
-
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-MODULE = pathlib.Path(os.environ.get("VELOXQUANT_TOOLS", ROOT / "build" / "tools")).parent / "python"
+from conftest import MODULE
+
 if not list(MODULE.glob("veloxquant_mlx/_core*.so")):
     pytest.skip("the Python module is not built", allow_module_level=True)
-sys.path.insert(0, str(MODULE))
 
 import veloxquant_mlx  # isort: skip  before mlx.core
 import mlx.core as mx

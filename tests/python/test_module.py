@@ -4,7 +4,6 @@ import inspect
 import itertools
 import json
 import os
-import pathlib
 import pickle
 import pydoc
 import re
@@ -16,14 +15,15 @@ import threading
 import time
 import warnings
 
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-MODULE = pathlib.Path(os.environ.get("VELOXQUANT_TOOLS", ROOT / "build" / "tools")).parent / "python"
+from conftest import MODULE, ROOT
+
 if not list(MODULE.glob("veloxquant_mlx/_core*.so")):
     pytest.skip("the Python module is not built", allow_module_level=True)
-sys.path.insert(0, str(MODULE))
 
 import veloxquant_mlx  # isort: skip  before mlx.core, so that MLX multiplies with OpenBLAS
 import mlx.core as mx
@@ -1087,20 +1087,16 @@ def test_notebook_is_clean():
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             assert cell["outputs"] == [] and cell["execution_count"] is None
-    assert "/work" not in NOTEBOOK.read_text() and str(ROOT) not in NOTEBOOK.read_text()
+    assert str(ROOT) not in NOTEBOOK.read_text()
 
 
-@pytest.mark.slow
 def test_notebook_runs(tmp_path, demo_model, monkeypatch):
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     shutil.copy(NOTEBOOK, tmp_path)
     (tmp_path / "demo").symlink_to(demo_model)
     monkeypatch.setenv("PYTHONPATH", str(MODULE))
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
     notebook = nbformat.read(tmp_path / NOTEBOOK.name, as_version=4)
-    begin = time.monotonic()
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert time.monotonic() - begin < 180
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     data = [output.data for output in outputs if "data" in output]

@@ -42,6 +42,8 @@ void check_factors(const char* where, const Tensor& factors, const std::vector<s
 
 // Throws unless the factors are those of one layer.
 void check_layer_factors(const char* where, const Tensor& factors) {
+  if (factors.shape.size() != 1)
+    throw_invalid(where, "smooth_factors: expected those of one layer, a shape [head_dim], got [{}]", fmt::join(factors.shape, ", "));
   const std::size_t head_dim = factors.values.size();
   if (!is_power_of_two(head_dim))
     throw_invalid(where, "smooth_factors: expected a head_dim that is a power of two, got {} values", head_dim);

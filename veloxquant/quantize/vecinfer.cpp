@@ -117,7 +117,8 @@ ProductCodebook::ProductCodebook(Tensor codebook) : codebook_(std::move(codebook
   const bool fits = shape.size() == 3 && shape[0] > 0 && shape[1] > 0 && shape[1] <= 65536 && shape[2] > 0 &&
                     codebook_.values.size() == static_cast<std::size_t>(shape[0] * shape[1] * shape[2]);
   if (!fits)
-    throw_invalid("codebook", "expected a shape [num_subspaces, num_centroids, subspace_dim], got [{}]", fmt::join(shape, ", "));
+    throw_invalid("codebook", "expected a shape [num_subspaces, num_centroids, subspace_dim] with 1 to 65536 centroids, got [{}]",
+                  fmt::join(shape, ", "));
   check_vectors("codebook", codebook_.values, 1);
   num_subspaces_ = static_cast<int>(shape[0]);
   num_centroids_ = static_cast<int>(shape[1]);

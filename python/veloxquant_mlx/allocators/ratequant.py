@@ -7,6 +7,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -65,6 +66,7 @@ class DistortionCurve:
         return self.alpha * math.exp(-self.beta * rate)
 
 
+@_inputs.documented
 def calibrate_layer_sensitivities(
     model, tokenizer, num_samples=32, sequence_length=512, noise_scale=0.1, device="gpu", *, text=None, seed=0, progress=None
 ):
@@ -86,7 +88,7 @@ def calibrate_layer_sensitivities(
     noise_scale, seed, texts = _inputs.number("noise_scale", noise_scale), _inputs.seed(seed), _inputs.texts(text)
     if not noise_scale > 0 or not math.isfinite(noise_scale):
         raise ValueError(f"noise_scale: expected a number above 0, got {noise_scale}")
-    with Source(calibrate_layer_sensitivities, model, tokenizer, device) as source, Progress(progress) as report:
+    with Source(model, tokenizer, device) as source, Progress(progress) as report:
         if source.engine is None:
             return _probe(source.own_forward, texts, num_samples, sequence_length, noise_scale, seed, report)
         found = core.calibrate_layer_sensitivities(
@@ -97,6 +99,7 @@ def calibrate_layer_sensitivities(
     }
 
 
+@_inputs.documented
 def fit_distortion_curve(sensitivities, bit_rates=(1.0, 1.5, 2.0, 3.0, 4.0), *, quantizer="turboquant"):
     """Fit a curve of predicted KL against bits to each layer.
 
@@ -107,10 +110,15 @@ def fit_distortion_curve(sensitivities, bit_rates=(1.0, 1.5, 2.0, 3.0, 4.0), *, 
     Returns {"layer_0": DistortionCurve, ...}.  Raises ValueError or TypeError that name the layer and field.
     """
     given = _mapping("sensitivities", sensitivities, SensitivityResult)
-    found = core.fit_distortion_curve(json.dumps({name: _record(result) for name, result in given.items()}), list(bit_rates), quantizer)
+    missing = [name for name in (f"layer_{i}" for i in range(len(given))) if name not in given]
+    if missing:
+        raise ValueError(f"sensitivities: expected every layer from layer_0, got none for {missing[0]}")
+    records = json.dumps({name: _record(result) for name, result in given.items()})
+    found = core.fit_distortion_curve(records, _inputs.numbers("bit_rates", bit_rates), _inputs.word("quantizer", quantizer))
     return {name: DistortionCurve(name, *numbers) for name, *numbers in found}
 
 
+@_inputs.documented
 def allocate_bits_ratequant(distortion_curves, target_bits=2.0, min_bits=1, max_bits=4):
     """Give whole bits to layers: least total distortion, on average at most target_bits.
 
@@ -118,28 +126,48 @@ def allocate_bits_ratequant(distortion_curves, target_bits=2.0, min_bits=1, max_
     Returns {"layer_0": bits, ...}; of equal allocations the lexicographically largest.  Raises ValueError or TypeError.
     """
     curves = _mapping("distortion_curves", distortion_curves, DistortionCurve)
-    rows = [(name, float(curve.alpha), float(curve.beta), float(curve.r_squared)) for name, curve in curves.items()]
+    rows = [(name, *(_finite(name, field, getattr(curve, field)) for field in ("alpha", "beta", "r_squared"))) for name, curve in curves.items()]
     least, most = _inputs.integer("min_bits", min_bits), _inputs.integer("max_bits", max_bits)
     return dict(core.allocate_bits_ratequant(rows, _inputs.number("target_bits", target_bits), least, most))
 
 
 def _mapping(name, value, kind):
     if not isinstance(value, dict):
-        raise TypeError(f'{name}: expected a dict {{"layer_0": {kind.__name__}, ...}}, got {type(value).__name__}')
+        raise _inputs.WrongType(f'{name}: expected a dict {{"layer_0": {kind.__name__}, ...}}, got {type(value).__name__}')
+    if not value:
+        raise ValueError(f"{name}: expected at least layer_0, got no layers")
     for layer, entry in value.items():
+        if not (isinstance(layer, str) and re.fullmatch(r"layer_(0|[1-9][0-9]*)", layer)):
+            raise ValueError(f"{name}: expected names such as layer_0, got {layer!r}")
         if not isinstance(entry, kind):
-            raise TypeError(f"{name}[{layer!r}]: expected {kind.__name__}, got {type(entry).__name__}")
+            raise _inputs.WrongType(f"{name}[{layer!r}]: expected {kind.__name__}, got {type(entry).__name__}")
+        if entry.layer_name != layer:
+            raise ValueError(f"{name}[{layer!r}]: expected layer_name {layer!r}, got {entry.layer_name!r}")
+    return value
+
+
+def _finite(layer, name, value):
+    value = _inputs.number(f"{layer}: {name}", value)
+    if not math.isfinite(value):
+        raise ValueError(f"{layer}: {name}: expected a finite number, got {value}")
     return value
 
 
 def _record(result):
-    numbers = {}
-    for name in ("mean_sensitivity", "std_sensitivity"):
-        numbers[name] = _inputs.number(f"{result.layer_name}: {name}", getattr(result, name))
-        if not (math.isfinite(numbers[name]) and numbers[name] >= 0):
-            raise ValueError(f"{result.layer_name}: {name}: expected a finite number, at least 0, got {numbers[name]}")
-    points = {name: [DistortionPoint(*point)._asdict() for point in points] for name, points in result.distortions.items()}
+    numbers = {name: _finite(result.layer_name, name, getattr(result, name)) for name in ("mean_sensitivity", "std_sensitivity")}
+    for name, value in numbers.items():
+        if value < 0:
+            raise ValueError(f"{result.layer_name}: {name}: expected a number, at least 0, got {value}")
+    if not isinstance(result.distortions, dict):
+        raise TypeError(f"{result.layer_name}: distortions: expected a dict of lists of DistortionPoint, got {result.distortions!r}")
+    points = {name: [_point(result.layer_name, name, point) for point in some] for name, some in result.distortions.items()}
     return {"layer_name": result.layer_name, **numbers, "distortions": points}
+
+
+def _point(layer, quantizer, point):
+    if not isinstance(point, (tuple, list)) or len(point) != 3:
+        raise TypeError(f"{layer}: distortions[{quantizer!r}]: expected (rate, keys, values), got {point!r}")
+    return {field: _finite(layer, f"distortions[{quantizer!r}]: {field}", x) for field, x in zip(DistortionPoint._fields, point)}
 
 
 def _points(distortions):

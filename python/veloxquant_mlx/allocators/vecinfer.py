@@ -24,16 +24,18 @@ __all__ = [
 ]
 
 
+@_inputs.documented
 def calibrate_smooth_factors(
     model, tokenizer, num_samples=64, sequence_length=256, *, text=None, seed=0, device="gpu", progress=None
 ):
     """λᵢ = √max|Kᵢ| over samples, tokens and KV heads; never zero: a dead channel gets 1.
 
     The arguments are those of ratequant.calibrate_layer_sensitivities.  Returns numpy float32 [num_layers, head_dim].
+    Raises as that does.
     """
     num_samples, length = _inputs.integer("num_samples", num_samples), _inputs.integer("sequence_length", sequence_length, 2)
     seed, texts = _inputs.seed(seed), _inputs.texts(text)
-    with Source(calibrate_smooth_factors, model, tokenizer, device) as source, Progress(progress) as report:
+    with Source(model, tokenizer, device) as source, Progress(progress) as report:
         if source.engine is not None:
             return core.calibrate_smooth_factors(source.engine, source.encoder, num_samples, length, texts, seed, source.device, report)
         live = source.own_forward
@@ -41,6 +43,7 @@ def calibrate_smooth_factors(
         return np.stack([core.layer_smooth_factors(observed.keys(layer), live.head_dim) for layer in range(live.num_layers)])
 
 
+@_inputs.documented
 def train_codebook(
     model,
     tokenizer,
@@ -62,6 +65,7 @@ def train_codebook(
     head_dim, which is a power of two.  The others are those of ratequant.calibrate_layer_sensitivities.
 
     Returns float32 [num_layers, num_subspaces, num_centroids, head_dim / num_subspaces], of the kind of smooth_factors.
+    Raises as that does, and ValueError for fewer keys than centroids.
     """
     counts = {
         "num_samples": num_samples,
@@ -73,7 +77,7 @@ def train_codebook(
     num_samples, num_centroids, num_subspaces, length, max_iter = (_inputs.integer(name, value) for name, value in counts.items())
     factors = _inputs.Array("smooth_factors", smooth_factors)
     seed, texts = _inputs.seed(seed), _inputs.texts(text)
-    with Source(train_codebook, model, tokenizer, device) as source, Progress(progress) as report:
+    with Source(model, tokenizer, device) as source, Progress(progress) as report:
         if source.engine is not None:
             trained = core.train_codebook(
                 source.engine,
@@ -101,47 +105,72 @@ def train_codebook(
         return factors.same_kind(np.stack(layers))
 
 
+@_inputs.documented
 def walsh_hadamard_matrix(d):
-    """The orthonormal Walsh–Hadamard matrix, numpy float32 [d, d]: its own transpose and inverse.  d: a power of two."""
+    """The orthonormal Walsh–Hadamard matrix, numpy float32 [d, d]: its own transpose and inverse.
+
+    d: a power of two up to 65536.  Raises ValueError for others.
+    """
     return core.walsh_hadamard_matrix(_inputs.integer("d", d))
 
 
+@_inputs.documented
 def apply_dual_transform_keys(keys, smooth_factors):
-    """(K ⊘ λ)·H: keys [.., head_dim], one layer's smooth_factors [head_dim] → the same shape."""
+    """(K ⊘ λ)·H: keys [.., head_dim], one layer's smooth_factors [head_dim], above 0 → float32, the same shape.
+
+    Raises ValueError or TypeError for other shapes, types and values that are not finite.
+    """
     return _transformed(core.apply_dual_transform_keys, "keys", keys, smooth_factors)
 
 
+@_inputs.documented
 def apply_dual_transform_queries(queries, smooth_factors):
-    """(q ⊙ λ)·H, so that q'·k' = q·k: queries [.., head_dim], one layer's smooth_factors [head_dim] → the same shape."""
+    """(q ⊙ λ)·H, so that q'·k' = q·k: queries [.., head_dim], one layer's smooth_factors [head_dim], above 0 → float32, the same shape.
+
+    Raises ValueError or TypeError for other shapes, types and values that are not finite.
+    """
     return _transformed(core.apply_dual_transform_queries, "queries", queries, smooth_factors)
 
 
+@_inputs.documented
 def quantize_vq(vectors, codebook):
     """Nearest centroids: vectors [.., head_dim], one layer's codebook [num_subspaces, num_centroids, subspace_dim] → codes
-    [.., num_subspaces] in uint8, or uint16 for more than 256 centroids."""
+    [.., num_subspaces] in uint8, or uint16 for more than 256 centroids (65,536 at most).
+
+    Raises ValueError or TypeError for other shapes, types and values that are not finite.
+    """
     given, entries = _inputs.Array("vectors", vectors), _inputs.Array("codebook", codebook)
     return given.same_kind(core.quantize_vq(given.numpy, entries.numpy))
 
 
+@_inputs.documented
 def dequantize_vq(codes, codebook):
-    """codes [.., num_subspaces], whole numbers below num_centroids → vectors [.., head_dim], of the kind of codes."""
+    """The centroids that codes name: codes [.., num_subspaces], whole numbers below num_centroids, one layer's codebook [num_subspaces,
+    num_centroids, subspace_dim] → float32 [.., head_dim], of the kind of codes.
+
+    Raises ValueError or TypeError for other shapes, types and codes.
+    """
     entries, is_mlx = _inputs.Array("codebook", codebook), isinstance(codes, mx.array)
     if not is_mlx and not isinstance(codes, np.ndarray):
-        raise TypeError(f"codes: expected a numpy.ndarray or mlx.core.array, got {type(codes).__name__}")
+        raise _inputs.WrongType(f"codes: expected a numpy.ndarray or mlx.core.array, got {type(codes).__name__}")
     if entries.numpy.ndim != 3:
         raise ValueError(f"codebook: expected a shape [num_subspaces, num_centroids, subspace_dim], got {list(entries.numpy.shape)}")
+    if not (mx.issubdtype(codes.dtype, mx.integer) if is_mlx else np.issubdtype(codes.dtype, np.integer)):
+        raise _inputs.WrongType(f"codes: expected whole numbers, got {codes.dtype}")
     values = np.asarray(codes)
-    if not np.issubdtype(values.dtype, np.integer):
-        raise TypeError(f"codes: expected whole numbers, got {values.dtype}")
     if values.size and not 0 <= int(values.min()) <= int(values.max()) < entries.numpy.shape[1]:
         raise ValueError(f"codes: expected values from 0 to {entries.numpy.shape[1] - 1}, got {values.min()} to {values.max()}")
-    vectors = core.dequantize_vq(np.ascontiguousarray(values, np.uint16), entries.numpy)
+    vectors = core.dequantize_vq(np.asarray(values, np.uint16, order="C"), entries.numpy)
     return mx.array(vectors) if is_mlx else vectors
 
 
+@_inputs.documented
 def compute_query_lut(queries, codebook):
     """Inner products with the centroids, whose sum over the codes of a key is its score: queries [.., head_dim], one layer's codebook →
-    [.., num_subspaces, num_centroids]."""
+    [.., num_subspaces, num_centroids].
+
+    Raises ValueError or TypeError for other shapes, types and values that are not finite.
+    """
     given, entries = _inputs.Array("queries", queries), _inputs.Array("codebook", codebook)
     return given.same_kind(core.compute_query_lut(given.numpy, entries.numpy))
 
