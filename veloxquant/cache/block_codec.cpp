@@ -17,12 +17,12 @@ constexpr std::size_t kManyQueries = 12;
 
 }  // namespace
 
-void score_vectors(const BlockQueries& queries, const float* k, std::size_t tokens, std::size_t stride, std::size_t dim, float* scores,
-                   std::size_t score_stride) {
+void score_vectors(const BlockQueries& queries, const float* k, std::size_t tokens, std::size_t stride, std::size_t dim,
+                   float* scores, std::size_t score_stride) {
   if (queries.num_queries < kManyQueries)
     return score_rows(queries.q, queries.num_queries, k, tokens, stride, dim, queries.scale, scores, score_stride);
-  gemm(false, true, static_cast<int>(queries.num_queries), static_cast<int>(tokens), static_cast<int>(dim), queries.scale, queries.q,
-       static_cast<int>(dim), k, static_cast<int>(stride), 0.0f, scores, static_cast<int>(score_stride));
+  gemm(false, true, static_cast<int>(queries.num_queries), static_cast<int>(tokens), static_cast<int>(dim), queries.scale,
+       queries.q, static_cast<int>(dim), k, static_cast<int>(stride), 0.0f, scores, static_cast<int>(score_stride));
 }
 
 void add_vectors(const float* weights, std::size_t num_queries, std::size_t weight_stride, const float* v, std::size_t tokens,
@@ -128,7 +128,8 @@ class RotatedPqCodec : public BlockCodec {
     const int d = static_cast<int>(dim_);
     for (std::size_t r = 0; r < totals.size(); ++r)
       for (std::size_t i = 0; i < dim_; ++i) sums[r * dim_ + i] = totals[r] * quantizer_.mean()[i];
-    gemm(false, false, static_cast<int>(totals.size()), d, d, 1.0f, z.data(), d, quantizer_.inverse().data(), d, 1.0f, sums.data(), d);
+    gemm(false, false, static_cast<int>(totals.size()), d, d, 1.0f, z.data(), d, quantizer_.inverse().data(), d, 1.0f, sums.data(),
+         d);
   }
 
  protected:
@@ -209,38 +210,28 @@ class PlaneKeysCodec : public RotatedPqCodec {
       return;
     }
     fold();
-    const Angles step(rope.frequencies(), planes_, kTurned);
-    step_cosines_ = step.cosines;
-    step_sines_ = step.sines;
-    // Cosines and sines of the first kTurned positions.
-    for (std::size_t t = 0; t < kTurned; ++t)
-      for (const std::size_t plane : planes_) {
-        const double angle = static_cast<double>(t) * rope.frequencies()[plane];
-        const auto c = static_cast<float>(std::cos(angle)), s = static_cast<float>(std::sin(angle));
-        cosines_.insert(cosines_.end(), {c, c});
-        sines_.insert(sines_.end(), {-s, s});
-      }
+    for (std::size_t t = 0; t < kTurned; ++t) append_angles(t, cosines_, sines_);
+    append_angles(kTurned, step_cosines_, step_sines_);
+    for (float& sine : step_sines_) sine = -sine;  // queries turn back
   }
 
   void score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries, float* scores,
              std::size_t score_stride) const override {
     if (queries.num_queries >= kManyQueries) return BlockCodec::score(block, tokens, position, queries, scores, score_stride);
     thread_local std::vector<float> turned;
-    turned.resize(queries.num_queries * dim_);
-    Angles angles(rope_->frequencies(), planes_, position);
+    turn_back(queries, position, turned);
     float* k = scratch(kPackedTileTokens * stride_ + kLookupPadding);
-    const BlockQueries at_tile{turned.data(), queries.num_queries, queries.scale * rope_->magnitude()};
+    const float scale = queries.scale * rope_->magnitude();
     for (std::size_t begin = 0; begin < tokens; begin += kPackedTileTokens) {
       const std::size_t some = std::min(kPackedTileTokens, tokens - begin);
       sum_entries(block + begin / kPackedTileTokens * codes_.tile_bytes(), some, folded_, k, stride_);
       patch_keys(block, begin, some, tokens, k);
       // Keys turn by their place in a stretch, queries back by where that begins.
       for (std::size_t t = 0; t < some; t += kTurned) {
-        const std::size_t stretch = std::min(kTurned, some - t);
-        turn_back(queries, angles, turned.data());
-        angles.advance(step_cosines_, step_sines_);
-        turn_pairs(k + t * stride_, stretch, stride_, dim_, cosines_.data(), sines_.data());
-        score_vectors(at_tile, k + t * stride_, stretch, stride_, dim_, scores + begin + t, score_stride);
+        score_turned_rows(turned.data(), queries.num_queries, k + t * stride_, std::min(kTurned, some - t), stride_, dim_,
+                          cosines_.data(), sines_.data(), scale, scores + begin + t, score_stride);
+        for (std::size_t r = 0; r < queries.num_queries; ++r)
+          turn_pairs(turned.data() + r * dim_, 1, dim_, dim_, step_cosines_.data(), step_sines_.data());
       }
     }
   }
@@ -248,26 +239,15 @@ class PlaneKeysCodec : public RotatedPqCodec {
  private:
   static constexpr std::size_t kTurned = 8;
 
-  // Cosine and sine of each plane's angle at a position that goes on in steps, exact at first.
-  struct Angles {
-    std::vector<float> cosines, sines;
-
-    Angles(const std::vector<float>& frequencies, const std::vector<std::size_t>& planes, std::size_t position) {
-      for (const std::size_t plane : planes) {
-        const double angle = static_cast<double>(position) * frequencies[plane];
-        cosines.push_back(static_cast<float>(std::cos(angle)));
-        sines.push_back(static_cast<float>(std::sin(angle)));
-      }
+  // Cosines and sines of a position, as turn_pairs takes them.
+  void append_angles(std::size_t position, std::vector<float>& cosines, std::vector<float>& sines) const {
+    for (const std::size_t plane : planes_) {
+      const double angle = static_cast<double>(position) * rope_->frequencies()[plane];
+      const auto c = static_cast<float>(std::cos(angle)), s = static_cast<float>(std::sin(angle));
+      cosines.insert(cosines.end(), {c, c});
+      sines.insert(sines.end(), {-s, s});
     }
-
-    void advance(const std::vector<float>& c, const std::vector<float>& s) {
-      for (std::size_t i = 0; i < c.size(); ++i) {
-        const float x = cosines[i];
-        cosines[i] = x * c[i] - sines[i] * s[i];
-        sines[i] = sines[i] * c[i] + x * s[i];
-      }
-    }
-  };
+  }
 
   // The planes in the order of the sub-spaces: plane i is dimensions i and i + dim/2.
   bool find_planes() {
@@ -325,29 +305,34 @@ class PlaneKeysCodec : public RotatedPqCodec {
     }
   }
 
-  // Queries in the order of the planes, turned back by these angles.
-  void turn_back(const BlockQueries& queries, const Angles& angles, float* out) const {
-    const std::size_t half = dim_ / 2;
-    for (std::size_t r = 0; r < queries.num_queries; ++r)
-      for (std::size_t i = 0; i < half; ++i) {
-        const float a = queries.q[r * dim_ + planes_[i]], b = queries.q[r * dim_ + planes_[i] + half], c = angles.cosines[i],
-                    s = angles.sines[i];
-        out[r * dim_ + 2 * i] = a * c + b * s;
-        out[r * dim_ + 2 * i + 1] = b * c - a * s;
+  // Queries in the order of the planes, turned back by `position`: exact at the begin of a block, in steps from there.
+  void turn_back(const BlockQueries& queries, std::size_t position, std::vector<float>& out) const {
+    thread_local std::vector<float> cosines, sines;
+    cosines.clear(), sines.clear();
+    append_angles(position, cosines, sines);
+    for (float& sine : sines) sine = -sine;
+    out.resize(queries.num_queries * dim_);
+    for (std::size_t r = 0; r < queries.num_queries; ++r) {
+      float* of = out.data() + r * dim_;
+      for (std::size_t i = 0; i < dim_ / 2; ++i) {
+        of[2 * i] = queries.q[r * dim_ + planes_[i]];
+        of[2 * i + 1] = queries.q[r * dim_ + planes_[i] + dim_ / 2];
       }
+      turn_pairs(of, 1, dim_, dim_, cosines.data(), sines.data());
+    }
   }
 
   std::vector<std::size_t> planes_;
   std::vector<LookupPiece> folded_;
   std::vector<std::vector<float>> folded_tables_;
   std::vector<float> cosines_, sines_;            // [kTurned, dim]
-  std::vector<float> step_cosines_, step_sines_;  // [dim/2], of kTurned positions
+  std::vector<float> step_cosines_, step_sines_;  // [dim]: back by kTurned positions
 };
 
 }  // namespace
 
-void BlockCodec::score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries, float* scores,
-                       std::size_t score_stride) const {
+void BlockCodec::score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries,
+                       float* scores, std::size_t score_stride) const {
   std::vector<float> keys(tokens * dim_);
   decode(block, tokens, keys.data());
   if (rope_ && !rope_->frequencies().empty()) {

@@ -42,7 +42,11 @@ namespace {
 class ExactStore {
  public:
   ExactStore(const Quantizer& quantizer, std::size_t window, std::size_t sinks)
-      : quantizer_(quantizer), bytes_(quantizer.encoded_bytes(1)), window_(window), sinks_(sinks * bytes_), ring_(window * bytes_) {}
+      : quantizer_(quantizer),
+        bytes_(quantizer.encoded_bytes(1)),
+        window_(window),
+        sinks_(sinks * bytes_),
+        ring_(window * bytes_) {}
 
   // Tokens from position `first` on, bytes as they are encoded.
   void append(const std::uint8_t* encoded, std::size_t first, std::size_t tokens) {
@@ -137,7 +141,8 @@ struct Range {
 // Queries at positions first … first + tokens − 1 over everything that is stored, in the order: codes, sinks, window.
 class PackedCache::Attention {
  public:
-  Attention(const PackedCache& cache, const AttentionSpec& spec, const float* q, std::size_t query_heads, std::size_t tokens, float* out)
+  Attention(const PackedCache& cache, const AttentionSpec& spec, const float* q, std::size_t query_heads, std::size_t tokens,
+            float* out)
       : cache_(cache),
         layer_(*cache.layer_),
         spec_(spec),
@@ -233,7 +238,8 @@ class PackedCache::Attention {
       cache_.heads_[head]->exact_keys.read(p, k.data() + p * dim_);
       cache_.heads_[head]->exact_values.read(p, v.data() + p * dim_);
     }
-    attend_vectors(head, k, v, 0, [&](std::size_t row) { return within(seen(row), 0, sinks); }, partial);
+    attend_vectors(
+        head, k, v, 0, [&](std::size_t row) { return within(seen(row), 0, sinks); }, partial);
     const std::size_t end = recent_begin + recent_keys.size() / dim_;
     attend_vectors(
         head, recent_keys, recent_values, recent_begin,
@@ -256,7 +262,8 @@ class PackedCache::Attention {
                        static_cast<std::ptrdiff_t>(begin), {k.data(), 0, 0, stride});
     std::vector<float> scores(rows_ * count);
     score_vectors(queries(head), k.data(), count, dim_, dim_, scores.data(), count);
-    if (weigh(scores, count, range, partial)) add_vectors(scores.data(), rows_, count, v.data(), count, dim_, dim_, partial.values.data());
+    if (weigh(scores, count, range, partial))
+      add_vectors(scores.data(), rows_, count, v.data(), count, dim_, dim_, partial.values.data());
   }
 
   // The last part is of exact tokens, the others are sums in the space of the codes.
@@ -334,8 +341,8 @@ mx::array PackedCache::attend(const mx::array& q, const mx::array& k, const mx::
              keys = as_floats(layer_->keys_before_rope() ? k : (*spec.rope)(k, before));
   mx::eval({queries, keys, values});
 
-  const std::size_t tokens = static_cast<std::size_t>(k.shape(2)), window = layer_->window(), sinks = layer_->sinks(), first = offset_,
-                    coded_before = coded();
+  const std::size_t tokens = static_cast<std::size_t>(k.shape(2)), window = layer_->window(), sinks = layer_->sinks(),
+                    first = offset_, coded_before = coded();
   offset_ += tokens;
   // What was in the window and what has come: positions recent_begin … offset − 1.
   const std::size_t recent_begin = std::max(std::min(sinks, offset_), first > window ? first - window : 0);
@@ -386,8 +393,8 @@ CacheFactory packed_factory(const Plan& plan) {
   }
   std::vector<std::shared_ptr<const PackedLayer>> layers;  // null: the layer slides
   for (auto& [keys, values] : units)
-    layers.push_back(keys.empty() ? nullptr
-                                  : std::make_shared<const PackedLayer>(std::move(keys), std::move(values), plan.window, plan.sinks));
+    layers.push_back(
+        keys.empty() ? nullptr : std::make_shared<const PackedLayer>(std::move(keys), std::move(values), plan.window, plan.sinks));
   return [layers = std::move(layers)](int layer) -> std::unique_ptr<AttentionCache> {
     const auto& packed = layers.at(static_cast<std::size_t>(layer));
     if (!packed) return std::make_unique<FullCache>();

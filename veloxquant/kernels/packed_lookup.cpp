@@ -14,26 +14,42 @@ namespace hn = hwy::HWY_NAMESPACE;
 // Entries are short: wider vectors would mostly hold what the next piece overwrites.
 constexpr std::size_t kEntryLanes = 8;
 
-void sum_entries(const std::uint8_t* tile, std::size_t tokens, std::span<const LookupPiece> pieces, float* rows, std::size_t stride) {
+// One piece of all tokens.  kWidth: its width where that is known when this is compiled, 0 otherwise; kPair: of two tables.
+template <std::size_t kWidth, bool kPair>
+void sum_piece(const std::uint8_t* tile, std::size_t tokens, const LookupPiece& piece, float* out, std::size_t stride) {
   const hn::CappedTag<float, kEntryLanes> d;
-  const std::size_t lanes = hn::Lanes(d);
+  const std::size_t lanes = hn::Lanes(d), width = kWidth > 0 ? kWidth : piece.width, first_stride = piece.codes[0].stride,
+                    second_stride = piece.codes[1].stride;
+  const std::uint8_t *first = tile + piece.codes[0].offset, *second = tile + piece.codes[1].offset;
+  const float *first_table = piece.tables[0], *second_table = piece.tables[1];
+  for (std::size_t t = 0; t < tokens; ++t, first += first_stride, out += stride) {
+    const float* a = first_table + *first * width;
+    const float* b = second_table;
+    if (kPair) {
+      b += *second * width;
+      second += second_stride;
+    }
+    for (std::size_t i = 0; i < width; i += lanes) {
+      const auto entry = hn::LoadU(d, a + i);
+      hn::StoreU(kPair ? hn::Add(entry, hn::LoadU(d, b + i)) : entry, d, out + i);
+    }
+  }
+}
+
+template <bool kPair>
+void sum_piece_of_any_width(const std::uint8_t* tile, std::size_t tokens, const LookupPiece& piece, float* out, std::size_t stride) {
+  switch (piece.width) {
+    case 4: return sum_piece<4, kPair>(tile, tokens, piece, out, stride);
+    case 8: return sum_piece<8, kPair>(tile, tokens, piece, out, stride);
+    case 16: return sum_piece<16, kPair>(tile, tokens, piece, out, stride);
+    default: return sum_piece<0, kPair>(tile, tokens, piece, out, stride);
+  }
+}
+
+void sum_entries(const std::uint8_t* tile, std::size_t tokens, std::span<const LookupPiece> pieces, float* rows, std::size_t stride) {
   for (const auto& piece : pieces) {
-    const std::size_t width = piece.width;
-    const std::uint8_t *first = tile + piece.codes[0].offset, *second = tile + piece.codes[1].offset;
-    float* out = rows + piece.column;
-    if (!piece.tables[1]) {
-      for (std::size_t t = 0; t < tokens; ++t, out += stride) {
-        const float* entry = piece.tables[0] + first[t * piece.codes[0].stride] * width;
-        for (std::size_t i = 0; i < width; i += lanes) hn::StoreU(hn::LoadU(d, entry + i), d, out + i);
-      }
-      continue;
-    }
-    for (std::size_t t = 0; t < tokens; ++t, out += stride) {
-      const float* a = piece.tables[0] + first[t * piece.codes[0].stride] * width;
-      const float* b = piece.tables[1] + second[t * piece.codes[1].stride] * width;
-      for (std::size_t i = 0; i < width; i += lanes)
-        hn::StoreU(hn::Add(hn::LoadU(d, a + i), hn::LoadU(d, b + i)), d, out + i);
-    }
+    const auto sum = piece.tables[1] ? sum_piece_of_any_width<true> : sum_piece_of_any_width<false>;
+    sum(tile, tokens, piece, rows + piece.column, stride);
   }
 }
 
@@ -53,41 +69,78 @@ void turn_pairs(float* rows, std::size_t tokens, std::size_t stride, std::size_t
   }
 }
 
+// Keys as they lie in memory, or turned on the way.
+struct Plain {
+  template <class D>
+  HWY_INLINE hn::Vec<D> load(D d, const float* k, std::size_t, std::size_t i) const {
+    return hn::LoadU(d, k + i);
+  }
+  HWY_INLINE float at(const float* k, std::size_t, std::size_t i) const { return k[i]; }
+};
+
+struct Turned {
+  const float *cosines, *sines;
+
+  // `at_table`: where the token's row of cosines begins.
+  template <class D>
+  HWY_INLINE hn::Vec<D> load(D d, const float* k, std::size_t at_table, std::size_t i) const {
+    const auto x = hn::LoadU(d, k + i);
+    return hn::MulAdd(x, hn::LoadU(d, cosines + at_table + i), hn::Mul(hn::Reverse2(d, x), hn::LoadU(d, sines + at_table + i)));
+  }
+  HWY_INLINE float at(const float* k, std::size_t at_table, std::size_t i) const {
+    return k[i] * cosines[at_table + i] + k[i ^ 1] * sines[at_table + i];
+  }
+};
+
 // kQueries rows at once, so that a key is loaded once for them.
-template <std::size_t kQueries>
-void score_some(const float* q, const float* k, std::size_t tokens, std::size_t k_stride, std::size_t dim, float scale, float* scores,
-                std::size_t score_stride) {
+template <std::size_t kQueries, class Keys>
+void score_some(const float* q, const float* k, std::size_t tokens, std::size_t k_stride, std::size_t dim, float scale,
+                const Keys& keys, float* scores, std::size_t score_stride) {
   const hn::ScalableTag<float> d;
-  const std::size_t lanes = hn::Lanes(d), whole = dim / lanes * lanes;
+  // Pairs are turned within a vector, which must hold one.
+  const std::size_t lanes = hn::Lanes(d), whole = lanes > 1 ? dim / lanes * lanes : 0;
   for (std::size_t t = 0; t < tokens; ++t, k += k_stride) {
+    const std::size_t at_table = t * dim;
     hn::Vec<decltype(d)> sums[kQueries];
     for (auto& sum : sums) sum = hn::Zero(d);
     for (std::size_t i = 0; i < whole; i += lanes) {
-      const auto key = hn::LoadU(d, k + i);
+      const auto key = keys.load(d, k, at_table, i);
       for (std::size_t r = 0; r < kQueries; ++r) sums[r] = hn::MulAdd(hn::LoadU(d, q + r * dim + i), key, sums[r]);
     }
     for (std::size_t r = 0; r < kQueries; ++r) {
       float score = hn::GetLane(hn::SumOfLanes(d, sums[r]));
-      for (std::size_t i = whole; i < dim; ++i) score += q[r * dim + i] * k[i];
+      for (std::size_t i = whole; i < dim; ++i) score += q[r * dim + i] * keys.at(k, at_table, i);
       scores[r * score_stride + t] = scale * score;
     }
   }
 }
 
-void score_rows(const float* q, std::size_t num_queries, const float* k, std::size_t tokens, std::size_t k_stride, std::size_t dim,
-                float scale, float* scores, std::size_t score_stride) {
+template <class Keys>
+void score_all(const float* q, std::size_t num_queries, const float* k, std::size_t tokens, std::size_t k_stride, std::size_t dim,
+               float scale, const Keys& keys, float* scores, std::size_t score_stride) {
   std::size_t r = 0;
   for (; r + 4 <= num_queries; r += 4)
-    score_some<4>(q + r * dim, k, tokens, k_stride, dim, scale, scores + r * score_stride, score_stride);
+    score_some<4>(q + r * dim, k, tokens, k_stride, dim, scale, keys, scores + r * score_stride, score_stride);
   for (; r + 2 <= num_queries; r += 2)
-    score_some<2>(q + r * dim, k, tokens, k_stride, dim, scale, scores + r * score_stride, score_stride);
-  if (r < num_queries) score_some<1>(q + r * dim, k, tokens, k_stride, dim, scale, scores + r * score_stride, score_stride);
+    score_some<2>(q + r * dim, k, tokens, k_stride, dim, scale, keys, scores + r * score_stride, score_stride);
+  if (r < num_queries) score_some<1>(q + r * dim, k, tokens, k_stride, dim, scale, keys, scores + r * score_stride, score_stride);
+}
+
+void score_rows(const float* q, std::size_t num_queries, const float* k, std::size_t tokens, std::size_t k_stride, std::size_t dim,
+                float scale, float* scores, std::size_t score_stride) {
+  score_all(q, num_queries, k, tokens, k_stride, dim, scale, Plain(), scores, score_stride);
+}
+
+void score_turned_rows(const float* q, std::size_t num_queries, const float* k, std::size_t tokens, std::size_t k_stride,
+                       std::size_t dim, const float* cosines, const float* sines, float scale, float* scores,
+                       std::size_t score_stride) {
+  score_all(q, num_queries, k, tokens, k_stride, dim, scale, Turned{cosines, sines}, scores, score_stride);
 }
 
 // A vector of columns of kQueries sums stays in registers over the tokens.
 template <std::size_t kQueries>
-void add_some(const float* weights, std::size_t weight_stride, const float* v, std::size_t tokens, std::size_t v_stride, std::size_t dim,
-              float* sums) {
+void add_some(const float* weights, std::size_t weight_stride, const float* v, std::size_t tokens, std::size_t v_stride,
+              std::size_t dim, float* sums) {
   const hn::ScalableTag<float> d;
   const std::size_t lanes = hn::Lanes(d), whole = dim / lanes * lanes;
   for (std::size_t i = 0; i < whole; i += lanes) {
@@ -124,9 +177,11 @@ namespace veloxquant {
 HWY_EXPORT(sum_entries);
 HWY_EXPORT(turn_pairs);
 HWY_EXPORT(score_rows);
+HWY_EXPORT(score_turned_rows);
 HWY_EXPORT(add_rows);
 
-void sum_entries(const std::uint8_t* tile, std::size_t tokens, std::span<const LookupPiece> pieces, float* rows, std::size_t stride) {
+void sum_entries(const std::uint8_t* tile, std::size_t tokens, std::span<const LookupPiece> pieces, float* rows,
+                 std::size_t stride) {
   HWY_DYNAMIC_DISPATCH(sum_entries)(tile, tokens, pieces, rows, stride);
 }
 
@@ -137,6 +192,12 @@ void turn_pairs(float* rows, std::size_t tokens, std::size_t stride, std::size_t
 void score_rows(const float* q, std::size_t num_queries, const float* k, std::size_t tokens, std::size_t k_stride, std::size_t dim,
                 float scale, float* scores, std::size_t score_stride) {
   HWY_DYNAMIC_DISPATCH(score_rows)(q, num_queries, k, tokens, k_stride, dim, scale, scores, score_stride);
+}
+
+void score_turned_rows(const float* q, std::size_t num_queries, const float* k, std::size_t tokens, std::size_t k_stride,
+                       std::size_t dim, const float* cosines, const float* sines, float scale, float* scores,
+                       std::size_t score_stride) {
+  HWY_DYNAMIC_DISPATCH(score_turned_rows)(q, num_queries, k, tokens, k_stride, dim, cosines, sines, scale, scores, score_stride);
 }
 
 void add_rows(const float* weights, std::size_t num_queries, std::size_t weight_stride, const float* v, std::size_t tokens,

@@ -1,8 +1,12 @@
+#include <algorithm>
+#include <vector>
+
 #include "veloxquant/kernels/packed_lookup.h"
 
 namespace veloxquant::reference {
 
-void sum_entries(const std::uint8_t* tile, std::size_t tokens, std::span<const LookupPiece> pieces, float* rows, std::size_t stride) {
+void sum_entries(const std::uint8_t* tile, std::size_t tokens, std::span<const LookupPiece> pieces, float* rows,
+                 std::size_t stride) {
   for (std::size_t t = 0; t < tokens; ++t)
     for (const auto& piece : pieces)
       for (std::size_t i = 0; i < piece.width; ++i) {
@@ -33,6 +37,15 @@ void score_rows(const float* q, std::size_t num_queries, const float* k, std::si
       for (std::size_t i = 0; i < dim; ++i) sum += q[r * dim + i] * k[t * k_stride + i];
       scores[r * score_stride + t] = scale * sum;
     }
+}
+
+void score_turned_rows(const float* q, std::size_t num_queries, const float* k, std::size_t tokens, std::size_t k_stride,
+                       std::size_t dim, const float* cosines, const float* sines, float scale, float* scores,
+                       std::size_t score_stride) {
+  std::vector<float> turned(tokens * dim);
+  for (std::size_t t = 0; t < tokens; ++t) std::copy_n(k + t * k_stride, dim, turned.data() + t * dim);
+  turn_pairs(turned.data(), tokens, dim, dim, cosines, sines);
+  score_rows(q, num_queries, turned.data(), tokens, dim, dim, scale, scores, score_stride);
 }
 
 void add_rows(const float* weights, std::size_t num_queries, std::size_t weight_stride, const float* v, std::size_t tokens,
