@@ -137,6 +137,22 @@ def product_quantisation_rows(table, kernels_bench):
                 theirs[f"encode/{dim}/{subspaces}"])
 
 
+def packed_attention_rows(table, packed_bench):
+    runs = google_benchmark(packed_bench)
+    for heads, what in (("4/2", "4/2/64"), ("32/8", "32/8/128")):
+        read = runs[f"read_fp16/{what}"]
+        limit = read["bytes"] * read["seconds"] / read["read"]
+        for keys, flag in (("plane", 1), ("full", 0)):
+            if f"decode/{what}/{flag}" not in runs:
+                continue
+            ours = runs[f"decode/{what}/{flag}"]["seconds"]
+            work = f"one query over 32,768 packed tokens, {heads} heads D {what.split('/')[-1]}, 2 bits, {keys}"
+            table.add(work, ours, limit, "reading fp16 keys and values once", ours / limit, "<= 2" if flag else "<= 8")
+            if flag:
+                theirs = runs[f"mlx_attention/{what}"]["seconds"]
+                table.add(work, ours, theirs, "mx.fast.scaled_dot_product_attention, float32, OpenBLAS", theirs / ours, ">= 5")
+
+
 def float32_bytes(folder):
     """Of all weights."""
     total = 0
@@ -176,6 +192,7 @@ def main(build, models):
         print("no model besides the bundled one: rows of mid are not measured, and memory is that of the bundled model")
     table = Table()
     product_quantisation_rows(table, programs / "kernels_bench")
+    packed_attention_rows(table, programs / "packed_bench")
     for folder in models:
         engine_rows(table, programs / "engine_bench", folder, slow_peers=folder == models[0])
     sampling_and_probe_rows(table, programs / "engine_bench", models[0])

@@ -34,6 +34,13 @@ bool take_mlx_products();
 /// What functions run in that work for long: no other thread waits for the interpreter.
 using WithoutInterpreter = nb::call_guard<nb::gil_scoped_release>;
 
+/// What `work` gives, while no other thread waits for the interpreter.
+template <class Work>
+auto without_interpreter(Work work) {
+  const nb::gil_scoped_release release;
+  return work();
+}
+
 /// float32 numpy array, row-major.
 using FloatArray = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 

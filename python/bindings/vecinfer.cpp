@@ -45,20 +45,12 @@ auto layer_factors(const FloatArray& keys, int head_dim) {
 }
 
 auto layer_codebook(const FloatArray& keys, const FloatArray& factors, const vecinfer::CodebookOptions& options, int layer) {
-  Tensor result;
-  {
-    const nb::gil_scoped_release release;
-    result = vecinfer::train_layer_codebook(span_of(keys), span_of(factors), options, layer);
-  }
-  return numpy_of(std::move(result));
+  return numpy_of(
+      without_interpreter([&] { return vecinfer::train_layer_codebook(span_of(keys), span_of(factors), options, layer); }));
 }
 
 nb::object codes(const FloatArray& vectors, const FloatArray& codebook) {
-  vecinfer::Codes result;
-  {
-    const nb::gil_scoped_release release;
-    result = vecinfer::quantize_vq(tensor_of(vectors), tensor_of(codebook));
-  }
+  auto result = without_interpreter([&] { return vecinfer::quantize_vq(tensor_of(vectors), tensor_of(codebook)); });
   if (result.words.empty()) return nb::cast(numpy_of(std::move(result.bytes), result.shape));
   return nb::cast(numpy_of(std::move(result.words), result.shape));
 }
@@ -67,7 +59,7 @@ auto vectors(const nb::ndarray<const std::uint16_t, nb::c_contig, nb::device::cp
   vecinfer::Codes given;
   given.words.assign(codes.data(), codes.data() + codes.size());
   for (std::size_t i = 0; i < codes.ndim(); ++i) given.shape.push_back(static_cast<std::int64_t>(codes.shape(i)));
-  return numpy_of(vecinfer::dequantize_vq(given, tensor_of(codebook)));
+  return numpy_of(without_interpreter([&] { return vecinfer::dequantize_vq(given, tensor_of(codebook)); }));
 }
 
 }  // namespace
@@ -101,13 +93,15 @@ void bind_vecinfer(nb::module_& module) {
   module.def(
       "apply_dual_transform_keys",
       [](const FloatArray& keys, const FloatArray& factors) {
-        return numpy_of(vecinfer::apply_dual_transform_keys(tensor_of(keys), tensor_of(factors)));
+        return numpy_of(
+            without_interpreter([&] { return vecinfer::apply_dual_transform_keys(tensor_of(keys), tensor_of(factors)); }));
       },
       nb::arg("keys"), nb::arg("smooth_factors"), "[.., head_dim] → the same shape.");
   module.def(
       "apply_dual_transform_queries",
       [](const FloatArray& queries, const FloatArray& factors) {
-        return numpy_of(vecinfer::apply_dual_transform_queries(tensor_of(queries), tensor_of(factors)));
+        return numpy_of(
+            without_interpreter([&] { return vecinfer::apply_dual_transform_queries(tensor_of(queries), tensor_of(factors)); }));
       },
       nb::arg("queries"), nb::arg("smooth_factors"), "[.., head_dim] → the same shape.");
   module.def("quantize_vq", &codes, nb::arg("vectors"), nb::arg("codebook"), "[.., head_dim] → codes [.., num_subspaces].");
@@ -115,7 +109,7 @@ void bind_vecinfer(nb::module_& module) {
   module.def(
       "compute_query_lut",
       [](const FloatArray& queries, const FloatArray& codebook) {
-        return numpy_of(vecinfer::compute_query_lut(tensor_of(queries), tensor_of(codebook)));
+        return numpy_of(without_interpreter([&] { return vecinfer::compute_query_lut(tensor_of(queries), tensor_of(codebook)); }));
       },
       nb::arg("queries"), nb::arg("codebook"), "[.., head_dim] → [.., num_subspaces, num_centroids].");
 }

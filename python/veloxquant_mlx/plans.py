@@ -115,7 +115,8 @@ def calibrate(
     keys ("full", "plane"), window, sinks (tokens kept at 8 bits): of rotated_pq; None: full, 32, 4.
     sliding: "full" leaves layers with a sliding window as they are, "quantize" stores them like others.
     num_samples, sequence_length: 0: what suits the method (40 of up to 2048 tokens, or 32 of 512).
-    text, seed, device, progress: as in ratequant.calibrate_layer_sensitivities.
+    text: read beside what the model writes itself (rotated_pq: a third of the samples), or in its place.
+    seed, device, progress: as in ratequant.calibrate_layer_sensitivities.
 
     Returns a Plan.  Raises ValueError or TypeError that say what was expected, RuntimeError for files that cannot be read.
     """

@@ -70,8 +70,8 @@ Stored of_method(const Sequence& x, int dim, const char* method, double width) {
 
 // The largest difference of what both caches give, relative to the largest value, over all chunks.
 double largest_difference(const Sequence& x, const Stored& stored, ExactTokens exact, const std::vector<int>& chunks,
-                          AttentionSpec spec = {}) {
-  const Rope rope({}, x.k.shape(3));
+                          AttentionSpec spec = {}, const RopeConfig& rope_config = {}) {
+  const Rope rope(rope_config, x.k.shape(3));
   spec.rope = &rope;
   spec.scale = 0.3f;
   RestoringCache restoring(make_restore(stored.optional(Side::kKeys)), make_restore(stored.optional(Side::kValues)), exact);
@@ -126,6 +126,17 @@ TEST(PackedCache, KnowsSoftCapsAndSlidingWindows) {
   spec.soft_cap = 2.0f;
   spec.sliding_window = 100;
   EXPECT_LT(largest_difference(x, stored, {32, 4}, kChunks, spec), kRounding);
+}
+
+TEST(PackedCache, KnowsRopesThatTurnAPartOrLengthen) {
+  const Sequence x(1, kTokens, 64);
+  const auto stored = rotated(x, 64, Rotation::kFull, 0);
+  for (const int dims : {0, 16, 64}) {
+    RopeConfig rope;
+    rope.dims = dims;
+    rope.magnitude = 1.3;
+    EXPECT_LT(largest_difference(x, stored, {32, 4}, kChunks, {}, rope), kRounding) << dims;
+  }
 }
 
 TEST(PackedCache, GrowsByBlocksOfCodes) {

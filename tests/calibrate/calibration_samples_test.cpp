@@ -125,5 +125,16 @@ TEST(CalibrationSet, ShortTexts) {
   EXPECT_THROW(set_of({""}, 6, 64), std::invalid_argument);
 }
 
+// Somebody else's tokenizer, of another model.
+class Stranger : public TextEncoder {
+ public:
+  std::vector<std::int32_t> encode(std::string_view text) const override { return std::vector<std::int32_t>(text.size(), 1 << 20); }
+};
+
+TEST(CalibrationSamples, TokensMustBeTheModels) {
+  EXPECT_THAT([] { calibration_samples(demo_model(), Stranger(), {std::string(500, 'a')}, 1, 16, 0); },
+              ::testing::ThrowsMessage<std::invalid_argument>(::testing::HasSubstr("token 1048576, and the model has 8192")));
+}
+
 }  // namespace
 }  // namespace veloxquant

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <optional>
+#include <numeric>
 
 #include "veloxquant/core/error.h"
 #include "veloxquant/kernels/gemm.h"
@@ -101,11 +101,13 @@ class RotatedPqCodec : public BlockCodec {
   }
 
   void decode(const std::uint8_t* block, std::size_t tokens, float* vectors) const override {
-    std::vector<float> z(tokens * dim_ + kLookupPadding);
-    rotated(block, tokens, z.data(), dim_);
+    float* z = scratch(tokens * stride_ + kLookupPadding);
+    look_up(block, 0, tokens, z);
+    patch(block, 0, tokens, tokens, z);
     const int d = static_cast<int>(dim_);
     for (std::size_t t = 0; t < tokens; ++t) std::copy(quantizer_.mean().begin(), quantizer_.mean().end(), vectors + t * dim_);
-    gemm(false, false, static_cast<int>(tokens), d, d, 1.0f, z.data(), d, quantizer_.inverse().data(), d, 1.0f, vectors, d);
+    gemm(false, false, static_cast<int>(tokens), d, d, 1.0f, z, static_cast<int>(stride_), quantizer_.inverse().data(), d, 1.0f,
+         vectors, d);
   }
 
   void add(const std::uint8_t* block, std::size_t tokens, const float* weights, std::size_t num_queries, std::size_t weight_stride,
@@ -164,13 +166,6 @@ class RotatedPqCodec : public BlockCodec {
   std::vector<LookupPiece> pieces_;
 
  private:
-  void rotated(const std::uint8_t* block, std::size_t tokens, float* z, std::size_t stride) const {
-    std::vector<float> padded(tokens * stride_ + kLookupPadding);
-    look_up(block, 0, tokens, padded.data());
-    patch(block, 0, tokens, tokens, padded.data());
-    for (std::size_t t = 0; t < tokens; ++t) std::copy_n(padded.data() + t * stride_, dim_, z + t * stride);
-  }
-
   // The tokens that lose most have the patches: one that loses more takes the place of the one that loses least.
   void offer_patch(std::span<const float> rest, std::size_t place, std::uint8_t* patches, OpenBlock& open) const {
     if (patches_ == 0) return;
@@ -195,43 +190,45 @@ class RotatedPqCodec : public BlockCodec {
   std::vector<std::vector<float>> tables_;
 };
 
-// Keys whose sub-spaces hold whole planes: entries come out of the tables as keys, plane by plane, and are turned as they are.
-class PlaneKeysCodec : public RotatedPqCodec {
+// Keys of rotated_pq, and few queries: keys come in an order in which the two dimensions of a plane are neighbours, and are turned
+// on the way to their scores.  Where sub-spaces hold whole planes, A⁻¹ and μ are in the tables; else a product with A⁻¹ follows.
+class RotatedKeysCodec : public RotatedPqCodec {
  public:
-  // None where A is not made of blocks of planes.
-  static std::shared_ptr<const BlockCodec> make(const QuantizerParameters& parameters, const Rope& rope) {
-    auto codec = std::make_shared<PlaneKeysCodec>(parameters, rope);
-    return codec->planes_.empty() ? nullptr : codec;
-  }
-
-  PlaneKeysCodec(const QuantizerParameters& parameters, const Rope& rope) : RotatedPqCodec(parameters, &rope) {
-    if (rope.frequencies().size() * 2 != dim_ || !find_planes()) {
-      planes_.clear();
-      return;
+  RotatedKeysCodec(const QuantizerParameters& parameters, const Rope& rope) : RotatedPqCodec(parameters, &rope) {
+    const std::size_t turned = rope.frequencies().size();
+    if (2 * turned == dim_ && parameters.numbers.at("plane") == 1 && find_planes()) {
+      set_order();
+      fold();
+    } else {
+      planes_.resize(turned);
+      std::iota(planes_.begin(), planes_.end(), std::size_t{0});
+      set_order();
     }
-    fold();
-    for (std::size_t t = 0; t < kTurned; ++t) append_angles(t, cosines_, sines_);
-    append_angles(kTurned, step_cosines_, step_sines_);
+    for (std::size_t i = 0; i < dim_; ++i)
+      for (std::size_t j = 0; j < dim_; ++j) inverse_.push_back(quantizer_.inverse()[i * dim_ + order_[j]]);
+    for (const std::size_t i : order_) mean_.push_back(quantizer_.mean()[i]);
+    for (std::size_t t = 0; t < kTurned; ++t) append_angles(t, rope.magnitude(), cosines_, sines_);
+    append_angles(kTurned, 1.0f, step_cosines_, step_sines_);
     for (float& sine : step_sines_) sine = -sine;  // queries turn back
   }
 
   void score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries, float* scores,
              std::size_t score_stride) const override {
     if (queries.num_queries >= kManyQueries) return BlockCodec::score(block, tokens, position, queries, scores, score_stride);
-    thread_local std::vector<float> turned;
-    turn_back(queries, position, turned);
-    float* k = scratch(kPackedTileTokens * stride_ + kLookupPadding);
-    const float scale = queries.scale * rope_->magnitude();
-    for (std::size_t begin = 0; begin < tokens; begin += kPackedTileTokens) {
-      const std::size_t some = std::min(kPackedTileTokens, tokens - begin);
-      sum_entries(block + begin / kPackedTileTokens * codes_.tile_bytes(), some, folded_, k, stride_);
-      patch_keys(block, begin, some, tokens, k);
+    thread_local std::vector<float> q, keys;
+    turn_back(queries, position, q);
+    // A tile stays in the first-level cache; a product wants more.
+    const std::size_t step = folded_.empty() ? kPackedBlockTokens : kPackedTileTokens;
+    keys.resize(step * stride_ + kLookupPadding);
+    for (std::size_t begin = 0; begin < tokens; begin += step) {
+      const std::size_t some = std::min(step, tokens - begin);
+      decode_in_order(block, begin, some, tokens, keys.data());
       // Keys turn by their place in a stretch, queries back by where that begins.
       for (std::size_t t = 0; t < some; t += kTurned) {
-        score_turned_rows(turned.data(), queries.num_queries, k + t * stride_, std::min(kTurned, some - t), stride_, dim_,
-                          cosines_.data(), sines_.data(), scale, scores + begin + t, score_stride);
+        score_turned_rows(q.data(), queries.num_queries, keys.data() + t * stride_, std::min(kTurned, some - t), stride_, dim_,
+                          cosines_.data(), sines_.data(), queries.scale, scores + begin + t, score_stride);
         for (std::size_t r = 0; r < queries.num_queries; ++r)
-          turn_pairs(turned.data() + r * dim_, 1, dim_, dim_, step_cosines_.data(), step_sines_.data());
+          turn_pairs(q.data() + r * dim_, 1, dim_, dim_, step_cosines_.data(), step_sines_.data());
       }
     }
   }
@@ -239,17 +236,7 @@ class PlaneKeysCodec : public RotatedPqCodec {
  private:
   static constexpr std::size_t kTurned = 8;
 
-  // Cosines and sines of a position, as turn_pairs takes them.
-  void append_angles(std::size_t position, std::vector<float>& cosines, std::vector<float>& sines) const {
-    for (const std::size_t plane : planes_) {
-      const double angle = static_cast<double>(position) * rope_->frequencies()[plane];
-      const auto c = static_cast<float>(std::cos(angle)), s = static_cast<float>(std::sin(angle));
-      cosines.insert(cosines.end(), {c, c});
-      sines.insert(sines.end(), {-s, s});
-    }
-  }
-
-  // The planes in the order of the sub-spaces: plane i is dimensions i and i + dim/2.
+  // The planes of the sub-spaces, in their order: plane i is dimensions i and i + dim/2.
   bool find_planes() {
     const auto& transform = quantizer_.transform();
     const std::size_t half = dim_ / 2;
@@ -266,10 +253,22 @@ class PlaneKeysCodec : public RotatedPqCodec {
     return planes_.size() == half;
   }
 
-  // Row i of A⁻¹ in the order (first, second) of each plane.
-  float inverse_at(std::size_t i, std::size_t column) const {
-    const std::size_t plane = planes_[column / 2];
-    return quantizer_.inverse()[i * dim_ + plane + column % 2 * (dim_ / 2)];
+  // Both dimensions of each plane, then those that do not turn.
+  void set_order() {
+    for (const std::size_t plane : planes_) order_.insert(order_.end(), {plane, plane + planes_.size()});
+    for (std::size_t i = order_.size(); i < dim_; ++i) order_.push_back(i);
+  }
+
+  // Cosines and sines of a position, as turn_pairs takes them.
+  void append_angles(std::size_t position, float magnitude, std::vector<float>& cosines, std::vector<float>& sines) const {
+    for (const std::size_t plane : planes_) {
+      const double angle = static_cast<double>(position) * rope_->frequencies()[plane];
+      const auto c = magnitude * static_cast<float>(std::cos(angle)), s = magnitude * static_cast<float>(std::sin(angle));
+      cosines.insert(cosines.end(), {c, c});
+      sines.insert(sines.end(), {-s, s});
+    }
+    cosines.insert(cosines.end(), dim_ - 2 * planes_.size(), 1.0f);
+    sines.insert(sines.end(), dim_ - 2 * planes_.size(), 0.0f);
   }
 
   // Tables of a piece times its block of A⁻¹, μ in the first.
@@ -280,10 +279,11 @@ class PlaneKeysCodec : public RotatedPqCodec {
         auto& table = folded_tables_.emplace_back(256 * piece.width + kLookupPadding);
         for (std::size_t code = 0; code < 256; ++code)
           for (std::size_t j = 0; j < piece.width; ++j) {
-            const std::size_t column = piece.column + j, plane = planes_[column / 2];
-            double sum = stage == 0 ? quantizer_.mean()[plane + column % 2 * (dim_ / 2)] : 0.0f;
+            const std::size_t to = order_[piece.column + j];
+            double sum = stage == 0 ? quantizer_.mean()[to] : 0.0f;
             for (std::size_t i = 0; i < piece.width; ++i)
-              sum += static_cast<double>(piece.tables[stage][code * piece.width + i]) * inverse_at(piece.column + i, column);
+              sum += static_cast<double>(piece.tables[stage][code * piece.width + i]) *
+                     quantizer_.inverse()[(piece.column + i) * dim_ + to];
             table[code * piece.width + j] = static_cast<float>(sum);
           }
         folded.tables[stage] = table.data();
@@ -292,38 +292,42 @@ class PlaneKeysCodec : public RotatedPqCodec {
     }
   }
 
-  void patch_keys(const std::uint8_t* block, std::size_t begin, std::size_t tokens, std::size_t held, float* k) const {
+  // Keys begin … begin + tokens − 1 of a block that holds `held`, not turned, stride_ apart.
+  void decode_in_order(const std::uint8_t* block, std::size_t begin, std::size_t tokens, std::size_t held, float* keys) const {
+    const int n = static_cast<int>(tokens), d = static_cast<int>(dim_), stride = static_cast<int>(stride_);
+    if (folded_.empty()) {
+      float* z = scratch(tokens * stride_ + kLookupPadding);
+      look_up(block, begin, tokens, z);
+      patch(block, begin, tokens, held, z);
+      for (std::size_t t = 0; t < tokens; ++t) std::copy(mean_.begin(), mean_.end(), keys + t * stride_);
+      return gemm(false, false, n, d, d, 1.0f, z, stride, inverse_.data(), d, 1.0f, keys, stride);
+    }
+    sum_entries(block + begin / kPackedTileTokens * codes_.tile_bytes(), tokens, folded_, keys, stride_);
     const std::uint8_t* bytes = block + codes_.block_bytes();
     for (std::size_t p = 0; p < held_patches(held); ++p, bytes += quantizer_.patch_bytes()) {
       if (bytes[0] < begin || bytes[0] >= begin + tokens) continue;
       std::vector<float> rest(dim_);
       quantizer_.add_patch(bytes, rest.data());
-      float* key = k + (bytes[0] - begin) * stride_;
-      for (const auto& piece : pieces_)
-        for (std::size_t column = piece.column; column < piece.column + piece.width; ++column)
-          for (std::size_t i = piece.column; i < piece.column + piece.width; ++i) key[column] += rest[i] * inverse_at(i, column);
+      gemm(false, false, 1, d, d, 1.0f, rest.data(), d, inverse_.data(), d, 1.0f, keys + (bytes[0] - begin) * stride_, d);
     }
   }
 
-  // Queries in the order of the planes, turned back by `position`: exact at the begin of a block, in steps from there.
+  // Queries in order_, turned back by `position`: exact at the begin of a block, in steps from there.
   void turn_back(const BlockQueries& queries, std::size_t position, std::vector<float>& out) const {
     thread_local std::vector<float> cosines, sines;
     cosines.clear(), sines.clear();
-    append_angles(position, cosines, sines);
+    append_angles(position, 1.0f, cosines, sines);
     for (float& sine : sines) sine = -sine;
     out.resize(queries.num_queries * dim_);
     for (std::size_t r = 0; r < queries.num_queries; ++r) {
-      float* of = out.data() + r * dim_;
-      for (std::size_t i = 0; i < dim_ / 2; ++i) {
-        of[2 * i] = queries.q[r * dim_ + planes_[i]];
-        of[2 * i + 1] = queries.q[r * dim_ + planes_[i] + dim_ / 2];
-      }
-      turn_pairs(of, 1, dim_, dim_, cosines.data(), sines.data());
+      for (std::size_t i = 0; i < dim_; ++i) out[r * dim_ + i] = queries.q[r * dim_ + order_[i]];
+      turn_pairs(out.data() + r * dim_, 1, dim_, dim_, cosines.data(), sines.data());
     }
   }
 
-  std::vector<std::size_t> planes_;
-  std::vector<LookupPiece> folded_;
+  std::vector<std::size_t> planes_, order_;  // planes that turn; the dimension that stands at each place of a key
+  std::vector<float> inverse_, mean_;        // of the quantizer, in order_
+  std::vector<LookupPiece> folded_;          // none: keys are a product with inverse_
   std::vector<std::vector<float>> folded_tables_;
   std::vector<float> cosines_, sines_;            // [kTurned, dim]
   std::vector<float> step_cosines_, step_sines_;  // [dim]: back by kTurned positions
@@ -333,7 +337,8 @@ class PlaneKeysCodec : public RotatedPqCodec {
 
 void BlockCodec::score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries,
                        float* scores, std::size_t score_stride) const {
-  std::vector<float> keys(tokens * dim_);
+  thread_local std::vector<float> keys;
+  keys.resize(tokens * dim_);
   decode(block, tokens, keys.data());
   if (rope_ && !rope_->frequencies().empty()) {
     const MutableStridedView view{keys.data(), 0, 0, static_cast<std::ptrdiff_t>(dim_)};
@@ -345,7 +350,8 @@ void BlockCodec::score(const std::uint8_t* block, std::size_t tokens, std::size_
 
 void BlockCodec::add(const std::uint8_t* block, std::size_t tokens, const float* weights, std::size_t num_queries,
                      std::size_t weight_stride, float* sums) const {
-  std::vector<float> values(tokens * dim_);
+  thread_local std::vector<float> values;
+  values.resize(tokens * dim_);
   decode(block, tokens, values.data());
   add_vectors(weights, num_queries, weight_stride, values.data(), tokens, dim_, dim_, sums);
 }
@@ -361,9 +367,8 @@ void check_packable(const QuantizerParameters& parameters) {
 std::shared_ptr<const BlockCodec> make_block_codec(const QuantizerParameters& parameters, const Rope* rope) {
   const bool keys = parameters.side == Side::kKeys;
   if (parameters.method == rotated_pq_method().name) {
-    if (keys && parameters.numbers.at("plane") == 1)
-      if (auto codec = PlaneKeysCodec::make(parameters, *rope)) return codec;
-    return std::make_shared<RotatedPqCodec>(parameters, keys ? rope : nullptr);
+    if (keys) return std::make_shared<RotatedKeysCodec>(parameters, *rope);
+    return std::make_shared<RotatedPqCodec>(parameters, nullptr);
   }
   check_packable(parameters);
   return std::make_shared<PlainCodec>(make_quantizer(parameters), nullptr);

@@ -38,8 +38,7 @@ TokenBatch own_text(const LanguageModel& model, int count, int length, std::uint
     if (share <= kMostOfOneToken) continue;
     ++degenerate;
     if (degenerate == count)
-      throw_failure("own text", "the model writes token {} over and over ({:.0f} % of a sample): pass a text with --text", token,
-                    100 * share);
+      throw_failure("own text", "the model writes token {} over and over ({:.0f} % of a sample): pass a text", token, 100 * share);
   }
   if (degenerate > 0) warn(fmt::format("own text: {} of {} samples are one token over and over", degenerate, count));
   return samples;
@@ -55,7 +54,12 @@ std::vector<std::vector<std::int32_t>> encode_all(const LanguageModel& model, co
   const int longest = model.config().max_position_embeddings;
   if (length > longest) throw_invalid("samples", "length: expected at most {} (the model's maximum), got {}", longest, length);
   std::vector<std::vector<std::int32_t>> tokens;
-  for (const auto& text : texts) tokens.push_back(tokenizer.encode(text));
+  for (const auto& text : texts) {
+    for (const auto token : tokens.emplace_back(tokenizer.encode(text)))
+      if (token < 0 || token >= model.config().vocab_size)
+        throw_invalid("samples", "the tokenizer gives token {}, and the model has {}: they are not of one model", token,
+                      model.config().vocab_size);
+  }
   return tokens;
 }
 

@@ -1,0 +1,106 @@
+// Attention over codes: one query a head against a long context, beside the memory's limit and MLX's own attention.
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <tuple>
+
+#include "bench/common.h"
+#include "mlx/fast.h"
+#include "mlx/random.h"
+#include "mlx/transforms.h"
+#include "veloxquant/cache/packed_cache.h"
+#include "veloxquant/core/parallel.h"
+#include "veloxquant/quantize/rotated_pq.h"
+
+namespace veloxquant {
+namespace {
+
+constexpr int kTokens = 32768;
+
+mx::array normal(const mx::Shape& shape, std::uint64_t seed) {
+  auto x = mx::random::normal(shape, mx::float32, mx::random::key(seed));
+  x.eval();
+  return x;
+}
+
+struct Shape {
+  int heads, kv_heads, dim;
+};
+
+Shape shape_of(const benchmark::State& state) {
+  return {static_cast<int>(state.range(0)), static_cast<int>(state.range(1)), static_cast<int>(state.range(2))};
+}
+
+// 2 bits of codes, 1.2 % of the tokens patched, window and sinks as by default.
+std::unique_ptr<PackedCache> filled(const Shape& shape, Rotation rotation, const AttentionSpec& spec) {
+  const auto x = normal({16384, shape.dim}, 1);
+  const auto fit = [&](Side side, Rotation how) {
+    return RotatedPqFitter({x.data<float>(), x.size()}, shape.dim, {}, how)
+        .fit(side, {.codes = shape.dim / 4, .stages = 2, .patches = 3, .max_iter = 2});
+  };
+  const auto copies = [&](const QuantizerParameters& unit) { return std::vector(static_cast<std::size_t>(shape.kv_heads), unit); };
+  auto cache = std::make_unique<PackedCache>(std::make_shared<PackedLayer>(
+      copies(fit(Side::kKeys, rotation)), copies(fit(Side::kValues, Rotation::kFull)), kDefaultWindow, kDefaultSinks));
+  constexpr int kStep = 512;
+  for (int at = 0; at < kTokens; at += kStep)
+    cache->attend(normal({1, shape.kv_heads, kStep, shape.dim}, 2),
+                  normal({1, shape.kv_heads, kStep, shape.dim}, 3 + static_cast<unsigned>(at)),
+                  normal({1, shape.kv_heads, kStep, shape.dim}, 4 + static_cast<unsigned>(at)), spec);
+  return cache;
+}
+
+void decode(benchmark::State& state) {
+  const Shape shape = shape_of(state);
+  const Rotation rotation = state.range(3) == 1 ? Rotation::kPlane : Rotation::kFull;
+  static std::map<std::tuple<int, int, int>, std::unique_ptr<PackedCache>> caches;
+  static std::map<int, Rope> ropes;
+  const AttentionSpec spec{.scale = 0.1f, .rope = &ropes.try_emplace(shape.dim, RopeConfig{}, shape.dim).first->second};
+  auto& cache = caches[{shape.kv_heads, shape.dim, static_cast<int>(rotation)}];
+  if (!cache) cache = filled(shape, rotation, spec);
+  const auto q = normal({1, shape.heads, 1, shape.dim}, 1), k = normal({1, shape.kv_heads, 1, shape.dim}, 2),
+             v = normal({1, shape.kv_heads, 1, shape.dim}, 3);
+  for (auto _ : state) cache->attend(q, k, v, spec);
+}
+
+// All threads read an array far larger than the caches.  bytes: what keys and values of fp16 would take.
+void read_fp16(benchmark::State& state) {
+  const Shape shape = shape_of(state);
+  static const std::vector<std::uint64_t> memory(std::size_t{1} << 27, 1);
+  const auto threads = static_cast<std::size_t>(num_threads());
+  for (auto _ : state) {
+    std::vector<std::uint64_t> sums(threads * 8);
+    parallel_for(threads, 1, [&](std::size_t part, std::size_t) {
+      const auto* from = memory.data() + memory.size() / threads * part;
+      std::uint64_t a = 0, b = 0, c = 0, d = 0;
+      for (std::size_t i = 0; i + 4 <= memory.size() / threads; i += 4)
+        a += from[i], b += from[i + 1], c += from[i + 2], d += from[i + 3];
+      sums[part * 8] = a + b + c + d;
+    });
+    benchmark::DoNotOptimize(sums.data());
+  }
+  state.counters["bytes"] = 2.0 * kTokens * shape.kv_heads * shape.dim * 2;
+  state.counters["read"] = static_cast<double>(memory.size() * sizeof(std::uint64_t));
+}
+
+void mlx_attention(benchmark::State& state) {
+  const Shape shape = shape_of(state);
+  const auto q = normal({1, shape.heads, 1, shape.dim}, 1), k = normal({1, shape.kv_heads, kTokens, shape.dim}, 2),
+             v = normal({1, shape.kv_heads, kTokens, shape.dim}, 3);
+  for (auto _ : state) mx::fast::scaled_dot_product_attention(q, k, v, 0.1f).eval();
+}
+
+BENCHMARK(decode)->Args({4, 2, 64, 1})->Args({4, 2, 64, 0})->Args({32, 8, 128, 1})->Unit(benchmark::kMillisecond)->UseRealTime();
+BENCHMARK(read_fp16)->Args({4, 2, 64})->Args({32, 8, 128})->Unit(benchmark::kMillisecond)->UseRealTime();
+BENCHMARK(mlx_attention)->Args({4, 2, 64})->Args({32, 8, 128})->Unit(benchmark::kMillisecond)->UseRealTime();
+
+}  // namespace
+}  // namespace veloxquant
+
+int main(int argc, char** argv) {
+  veloxquant::mx::set_default_device(veloxquant::mx::Device::cpu);
+  benchmark::Initialize(&argc, argv);
+  benchmark::RunSpecifiedBenchmarks();
+}
