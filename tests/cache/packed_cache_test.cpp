@@ -158,6 +158,25 @@ TEST(PackedCache, GrowsByBlocksOfCodes) {
   EXPECT_EQ(bytes_at(36 + 256, 36 + 257), exact + 2 * block);
 }
 
+TEST(PackedCache, RefusesOtherShapes) {
+  const Sequence x(1, 8, 64), narrow(1, 8, 32);
+  const auto stored = rotated(Sequence(1, 300, 64), 64, Rotation::kFull, 0);
+  const Rope rope({}, 64);
+  const AttentionSpec spec{.rope = &rope};
+  PackedCache cache(std::make_shared<PackedLayer>(stored.keys, stored.values, 4, 0));
+  const auto attend = [&](const mx::array& q, const mx::array& k, const mx::array& v) {
+    return [=, &cache] { cache.attend(q, k, v, spec); };
+  };
+  const auto one = [](const mx::array& y) { return mx::slice(y, {0, 0, 0, 0}, {1, 1, 8, y.shape(3)}); };
+  EXPECT_THAT(attend(x.q, one(x.k), one(x.v)),
+              ::testing::ThrowsMessage<std::invalid_argument>(::testing::HasSubstr("keys of 2 KV heads, got 1")));
+  EXPECT_THAT(attend(narrow.q, narrow.k, narrow.v),
+              ::testing::ThrowsMessage<std::invalid_argument>(::testing::HasSubstr("64 dimensions, got 32")));
+  cache.attend(x.q, x.k, x.v, spec);
+  EXPECT_THAT(attend(x.q, x.k, one(x.v)),
+              ::testing::ThrowsMessage<std::invalid_argument>(::testing::HasSubstr("got [1, 2, 8, 64] and [1, 1, 8, 64]")));
+}
+
 TEST(PackedCache, RefusesWhatItCannotStore) {
   const Sequence x(1, 64, 64);
   const auto kivi = of_method(x, 64, "kivi", 2);

@@ -710,6 +710,16 @@ def test_generate_says_what_the_cache_takes(run, demo_model, tmp_path):
     assert streamed.stdout.rstrip("\n") == full["text"].rstrip("\n") and "tokens/s" in streamed.stderr
 
 
+def test_packed_plans_are_what_restored_ones_say(run, demo_model, text, tmp_path):
+    path = tmp_path / "made.plan"
+    made = run("calibrate", demo_model, "--bits", 2.5, "--samples", 3, "--length", 256, "--text", text, "-o", path)
+    assert made.returncode == 0, made.stderr
+    rows = [json.loads(run("evaluate", demo_model, "--plan", path, "--text", text, "--windows", 2, "--length", 600, "--json", *more).stdout)[1]
+            for more in ([], ["--packed"])]
+    assert rows[1]["kl_mean"] == pytest.approx(rows[0]["kl_mean"], rel=0.1) and rows[0]["kl_mean"] > 1e-4
+    assert rows[1]["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=1e-2)
+
+
 def test_generate_refuses(run, demo_model, tiny, plan, tmp_path):
     fails(run("generate", demo_model, "--prompt", ""), "prompt", "at least one token")
     fails(run("generate", tiny, "--plan", plan, "--prompt", "a"), "another model")

@@ -25,9 +25,10 @@ struct BlockQueries {
   float scale;
 };
 
-/// scores[r · score_stride + t] = scale · q[r]·k[t], and sums[r] += Σ_t weights[r · weight_stride + t] · v[t]; k and v `stride` apart.
-void score_vectors(const BlockQueries& queries, const float* k, std::size_t tokens, std::size_t stride, std::size_t dim, float* scores,
-                   std::size_t score_stride);
+/// scores[r · score_stride + t] = scale · q[r]·k[t], and sums[r] += Σ_t weights[r · weight_stride + t] · v[t]; k and v `stride`
+/// apart.
+void score_vectors(const BlockQueries& queries, const float* k, std::size_t tokens, std::size_t stride, std::size_t dim,
+                   float* scores, std::size_t score_stride);
 void add_vectors(const float* weights, std::size_t num_queries, std::size_t weight_stride, const float* v, std::size_t tokens,
                  std::size_t stride, std::size_t dim, float* sums);
 
@@ -46,8 +47,8 @@ class BlockCodec {
   virtual void decode(const std::uint8_t* block, std::size_t tokens, float* vectors) const = 0;
 
   /// Keys: scores[r · score_stride + t] = scale · q[r]·k[t] of the first `tokens` tokens, the first at `position`.
-  virtual void score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries, float* scores,
-                     std::size_t score_stride) const;
+  virtual void score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries,
+                     float* scores, std::size_t score_stride) const;
 
   /// Values: sums[r] += Σ_t weights[r · weight_stride + t] · v[t], sums [num_queries, dim], in a space of the codec's own, …
   virtual void add(const std::uint8_t* block, std::size_t tokens, const float* weights, std::size_t num_queries,

@@ -1,5 +1,7 @@
 #include "veloxquant/cache/packed_cache.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -320,22 +322,29 @@ class InUse {
 
 }  // namespace
 
-void PackedCache::begin(const mx::array& k) {
+void PackedCache::begin(const mx::array& k, const PackedLayer::Codecs& codecs) {
   batch_ = static_cast<std::size_t>(k.shape(0));
   kv_heads_ = static_cast<std::size_t>(k.shape(1));
   dim_ = static_cast<std::size_t>(k.shape(3));
+  for (const auto* side : {&codecs.keys, &codecs.values})
+    if (side->size() != 1 && side->size() != kv_heads_)
+      throw_invalid("packed cache", "expected keys of {} KV heads, got {}", side->size(), kv_heads_);
+  if (layer_->exact(Side::kKeys).dim() != k.shape(3))
+    throw_invalid("packed cache", "expected keys of {} dimensions, got {}", layer_->exact(Side::kKeys).dim(), k.shape(3));
+  const auto of = [&](const auto& side, std::size_t head) { return side[side.size() == 1 ? 0 : head % kv_heads_].get(); };
+  for (std::size_t i = 0; i < batch_ * kv_heads_; ++i)
+    heads_.push_back(std::make_unique<Head>(*layer_, of(codecs.keys, i), of(codecs.values, i)));
 }
 
 mx::array PackedCache::attend(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) {
   const InUse in_use(busy_);
   if (spec.padding) throw_invalid("packed cache", "padding: expected sequences without padding");
-  if (offset_ == 0) begin(k);
-  const auto& codecs = layer_->codecs(*spec.rope);
-  if (heads_.empty()) {
-    const auto of = [&](const auto& side, std::size_t head) { return side[side.size() == 1 ? 0 : head % kv_heads_].get(); };
-    for (std::size_t i = 0; i < batch_ * kv_heads_; ++i)
-      heads_.push_back(std::make_unique<Head>(*layer_, of(codecs.keys, i), of(codecs.values, i)));
-  }
+  if (heads_.empty()) begin(k, layer_->codecs(*spec.rope));
+  const mx::Shape expected = {static_cast<int>(batch_), static_cast<int>(kv_heads_), k.shape(2), static_cast<int>(dim_)};
+  if (k.shape() != expected || v.shape() != expected || q.shape(0) != k.shape(0) || q.shape(1) % k.shape(1) != 0 ||
+      q.shape(2) != k.shape(2) || q.shape(3) != k.shape(3))
+    throw_invalid("packed cache", "expected keys and values of shape [{}], got [{}] and [{}]", fmt::join(expected, ", "),
+                  fmt::join(k.shape(), ", "), fmt::join(v.shape(), ", "));
   const int before = offset();
   const auto queries = as_floats((*spec.rope)(q, before)), values = as_floats(v),
              keys = as_floats(layer_->keys_before_rope() ? k : (*spec.rope)(k, before));

@@ -68,7 +68,7 @@ class PackedCache : public AttentionCache {
   struct Head;
   class Attention;
 
-  void begin(const mx::array& k);
+  void begin(const mx::array& k, const PackedLayer::Codecs& codecs);
   std::size_t coded() const;  // tokens that are codes
 
   std::shared_ptr<const PackedLayer> layer_;

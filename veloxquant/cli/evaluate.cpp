@@ -30,7 +30,7 @@ struct Options {
   std::set<int> contexts;
   TextOptions text;
   RunOptions run;
-  bool json = false;
+  bool packed = false, json = false;
 };
 
 std::vector<std::int32_t> tokens_of(const TextOptions& text, const Tokenizer& tokenizer) {
@@ -54,7 +54,8 @@ TokenBatch windows_of(const Options& options, const LoadedModel& loaded, int len
 std::vector<Storage> storages_of_plans(const Options& options, const Model& model) {
   std::vector<Storage> storages = {full_storage()};
   for (const auto& path : options.plans)
-    storages.push_back(plan_storage(std::filesystem::path(path).filename().string(), read_plan_for(model, options.model, path)));
+    storages.push_back(
+        plan_storage(std::filesystem::path(path).filename().string(), read_plan_for(model, options.model, path), options.packed));
   return storages;
 }
 
@@ -117,6 +118,7 @@ void print_rows(const std::vector<EvaluationRow>& rows, std::span<const Storage>
 
 void run(const Options& options) {
   const DeviceScope scope = options.run.enter();
+  if (options.packed) check_packed_device();
   const LoadedModel loaded = load_model(options.model);
   const int longest = loaded.model.config().max_position_embeddings,
             length = options.length > 0 ? options.length : std::min(longest, kLongestWindow);
@@ -163,6 +165,8 @@ void add_evaluate(CLI::App& program) {
                  peers_text());
   command.add_option("model", options->model, "Model folder: config.json, *.safetensors, tokenizer.json")->required();
   command.add_option("--plan", options->plans, "Plan file; may be given several times")->allow_extra_args(false);
+  command.add_flag("--packed", options->packed,
+                   "Store plans really packed, as generate does, and not only as what would be read back (CPU)");
   command.add_option("--peer", options->peers, "Another way of storing a cache; may be given several times")
       ->allow_extra_args(false)
       ->check(CLI::IsMember(peer_names()).description("PEER"));

@@ -8,7 +8,6 @@
 #include "veloxquant/cli/commands.h"
 #include "veloxquant/cli/options.h"
 #include "veloxquant/cli/terminal.h"
-#include "veloxquant/core/error.h"
 #include "veloxquant/model/attention.h"
 
 namespace veloxquant::cli {
@@ -54,9 +53,8 @@ void run(const Options& options) {
   const LoadedModel loaded = load_model(options.model);
   std::optional<Plan> plan;
   if (options.plan) {
+    check_packed_device();
     plan = read_plan_for(loaded.model, options.model, *options.plan);
-    if (mx::default_device() == mx::Device::gpu)
-      throw_failure("generate", "--plan: packed caches run on the CPU: expected --device cpu");
   }
   const auto prompt = loaded.tokenizer.encode(options.prompt, /* add_special_tokens= */ true);
   GenerateOptions wanted = options.generate;

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "mlx/ops.h"
+#include "veloxquant/cache/packed_cache.h"
 #include "veloxquant/cache/restoring_cache.h"
 #include "veloxquant/calibrate/make_plan.h"
 #include "veloxquant/core/error.h"
@@ -128,10 +129,10 @@ Storage full_storage() {
   return {"full", FullCache::factory(), [](int) { return 32.0; }};
 }
 
-Storage plan_storage(const std::string& name, const Plan& plan) {
+Storage plan_storage(const std::string& name, const Plan& plan, bool packed) {
   const auto kept = std::make_shared<const Plan>(plan);
-  return {name, restoring_factory(plan), [kept](int context) { return effective_bits(*kept, context); }, constant_bytes(plan),
-          plan.sliding};
+  return {name, packed ? packed_factory(plan) : restoring_factory(plan),
+          [kept](int context) { return effective_bits(*kept, context); }, constant_bytes(plan), plan.sliding};
 }
 
 std::vector<std::string> peer_names() {

@@ -27,8 +27,8 @@ struct Storage {
 /// Full precision: 32 bits, as the CPU engine stores them.
 Storage full_storage();
 
-/// What a plan stores.
-Storage plan_storage(const std::string& name, const Plan& plan);
+/// What a plan stores: restored as it would be read, or really packed (on the CPU; KIVI cannot be).
+Storage plan_storage(const std::string& name, const Plan& plan, bool packed = false);
 
 /// `mlx2, 3, 4, 5, 6, 8`: exactly mx::quantize over groups of 64 channels with 16-bit scale and offset, as mlx_lm stores after
 /// RoPE. `kivi1…4` (arXiv 2402.02750, without its full-precision residual): keys per channel over 32 tokens, values per token in

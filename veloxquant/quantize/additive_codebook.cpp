@@ -99,7 +99,7 @@ void AdditiveCodebook::encode(const float* points, std::size_t rows, std::size_t
 void AdditiveCodebook::encode_pairs(const float* points, std::size_t rows, std::size_t stride, std::uint16_t* codes,
                                     std::size_t code_stride) const {
   const int columns = static_cast<int>(2 * count_), dim = static_cast<int>(dim_);
-  std::vector<float> scores(kBlockRows * 2 * count_);
+  std::vector<float> scores(std::min(rows, kBlockRows) * 2 * count_);
   for (std::size_t begin = 0; begin < rows; begin += kBlockRows) {
     const std::size_t block = std::min(kBlockRows, rows - begin);
     for (std::size_t r = 0; r < block; ++r)
