@@ -5,7 +5,6 @@ position (RoPE) is read from what it makes of one token at several positions, wh
 """
 
 import contextlib
-import sys
 
 import mlx.core as mx
 import numpy as np

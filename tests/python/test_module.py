@@ -25,7 +25,7 @@ from conftest import MODULE, ROOT
 if not list(MODULE.glob("veloxquant_mlx/_core*.so")):
     pytest.skip("the Python module is not built", allow_module_level=True)
 
-import veloxquant_mlx  # isort: skip  before mlx.core, so that MLX multiplies with OpenBLAS
+import veloxquant_mlx
 import mlx.core as mx
 import mlx_lm
 from mlx_lm.models.cache import KVCache, make_prompt_cache

@@ -100,7 +100,7 @@ def calibrate_layer_sensitivities(
 
 
 @_inputs.documented
-def fit_distortion_curve(sensitivities, bit_rates=(1.0, 1.5, 2.0, 3.0, 4.0), *, quantizer="turboquant"):
+def fit_distortion_curve(sensitivities, bit_rates=[1.0, 1.5, 2.0, 3.0, 4.0], *, quantizer="turboquant"):
     """Fit a curve of predicted KL against bits to each layer.
 
     sensitivities: {"layer_0": SensitivityResult, ...}; results built by hand from the three documented fields are given the quantizer's
