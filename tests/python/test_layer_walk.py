@@ -7,7 +7,6 @@ from conftest import MODULE
 if not list(MODULE.glob("veloxquant_mlx/_core*.so")):
     pytest.skip("the Python module is not built", allow_module_level=True)
 
-import veloxquant_mlx
 import mlx.core as mx
 from mlx_lm.models.rope_utils import initialize_rope
 from veloxquant_mlx._layer_walk import LayerWalk
