@@ -128,13 +128,10 @@ void bind_models(nb::module_& module) {
       [](const LanguageModel& model, int num_samples, int length, std::uint64_t seed, const std::string& device,
          nb::object progress) {
         PythonProgress report(std::move(progress));
-        TokenBatch batch(0, 0);
-        {
-          const nb::gil_scoped_release release;
+        return tokens_of(without_interpreter([&] {
           const DeviceScope scope(resolve_device_or_cpu(device));
-          batch = generate_own_text(model, num_samples, length, seed, callback_of(report));
-        }
-        return tokens_of(std::move(batch));
+          return generate_own_text(model, num_samples, length, seed, callback_of(report));
+        }));
       },
       nb::arg("model"), nb::arg("num_samples"), nb::arg("length"), nb::arg("seed"), nb::arg("device"), nb::arg("progress").none(),
       "What the model writes itself → [num_samples, length] int32.");

@@ -37,11 +37,12 @@ bool quantizes_sliding(const std::string& sliding) {
   return sliding == "quantize";
 }
 
-AdjointPlan calibrate_plan(const LanguageModel& model, const TextEncoder& tokenizer, const NamedTexts& texts,
-                           const std::string& method, double bits, std::optional<std::int64_t> bytes, int context,
-                           const std::optional<std::string>& units, const std::optional<std::string>& keys,
-                           std::optional<int> window, std::optional<int> sinks, const std::string& sliding, int num_samples,
-                           int length, std::uint64_t seed, const std::string& device, nb::object progress) {
+// → (plan, frontier as (bits, predicted KL), recall in full, recall with the plan).
+nb::tuple calibrate_plan(const LanguageModel& model, const TextEncoder& tokenizer, const NamedTexts& texts,
+                         const std::string& method, double bits, std::optional<std::int64_t> bytes, int context,
+                         const std::optional<std::string>& units, const std::optional<std::string>& keys, std::optional<int> window,
+                         std::optional<int> sinks, const std::string& sliding, int num_samples, int length, std::uint64_t seed,
+                         const std::string& device, nb::object progress) {
   PythonProgress report(std::move(progress));
   const CalibrateOptions options{.method = method,
                                  .bits = bits,
@@ -55,11 +56,15 @@ AdjointPlan calibrate_plan(const LanguageModel& model, const TextEncoder& tokeni
                                  .num_samples = num_samples,
                                  .length = length,
                                  .seed = seed};
-  const nb::gil_scoped_release release;
-  const DeviceScope scope(resolve_device_or_cpu(device));
-  std::vector<NamedText> named;
-  for (const auto& [name, text] : texts) named.push_back({name, text});
-  return calibrate(model, tokenizer, named, options, callback_of(report));
+  AdjointPlan made = without_interpreter([&] {
+    const DeviceScope scope(resolve_device_or_cpu(device));
+    std::vector<NamedText> named;
+    for (const auto& [name, text] : texts) named.push_back({name, text});
+    return calibrate(model, tokenizer, named, options, callback_of(report));
+  });
+  nb::list frontier;
+  for (const auto& [at, kl] : made.frontier) frontier.append(nb::make_tuple(at, kl));
+  return nb::make_tuple(std::move(made.plan), frontier, made.full_recall, made.plan_recall);
 }
 
 }  // namespace
@@ -79,7 +84,6 @@ void bind_plans(nb::module_& module) {
           },
           nb::arg("tokens") = nb::none())
       .def("cache_bytes", &cache_bytes, nb::arg("tokens"))
-      .def("full_bytes", &full_bytes, nb::arg("tokens"))
       .def("constant_bytes", &constant_bytes)
       .def(
           "check",
@@ -118,22 +122,11 @@ void bind_plans(nb::module_& module) {
       nb::arg("model"), nb::arg("samples"), nb::arg("window"), nb::arg("seed"), nb::arg("device"),
       "samples [B, T] int32 → (layer, first sample, keys before RoPE, values, gradients by keys, by values) for every layer and "
       "step.");
-  module.def(
-      "calibrate",
-      [](const LanguageModel& model, const TextEncoder& tokenizer, const NamedTexts& texts, const std::string& method, double bits,
-         std::optional<std::int64_t> bytes, int context, const std::optional<std::string>& units,
-         const std::optional<std::string>& keys, std::optional<int> window, std::optional<int> sinks, const std::string& sliding,
-         int num_samples, int length, std::uint64_t seed, const std::string& device, nb::object progress) {
-        AdjointPlan made = calibrate_plan(model, tokenizer, texts, method, bits, bytes, context, units, keys, window, sinks,
-                                          sliding, num_samples, length, seed, device, std::move(progress));
-        nb::list frontier;
-        for (const auto& [at, kl] : made.frontier) frontier.append(nb::make_tuple(at, kl));
-        return nb::make_tuple(std::move(made.plan), frontier, made.full_recall, made.plan_recall);
-      },
-      nb::arg("model"), nb::arg("tokenizer"), nb::arg("texts"), nb::arg("method"), nb::arg("bits"), nb::arg("bytes").none(),
-      nb::arg("context"), nb::arg("units").none(), nb::arg("keys").none(), nb::arg("window").none(), nb::arg("sinks").none(),
-      nb::arg("sliding"), nb::arg("num_samples"), nb::arg("length"), nb::arg("seed"), nb::arg("device"), nb::arg("progress").none(),
-      "→ (plan, frontier as (bits, predicted KL), recall in full, recall with the plan).");
+  module.def("calibrate", &calibrate_plan, nb::arg("model"), nb::arg("tokenizer"), nb::arg("texts"), nb::arg("method"),
+             nb::arg("bits"), nb::arg("bytes").none(), nb::arg("context"), nb::arg("units").none(), nb::arg("keys").none(),
+             nb::arg("window").none(), nb::arg("sinks").none(), nb::arg("sliding"), nb::arg("num_samples"), nb::arg("length"),
+             nb::arg("seed"), nb::arg("device"), nb::arg("progress").none(),
+             "→ (plan, frontier as (bits, predicted KL), recall in full, recall with the plan).");
 }
 
 }  // namespace veloxquant::python

@@ -16,28 +16,22 @@ using namespace allocators;
 auto factors(const LanguageModel& model, const TextEncoder& tokenizer, int num_samples, int sequence_length,
              const NamedTexts& texts, std::uint64_t seed, const std::string& device, nb::object progress) {
   PythonProgress report(std::move(progress));
-  Tensor result;
-  {
-    const nb::gil_scoped_release release;
+  return numpy_of(without_interpreter([&] {
     const DeviceScope scope(resolve_device_or_cpu(device));
-    result = vecinfer::calibrate_smooth_factors(model, tokenizer, num_samples, sequence_length,
-                                                {contents(texts), seed, callback_of(report)});
-  }
-  return numpy_of(std::move(result));
+    return vecinfer::calibrate_smooth_factors(model, tokenizer, num_samples, sequence_length,
+                                              {contents(texts), seed, callback_of(report)});
+  }));
 }
 
 auto codebook(const LanguageModel& model, const TextEncoder& tokenizer, const FloatArray& factors, int num_samples,
               int num_centroids, int num_subspaces, int sequence_length, int max_iter, const NamedTexts& texts, std::uint64_t seed,
               const std::string& device, nb::object progress) {
   PythonProgress report(std::move(progress));
-  Tensor result;
-  {
-    const nb::gil_scoped_release release;
+  return numpy_of(without_interpreter([&] {
     const DeviceScope scope(resolve_device_or_cpu(device));
-    result = vecinfer::train_codebook(model, tokenizer, tensor_of(factors), num_samples, num_centroids, num_subspaces,
-                                      sequence_length, max_iter, {contents(texts), seed, callback_of(report)});
-  }
-  return numpy_of(std::move(result));
+    return vecinfer::train_codebook(model, tokenizer, tensor_of(factors), num_samples, num_centroids, num_subspaces,
+                                    sequence_length, max_iter, {contents(texts), seed, callback_of(report)});
+  }));
 }
 
 auto layer_factors(const FloatArray& keys, int head_dim) {

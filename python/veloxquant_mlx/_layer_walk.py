@@ -12,6 +12,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from ._attention import OurAttention, know_our_caches
 from ._load import core
+from ._own_forward import layer_name
 
 # What still works where this does not.
 _ALLOCATORS = "veloxquant_mlx.allocators run such a model, calibrate does not"
@@ -213,7 +214,7 @@ class LayerWalk:
         return self._layers[index](hidden, *(cache if value is _Cache else value for value in args), **put_in)
 
     def _name(self, index):
-        return f"layer {index} ({type(self._layers[index]).__name__})"
+        return layer_name(self._layers, index)
 
     # RoPE -----------------------------------------------------------------------------------------------------------------------------
 

@@ -16,10 +16,6 @@ from ._tokenizers import encoder, vocabulary_size
 _STEP_TOKENS = 4096
 
 
-class ObservingCache(KVCache):
-    """Keeps keys and values as they come."""
-
-
 class PerturbingCache(KVCache):
     """Puts Gaussian noise on keys and values."""
 
@@ -64,21 +60,21 @@ class OwnForward:
             if type(cache) not in (KVCache, RotatingKVCache):
                 held = [type(part).__name__ for part in cache.caches] if isinstance(cache, CacheList) else [type(cache).__name__]
                 raise ValueError(
-                    f"model: layer {i} ({_layer_type(self.model, i)}) keeps {', '.join(held)}: expected layers that keep keys and values of "
+                    f"model: {layer_name(self.model.layers, i)} keeps {', '.join(held)}: expected layers that keep keys and values of "
                     "every token (KVCache)"
                 )
 
     def _first_keys(self):
-        caches = [ObservingCache() for _ in range(self.num_layers)]
+        caches = [KVCache() for _ in range(self.num_layers)]
         self.forward(mx.zeros((1, 2), mx.int32), caches)
         shapes = set()
         for i, cache in enumerate(caches):
             if cache.empty():
-                raise ValueError(f"model: layer {i} ({_layer_type(self.model, i)}) keeps no keys and values")
+                raise ValueError(f"model: {layer_name(self.model.layers, i)} keeps no keys and values")
             keys, values = cache.keys_and_values()
             if keys.shape != values.shape:
                 raise ValueError(
-                    f"model: layer {i} ({_layer_type(self.model, i)}) keeps keys {keys.shape} and values {values.shape}, as multi-head latent "
+                    f"model: {layer_name(self.model.layers, i)} keeps keys {keys.shape} and values {values.shape}, as multi-head latent "
                     "attention (MLA) does: expected the same shape"
                 )
             shapes.add(keys.shape)
@@ -122,7 +118,7 @@ class OwnForward:
         kept = Observations(self.num_layers, len(samples), self.num_kv_heads, samples.shape[1], self.head_dim)
         steps = self.steps(samples)
         for i, (begin, end) in enumerate(steps):
-            caches = [ObservingCache() for _ in range(self.num_layers)]
+            caches = [KVCache() for _ in range(self.num_layers)]
             self.forward(mx.array(samples[begin:end]), caches)  # lazy: the head is not computed
             for layer, cache in enumerate(caches):
                 kept.set(layer, begin, *cache.keys_and_values())
@@ -199,9 +195,9 @@ def in_float32(model):
         model.update(parameters)
 
 
-def _layer_type(model, index):
-    layers = model.layers
-    return type(layers[index]).__name__ if index < len(layers) else "?"
+def layer_name(layers, index):
+    """For errors: the number of a layer and its type."""
+    return f"layer {index} ({type(layers[index]).__name__ if index < len(layers) else '?'})"
 
 
 def _mean_kl(clean, changed):

@@ -2,6 +2,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -57,3 +58,54 @@ def run(program):
         return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, **{"timeout": 900, **options})
 
     return run
+
+
+# Of the Python module, which is imported only where a test asks for it.
+
+@pytest.fixture(scope="session")
+def words():
+    """Some 2,500 tokens of English."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    nouns = "storm sea letter doctor window garden horse river winter candle road stranger captain lady silence".split()
+    sentence = "The captain of the ship said that the weather would change before the morning, and he was right; "
+    return "".join(sentence + f"the {rng.choice(nouns)} and the {rng.choice(nouns)} of number {rng.integers(1000)}. " for _ in range(64))
+
+
+@pytest.fixture(scope="session")
+def text_file(words, tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(words)
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo(demo_model):
+    """The bundled model alive, and its tokenizer."""
+    import mlx_lm
+
+    return mlx_lm.load(str(demo_model))
+
+
+@pytest.fixture(scope="session")
+def own_tokenizer(demo_model):
+    import veloxquant_mlx
+
+    return veloxquant_mlx.Tokenizer.load(demo_model)
+
+
+@pytest.fixture
+def own_code(monkeypatch):
+    """Live models run by their own code, as if the engine had none of their families."""
+    monkeypatch.setattr("veloxquant_mlx._sources.engine_model", lambda *_, **__: None)
+
+
+@pytest.fixture
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "no GPU back end")
+        warnings.filterwarnings("ignore", "no facts are sown")
+        warnings.filterwarnings("ignore", "own text")
+        yield

@@ -2,10 +2,7 @@
 import numpy as np
 import pytest
 
-from conftest import MODULE
-
-if not list(MODULE.glob("veloxquant_mlx/_core*.so")):
-    pytest.skip("the Python module is not built", allow_module_level=True)
+pytest.importorskip("veloxquant_mlx", reason="the Python module is not built", exc_type=ModuleNotFoundError)
 
 import mlx.core as mx
 from mlx_lm.models.rope_utils import initialize_rope

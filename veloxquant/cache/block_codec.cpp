@@ -43,8 +43,8 @@ float* scratch(std::size_t size) {
 // Any quantizer that stores tokens one by one: token after token.
 class PlainCodec : public BlockCodec {
  public:
-  PlainCodec(std::unique_ptr<const Quantizer> quantizer, const Rope* rope)
-      : BlockCodec(quantizer->dim(), rope), quantizer_(std::move(quantizer)), token_bytes_(quantizer_->encoded_bytes(1)) {}
+  explicit PlainCodec(std::unique_ptr<const Quantizer> quantizer)
+      : BlockCodec(quantizer->dim(), nullptr), quantizer_(std::move(quantizer)), token_bytes_(quantizer_->encoded_bytes(1)) {}
 
   std::size_t block_bytes() const override { return token_bytes_ * kPackedBlockTokens; }
 
@@ -88,7 +88,7 @@ class RotatedPqCodec : public BlockCodec {
   void append(std::span<const float> vectors, std::size_t at, std::uint8_t* block, OpenBlock& open) const override {
     const std::size_t tokens = vectors.size() / dim_, count = codes_.codes;
     std::vector<std::uint8_t> codes(tokens * count);
-    std::vector<float> rest(tokens * dim_);
+    std::vector<float> rest(patches_ > 0 ? tokens * dim_ : 0);
     quantizer_.encode_codes(vectors, codes, rest);
     for (std::size_t t = 0; t < tokens; ++t) {
       std::uint8_t* tile = block + (at + t) / kPackedTileTokens * codes_.tile_bytes();
@@ -96,7 +96,7 @@ class RotatedPqCodec : public BlockCodec {
         const auto [offset, stride] = codes_.place(code);
         tile[offset + (at + t) % kPackedTileTokens * stride] = codes[t * count + code];
       }
-      offer_patch(std::span(rest).subspan(t * dim_, dim_), at + t, block + codes_.block_bytes(), open);
+      if (patches_ > 0) offer_patch(std::span(rest).subspan(t * dim_, dim_), at + t, block + codes_.block_bytes(), open);
     }
   }
 
@@ -112,10 +112,9 @@ class RotatedPqCodec : public BlockCodec {
 
   void add(const std::uint8_t* block, std::size_t tokens, const float* weights, std::size_t num_queries, std::size_t weight_stride,
            float* sums) const override {
-    // A tile's vectors stay in the first-level cache between look-up and sum.
-    float* z = scratch(kPackedTileTokens * stride_ + kLookupPadding);
+    // A tile's vectors stay in the first-level cache between look-up and sum; a product wants more.
     const std::size_t step = num_queries < kManyQueries ? kPackedTileTokens : kPackedBlockTokens;
-    if (step > kPackedTileTokens) z = scratch(step * stride_ + kLookupPadding);
+    float* z = scratch(step * stride_ + kLookupPadding);
     for (std::size_t begin = 0; begin < tokens; begin += step) {
       const std::size_t some = std::min(step, tokens - begin);
       look_up(block, begin, some, z);
@@ -168,10 +167,8 @@ class RotatedPqCodec : public BlockCodec {
  private:
   // The tokens that lose most have the patches: one that loses more takes the place of the one that loses least.
   void offer_patch(std::span<const float> rest, std::size_t place, std::uint8_t* patches, OpenBlock& open) const {
-    if (patches_ == 0) return;
     if (place == 0) open.patch_errors.clear();
-    float error = 0;
-    for (const float value : rest) error += value * value;
+    const float error = RotatedPqQuantizer::patch_error(rest);
     auto& errors = open.patch_errors;
     const std::size_t bytes = quantizer_.patch_bytes();
     if (errors.size() == patches_) {
@@ -371,7 +368,7 @@ std::shared_ptr<const BlockCodec> make_block_codec(const QuantizerParameters& pa
     return std::make_shared<RotatedPqCodec>(parameters, nullptr);
   }
   check_packable(parameters);
-  return std::make_shared<PlainCodec>(make_quantizer(parameters), nullptr);
+  return std::make_shared<PlainCodec>(make_quantizer(parameters));
 }
 
 }  // namespace veloxquant

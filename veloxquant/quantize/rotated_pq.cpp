@@ -107,12 +107,6 @@ std::size_t patch_bytes(std::size_t dim) {
   return 3 + (dim * kPatchBits + 7) / 8;
 }
 
-float squared(std::span<const float> x) {
-  float sum = 0;
-  for (const float value : x) sum += value * value;
-  return sum;
-}
-
 Tensor matrix_tensor(const SquareMatrix& matrix, std::size_t dim) {
   const auto size = static_cast<std::int64_t>(dim);
   return {{size, size}, to_float(matrix)};
@@ -315,28 +309,30 @@ std::size_t RotatedPqQuantizer::encoded_bytes(std::size_t tokens) const {
 
 void RotatedPqQuantizer::encode_codes(std::span<const float> vectors, std::span<std::uint8_t> codes, std::span<float> rest) const {
   const std::size_t tokens = vectors.size() / dim_;
-  rotate(vectors.data(), tokens, mean_, transform_, rest.data());
+  std::vector<float> z(tokens * dim_);
+  rotate(vectors.data(), tokens, mean_, transform_, z.data());
   std::vector<std::uint16_t> wide(tokens * codes_);
   std::size_t column = 0, code = 0;
   for (const auto& subspace : subspaces_) {
-    subspace.encode(rest.data() + column, tokens, dim_, wide.data() + code, codes_);
+    subspace.encode(z.data() + column, tokens, dim_, wide.data() + code, codes_);
     column += static_cast<std::size_t>(subspace.dim());
     code += static_cast<std::size_t>(subspace.stages());
   }
   std::copy(wide.begin(), wide.end(), codes.begin());
-  std::vector<float> restored(tokens * dim_);
-  look_up(codes.data(), tokens, restored.data());
-  for (std::size_t i = 0; i < restored.size(); ++i) rest[i] -= restored[i];
+  if (rest.empty()) return;
+  look_up(codes.data(), tokens, rest.data());
+  for (std::size_t i = 0; i < z.size(); ++i) rest[i] = z[i] - rest[i];
 }
 
 void RotatedPqQuantizer::encode(std::span<const float> vectors, std::span<std::uint8_t> encoded) const {
   const std::size_t tokens = vectors.size() / dim_;
-  std::vector<float> rest(std::min(tokens, kBlockTokens) * dim_);
+  std::vector<float> memory(patches_ > 0 ? std::min(tokens, kBlockTokens) * dim_ : 0);
   std::uint8_t* out = encoded.data();
   for (std::size_t begin = 0; begin < tokens; begin += kBlockTokens) {
     const std::size_t block = std::min(kBlockTokens, tokens - begin);
+    const auto rest = std::span(memory).first(patches_ > 0 ? block * dim_ : 0);
     encode_codes(vectors.subspan(begin * dim_, block * dim_), {out, block * codes_}, rest);
-    if (patches_ > 0) write_patches(std::span(rest).first(block * dim_), out + block * codes_);
+    if (patches_ > 0) write_patches(rest, out + block * codes_);
     out += encoded_bytes(block);
   }
 }
@@ -379,7 +375,7 @@ void RotatedPqQuantizer::look_up(const std::uint8_t* codes, std::size_t tokens, 
 void RotatedPqQuantizer::write_patches(std::span<const float> rest, std::uint8_t* bytes) const {
   const std::size_t tokens = rest.size() / dim_;
   std::vector<float> errors(tokens);
-  for (std::size_t t = 0; t < tokens; ++t) errors[t] = squared(rest.subspan(t * dim_, dim_));
+  for (std::size_t t = 0; t < tokens; ++t) errors[t] = patch_error(rest.subspan(t * dim_, dim_));
   std::vector<std::size_t> worst(tokens);
   std::iota(worst.begin(), worst.end(), std::size_t{0});
   const auto count = static_cast<std::ptrdiff_t>(patches_of(patches_, tokens));
@@ -388,6 +384,12 @@ void RotatedPqQuantizer::write_patches(std::span<const float> rest, std::uint8_t
   std::sort(worst.begin(), worst.begin() + count);
   for (auto t = worst.begin(); t != worst.begin() + count; ++t, bytes += patch_bytes())
     write_patch(rest.subspan(*t * dim_, dim_), *t, bytes);
+}
+
+float RotatedPqQuantizer::patch_error(std::span<const float> rest) {
+  float sum = 0;
+  for (const float value : rest) sum += value * value;
+  return sum;
 }
 
 std::size_t RotatedPqQuantizer::patch_bytes() const {

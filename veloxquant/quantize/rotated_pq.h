@@ -9,6 +9,7 @@
 
 #include "veloxquant/quantize/additive_codebook.h"
 #include "veloxquant/quantize/linear_algebra.h"
+#include "veloxquant/quantize/packed_layout.h"
 #include "veloxquant/quantize/registry.h"
 
 namespace veloxquant {
@@ -73,7 +74,7 @@ class RotatedPqFitter {
 /// takes its place, and no original is needed again.
 class RotatedPqQuantizer : public Quantizer {
  public:
-  static constexpr std::size_t kBlockTokens = 256;
+  static constexpr std::size_t kBlockTokens = kPackedBlockTokens;
   static constexpr int kBeam = static_cast<int>(AdditiveCodebook::kBeam);
   static constexpr float kPatchCentre = 7.5f;  // of patch codes 0 … 15
 
@@ -99,12 +100,16 @@ class RotatedPqQuantizer : public Quantizer {
 
   // The same in parts, for caches that lay codes out in their own way.
 
-  /// vectors [tokens, dim] → codes [tokens, codes], and what these leave of the rotated vectors, [tokens, dim].
+  /// vectors [tokens, dim] → codes [tokens, codes], and what these leave of the rotated vectors, [tokens, dim], unless `rest` is
+  /// empty.
   void encode_codes(std::span<const float> vectors, std::span<std::uint8_t> codes, std::span<float> rest) const;
 
   /// One patch, patch_bytes() bytes: the rest [dim] of the token at `place` of its block.
   void write_patch(std::span<const float> rest, std::size_t place, std::uint8_t* bytes) const;
   std::size_t patch_bytes() const;
+
+  /// By which vectors with patches are chosen: the square of the rest.
+  static float patch_error(std::span<const float> rest);
 
   /// Adds the rest in a patch to a rotated vector [dim].
   void add_patch(const std::uint8_t* bytes, float* z) const;
