@@ -1,0 +1,30 @@
+// What attention over codes reads beside the codes, on a GPU: as kernels and the host lay it out.
+#pragma once
+
+namespace veloxquant {
+
+/// Eight dimensions of a key that one entry of each of two tables makes up: four planes that RoPE turns, as (x, y) after one another.
+/// Entries are bytes: dimension i is scale · (first + second − offset), the sum of the bytes at most 255.
+struct alignas(16) KeyUnit {
+  unsigned short offsets[8];   // IEEE half, 1024 + offset: x of planes 0 and 1, y of both, x of planes 2 and 3, y of both
+  int codes[2];              // which of a token's codes; twice the same one, and a second table of zeros, where there is one table
+  float scale;
+  int rest_begin, rest_count;  // columns of the rotated space that patches of it are made of, …
+  unsigned turns[4];         // a plane turns by turns / 2³² of a circle a position
+  int columns[8];            // of the query; −1: none
+};
+
+/// Eight dimensions of a value, from `column` of the rotated space on: scale · (first + second) + low.
+struct alignas(16) ValueUnit {
+  int codes[2];
+  float scale;
+  int column, width;
+  float low[8];
+};
+
+/// Where the blocks of a KV head begin within a block of its layer, in words of 4 bytes, and what is in them.
+struct HeadBlocks {
+  int key_word, key_codes, key_patches, value_word, value_codes, value_patches;
+};
+
+}  // namespace veloxquant
