@@ -150,10 +150,10 @@ TEST(PackedArrays, NothingIsEvaluatedUntilTheResultIs) {
   std::optional<mx::array> out;
   for (int begin = 0; begin < 400; begin += 100)
     out = cache->attend(cut(x.q, begin, begin + 100), cut(x.k, begin, begin + 100), cut(x.v, begin, begin + 100), {.rope = &rope});
-  ASSERT_EQ(cache->state().size(), 4);
-  for (const auto& array : cache->state()) EXPECT_FALSE(array.is_available());
+  ASSERT_EQ(cache->pending().size(), 4);
+  for (const auto& array : cache->pending()) EXPECT_FALSE(array.is_available());
   mx::eval(*out);
-  for (const auto& array : cache->state()) EXPECT_TRUE(array.is_available());
+  for (const auto& array : cache->pending()) EXPECT_TRUE(array.is_available());
 }
 
 TEST(PackedArrays, RefusesOtherShapesAndWhatItCannotStore) {

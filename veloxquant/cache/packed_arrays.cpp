@@ -83,7 +83,7 @@ int PackedArrays::coded() const {
   return std::max(0, offset_ - layer_->window - layer_->sinks);
 }
 
-std::vector<mx::array> PackedArrays::state() const {
+std::vector<mx::array> PackedArrays::pending() const {
   std::vector<mx::array> arrays;
   for (const auto* array : {&closed_, &open_, &errors_, &exact_})
     if (*array) arrays.push_back(**array);
@@ -92,7 +92,7 @@ std::vector<mx::array> PackedArrays::state() const {
 
 std::size_t PackedArrays::nbytes() const {
   std::size_t bytes = 0;
-  for (const auto& array : state()) bytes += array.nbytes();
+  for (const auto& array : pending()) bytes += array.nbytes();
   return bytes;
 }
 
@@ -147,7 +147,7 @@ mx::array PackedArrays::attend(const mx::array& q, const mx::array& k, const mx:
     results.push_back(mx::reshape(mx::divide(sums->sums, sums->total), {batch_, kv_heads_ * group, count, dim}));
   }
   // Otherwise what is stored would wait as a graph that grows.
-  return mx::depends({mx::astype(joined(results, 2), q.dtype())}, state())[0];
+  return mx::depends({mx::astype(joined(results, 2), q.dtype())}, pending())[0];
 }
 
 // Positions sinks ≤ begin ≤ p < end of the window, in their order.

@@ -38,7 +38,7 @@ class PackedArrays : public AttentionCache {
   /// Allocated for tokens: blocks, window and sinks; codebooks are the layer's.
   std::size_t nbytes() const override;
 
-  std::vector<mx::array> state() const override;
+  std::vector<mx::array> pending() const override;
 
  private:
   // Heads that are stored alike.  Bytes of a block of tokens: those of the keys, then of the values, of one head after another,

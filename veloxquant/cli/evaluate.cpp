@@ -118,7 +118,6 @@ void print_rows(const std::vector<EvaluationRow>& rows, std::span<const Storage>
 
 void run(const Options& options) {
   const DeviceScope scope = options.run.enter();
-  if (options.packed) check_packed_device();
   const LoadedModel loaded = load_model(options.model);
   const int longest = loaded.model.config().max_position_embeddings,
             length = options.length > 0 ? options.length : std::min(longest, kLongestWindow);
