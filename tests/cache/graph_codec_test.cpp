@@ -3,21 +3,16 @@
 #include <gtest/gtest.h>
 
 #include "mlx/ops.h"
-#include "mlx/random.h"
 #include "mlx/transforms.h"
+#include "tests/cache/packed_inputs.h"
 #include "veloxquant/cache/block_codec.h"
-#include "veloxquant/quantize/rotated_pq.h"
 
 namespace veloxquant {
 namespace {
 
-constexpr int kRows = 2, kBlock = static_cast<int>(kPackedBlockTokens);
+using testing::random_array;
 
-mx::array random_array(const mx::Shape& shape, std::uint64_t seed) {
-  const auto x = mx::random::normal(shape, mx::float32, mx::random::key(seed));
-  mx::eval(x);
-  return x;
-}
+constexpr int kRows = 2, kBlock = static_cast<int>(kPackedBlockTokens);
 
 QuantizerParameters fitted(const char* method, int dim, double width, Side side = Side::kValues) {
   const auto x = random_array({2000, dim}, 7);
@@ -73,25 +68,21 @@ void expect_alike(const QuantizerParameters& parameters, const std::vector<int>&
 const std::vector<std::vector<int>> kChunks = {{kBlock}, {1, 1, 1, 5, 40, 1, 130, 1, 76}, {3}, {100, 100}};
 
 TEST(GraphCodec, BytesAreThoseOfTheBlockCodec) {
-  for (const auto& chunks : kChunks) {
-    for (const int dim : {64, 80}) {
-      for (const double width : {2, 3, 6}) {
-        expect_alike(fitted("affine", dim, width), chunks);
-        expect_alike(fitted("turboquant", dim, width), chunks);
-      }
-    }
-    for (const Side side : {Side::kKeys, Side::kValues}) expect_alike(fitted("vecinfer", 64, 2, side), chunks);
-  }
+  std::vector<QuantizerParameters> all = {fitted("vecinfer", 64, 2, Side::kKeys), fitted("vecinfer", 64, 2, Side::kValues)};
+  for (const int dim : {64, 80})
+    for (const double width : {2, 3, 6})
+      for (const char* method : {"affine", "turboquant"}) all.push_back(fitted(method, dim, width));
+  for (const auto& parameters : all)
+    for (const auto& chunks : kChunks) expect_alike(parameters, chunks);
 }
 
 TEST(GraphCodec, RotatedPqTilesAndPatches) {
-  for (const auto& chunks : kChunks) {
-    for (const int codes : {1, 9, 16})
-      for (const int patches : {0, 5, 64}) expect_alike(rotated(64, codes, patches), chunks);
-    expect_alike(rotated(80, 11, 3), chunks);
-    expect_alike(rotated(64, 6, 3, /* stages= */ 1), chunks);
-    expect_alike(rotated(7, 5, 3), chunks);  // patches end within a byte
-  }
+  std::vector<QuantizerParameters> all = {rotated(80, 11, 3), rotated(64, 6, 3, /* stages= */ 1),
+                                          rotated(7, 5, 3)};  // whose patches end within a byte
+  for (const int codes : {1, 9, 16})
+    for (const int patches : {0, 5, 64}) all.push_back(rotated(64, codes, patches));
+  for (const auto& parameters : all)
+    for (const auto& chunks : kChunks) expect_alike(parameters, chunks);
 }
 
 TEST(GraphCodec, ReadsBlocksInARow) {

@@ -7,6 +7,7 @@
 #include "mlx/ops.h"
 #include "mlx/random.h"
 #include "mlx/transforms.h"
+#include "veloxquant/model/device.h"
 #include "veloxquant/quantize/rotated_pq.h"
 
 namespace veloxquant::testing {

@@ -165,7 +165,7 @@ void add_evaluate(CLI::App& program) {
   command.add_option("model", options->model, "Model folder: config.json, *.safetensors, tokenizer.json")->required();
   command.add_option("--plan", options->plans, "Plan file; may be given several times")->allow_extra_args(false);
   command.add_flag("--packed", options->packed,
-                   "Store plans really packed, as generate does, and not only as what would be read back (CPU)");
+                   "Store plans really packed, as generate does, and not only as what would be read back");
   command.add_option("--peer", options->peers, "Another way of storing a cache; may be given several times")
       ->allow_extra_args(false)
       ->check(CLI::IsMember(peer_names()).description("PEER"));
