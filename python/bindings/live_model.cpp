@@ -135,6 +135,7 @@ class LiveCache {
 
   int offset() const { return cache_->offset(); }
   std::size_t nbytes() const { return cache_->nbytes(); }
+  std::vector<mx::array> pending() const { return cache_->pending(); }
   mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, float scale) {
     return attention_.attend(q, k, v, scale);
   }
@@ -175,6 +176,7 @@ void bind_live_model(nb::module_& module) {
   nb::class_<LiveCache>(module, "LiveCache", "Keys and values of one layer, as a plan stores them.")
       .def_prop_ro("offset", &LiveCache::offset)
       .def_prop_ro("nbytes", &LiveCache::nbytes)
+      .def_prop_ro("pending", &LiveCache::pending, "Arrays that may still have to be evaluated.")
       .def("attend", &LiveCache::attend, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("scale"), WithoutInterpreter(),
            "Appends k and v, and attends: as LiveAttention.attend.");
   module.def("packed_caches", &packed_caches, nb::arg("plan"), nb::arg("layers"), "One for each layer, None for those that slide.");

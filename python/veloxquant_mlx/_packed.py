@@ -30,7 +30,7 @@ class PackedKVCache(OurAttention):
 
     @property
     def state(self):
-        return []  # nothing is left to be evaluated
+        return self._cache.pending  # mlx_lm evaluates it where it needs no result
 
     def update_and_fetch(self, keys, values):
         return keys, values  # attend() takes them
@@ -57,15 +57,14 @@ class PackedKVCache(OurAttention):
 def make_cache(model, plan):
     """Caches for mlx_lm: generate(..., prompt_cache=make_cache(model, plan)).
 
-    model: a live mlx_lm model, on the CPU.  plan: a Plan for it, of a method that stores tokens one by one (all but "kivi").
+    model: a live mlx_lm model.  plan: a Plan for it, of a method that stores tokens one by one (all but "kivi").  The caches are for
+    the device that is the default when they are made.
     Layers that the plan leaves as they are keep the cache that the model gives them.  Returns a list, one for each layer: make a new one
     for each sequence.
     Raises ValueError or TypeError for other models and plans, RuntimeError that names what differs for a plan of another model.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a veloxquant_mlx.Plan, got {type(plan).__name__}")
-    if mx.default_device() != mx.Device(mx.cpu):
-        raise ValueError("make_cache: packed caches run on the CPU: mx.set_default_device(mx.cpu) first")
     caches = make_prompt_cache(model)
     with in_float32(model), LayerWalk(model) as walk:
         layers, keys = walk.live_layers(turns=plan.provenance["method"] == "rotated_pq")

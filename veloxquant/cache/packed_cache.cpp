@@ -9,11 +9,13 @@
 
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
+#include "veloxquant/cache/packed_arrays.h"
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/parallel.h"
 #include "veloxquant/kernels/rope.h"
 #include "veloxquant/kernels/running_softmax.h"
 #include "veloxquant/model/attention.h"
+#include "veloxquant/model/cpu_operation.h"
 
 namespace veloxquant {
 
@@ -326,11 +328,7 @@ void PackedCache::begin(const mx::array& k, const PackedLayer::Codecs& codecs) {
   batch_ = static_cast<std::size_t>(k.shape(0));
   kv_heads_ = static_cast<std::size_t>(k.shape(1));
   dim_ = static_cast<std::size_t>(k.shape(3));
-  for (const auto* side : {&codecs.keys, &codecs.values})
-    if (side->size() != 1 && side->size() != kv_heads_)
-      throw_invalid("packed cache", "expected keys of {} KV heads, got {}", side->size(), kv_heads_);
-  if (layer_->exact(Side::kKeys).dim() != k.shape(3))
-    throw_invalid("packed cache", "expected keys of {} dimensions, got {}", layer_->exact(Side::kKeys).dim(), k.shape(3));
+  check_units(k, codecs.keys.size(), codecs.values.size(), layer_->exact(Side::kKeys).dim());
   const auto of = [&](const auto& side, std::size_t head) { return side[side.size() == 1 ? 0 : head % kv_heads_].get(); };
   for (std::size_t i = 0; i < batch_ * kv_heads_; ++i)
     heads_.push_back(std::make_unique<Head>(*layer_, of(codecs.keys, i), of(codecs.values, i)));
@@ -340,11 +338,7 @@ mx::array PackedCache::attend(const mx::array& q, const mx::array& k, const mx::
   const InUse in_use(busy_);
   if (spec.padding) throw_invalid("packed cache", "padding: expected sequences without padding");
   if (heads_.empty()) begin(k, layer_->codecs(*spec.rope));
-  const mx::Shape expected = {static_cast<int>(batch_), static_cast<int>(kv_heads_), k.shape(2), static_cast<int>(dim_)};
-  if (k.shape() != expected || v.shape() != expected || q.shape(0) != k.shape(0) || q.shape(1) % k.shape(1) != 0 ||
-      q.shape(2) != k.shape(2) || q.shape(3) != k.shape(3))
-    throw_invalid("packed cache", "expected keys and values of shape [{}], got [{}] and [{}]", fmt::join(expected, ", "),
-                  fmt::join(k.shape(), ", "), fmt::join(v.shape(), ", "));
+  check_chunk(q, k, v, {static_cast<int>(batch_), static_cast<int>(kv_heads_), k.shape(2), static_cast<int>(dim_)});
   const int before = offset();
   const auto queries = as_floats((*spec.rope)(q, before)), values = as_floats(v),
              keys = as_floats(layer_->keys_before_rope() ? k : (*spec.rope)(k, before));
@@ -391,7 +385,25 @@ mx::array PackedCache::attend(const mx::array& q, const mx::array& k, const mx::
   return mx::astype(mx::array(out.data(), q.shape()), q.dtype());
 }
 
-CacheFactory packed_factory(const Plan& plan) {
+void check_units(const mx::array& k, std::size_t key_units, std::size_t value_units, int dim) {
+  for (const std::size_t units : {key_units, value_units})
+    if (units != 1 && units != static_cast<std::size_t>(k.shape(1)))
+      throw_invalid("packed cache", "expected keys of {} KV heads, got {}", units, k.shape(1));
+  if (k.shape(3) != dim) throw_invalid("packed cache", "expected keys of {} dimensions, got {}", dim, k.shape(3));
+}
+
+void check_chunk(const mx::array& q, const mx::array& k, const mx::array& v, const mx::Shape& expected) {
+  if (k.shape() != expected || v.shape() != expected || q.shape(0) != k.shape(0) || q.shape(1) % k.shape(1) != 0 ||
+      q.shape(2) != k.shape(2) || q.shape(3) != k.shape(3))
+    throw_invalid("packed cache", "expected keys and values of shape [{}], got [{}] and [{}]", fmt::join(expected, ", "),
+                  fmt::join(k.shape(), ", "), fmt::join(v.shape(), ", "));
+}
+
+namespace {
+
+// Caches of one kind for every layer of a plan.
+template <class Cache, class Layer>
+CacheFactory factory_of(const Plan& plan) {
   struct Units {
     std::vector<QuantizerParameters> keys, values;
   };
@@ -400,15 +412,21 @@ CacheFactory packed_factory(const Plan& plan) {
     auto& [keys, values] = units.at(static_cast<std::size_t>(unit.layer));
     (unit.side == Side::kKeys ? keys : values).push_back(unit.quantizer);
   }
-  std::vector<std::shared_ptr<const PackedLayer>> layers;  // null: the layer slides
+  std::vector<std::shared_ptr<const Layer>> layers;  // null: the layer slides
   for (auto& [keys, values] : units)
-    layers.push_back(
-        keys.empty() ? nullptr : std::make_shared<const PackedLayer>(std::move(keys), std::move(values), plan.window, plan.sinks));
+    layers.push_back(keys.empty() ? nullptr
+                                  : std::make_shared<const Layer>(std::move(keys), std::move(values), plan.window, plan.sinks));
   return [layers = std::move(layers)](int layer) -> std::unique_ptr<AttentionCache> {
     const auto& packed = layers.at(static_cast<std::size_t>(layer));
     if (!packed) return std::make_unique<FullCache>();
-    return std::make_unique<PackedCache>(packed);
+    return std::make_unique<Cache>(packed);
   };
+}
+
+}  // namespace
+
+CacheFactory packed_factory(const Plan& plan) {
+  return own_kernels() ? factory_of<PackedCache, PackedLayer>(plan) : factory_of<PackedArrays, PackedArraysLayer>(plan);
 }
 
 }  // namespace veloxquant

@@ -77,8 +77,15 @@ class PackedCache : public AttentionCache {
   std::atomic<bool> busy_ = false;
 };
 
-/// Packed caches for every layer of a plan, full ones for those that slide.  Throws std::invalid_argument that names the method for
-/// one that cannot be packed.
+/// Of any packed cache.  Throws std::invalid_argument unless `k`, the first that it is given, has as many KV heads as there are
+/// units of keys and of values (or one of each), of so many dimensions; …
+void check_units(const mx::array& k, std::size_t key_units, std::size_t value_units, int dim);
+
+/// … and unless k and v are of the expected shape [batch, kv_heads, tokens, dim], and q has queries for them.
+void check_chunk(const mx::array& q, const mx::array& k, const mx::array& v, const mx::Shape& expected);
+
+/// Packed caches for every layer of a plan, full ones for those that slide: PackedCache on the CPU, PackedArrays elsewhere.  Throws
+/// std::invalid_argument that names the method for one that cannot be packed.
 CacheFactory packed_factory(const Plan& plan);
 
 }  // namespace veloxquant

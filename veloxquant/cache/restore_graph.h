@@ -12,8 +12,8 @@ namespace veloxquant {
 using RestoreGraph = std::function<mx::array(const mx::array& x)>;
 
 /// x [B, H, T, D] → what `quantizer`, made from `parameters`, gives back of it, to float precision; a vector within rounding of a
-/// boundary between two codes may get the other one.  Runs on any device.  Every method of quantizer_methods() has a row in the
-/// table of restore_graph.cpp; throws std::logic_error for one that has not.
+/// boundary between two codes may get the other one.  Runs on any device.  Every method of quantizer_methods() has one:
+/// KIVI here, the others in the table of method_graph.cpp; throws std::logic_error for another.
 RestoreGraph restore_graph(const QuantizerParameters& parameters, const Quantizer& quantizer);
 
 }  // namespace veloxquant

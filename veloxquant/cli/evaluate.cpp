@@ -118,7 +118,6 @@ void print_rows(const std::vector<EvaluationRow>& rows, std::span<const Storage>
 
 void run(const Options& options) {
   const DeviceScope scope = options.run.enter();
-  if (options.packed) check_packed_device();
   const LoadedModel loaded = load_model(options.model);
   const int longest = loaded.model.config().max_position_embeddings,
             length = options.length > 0 ? options.length : std::min(longest, kLongestWindow);
@@ -166,7 +165,7 @@ void add_evaluate(CLI::App& program) {
   command.add_option("model", options->model, "Model folder: config.json, *.safetensors, tokenizer.json")->required();
   command.add_option("--plan", options->plans, "Plan file; may be given several times")->allow_extra_args(false);
   command.add_flag("--packed", options->packed,
-                   "Store plans really packed, as generate does, and not only as what would be read back (CPU)");
+                   "Store plans really packed, as generate does, and not only as what would be read back");
   command.add_option("--peer", options->peers, "Another way of storing a cache; may be given several times")
       ->allow_extra_args(false)
       ->check(CLI::IsMember(peer_names()).description("PEER"));

@@ -52,10 +52,7 @@ void run(const Options& options) {
   const DeviceScope scope = options.run.enter();
   const LoadedModel loaded = load_model(options.model);
   std::optional<Plan> plan;
-  if (options.plan) {
-    check_packed_device();
-    plan = read_plan_for(loaded.model, options.model, *options.plan);
-  }
+  if (options.plan) plan = read_plan_for(loaded.model, options.model, *options.plan);
   const auto prompt = loaded.tokenizer.encode(options.prompt, /* add_special_tokens= */ true);
   GenerateOptions wanted = options.generate;
   wanted.seed = options.run.seed;

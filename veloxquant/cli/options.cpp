@@ -127,11 +127,6 @@ Plan read_plan_for(const Model& model, const std::string& folder, const std::str
   return plan;
 }
 
-void check_packed_device() {
-  if (mx::default_device() == mx::Device::gpu)
-    throw_failure("packed cache", "device: packed caches run on the CPU: expected --device cpu");
-}
-
 void print_json(const nlohmann::ordered_json& json) {
   // Names of files need not be UTF-8, and a result must not be lost for that.
   fmt::print("{}\n", json.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace));

@@ -73,9 +73,6 @@ LoadedModel load_model(const std::string& folder);
 /// A plan that must have been made for the model in `folder`; otherwise throws std::runtime_error that names both.
 Plan read_plan_for(const Model& model, const std::string& folder, const std::string& path);
 
-/// Throws std::runtime_error on a GPU, where there are no packed caches yet.
-void check_packed_device();
-
 void print_json(const nlohmann::ordered_json& json);
 
 /// A word of a shell command, quoted where it has to be.

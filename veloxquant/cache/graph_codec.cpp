@@ -1,0 +1,150 @@
+#include "veloxquant/cache/graph_codec.h"
+
+#include <algorithm>
+
+#include "mlx/ops.h"
+#include "veloxquant/cache/block_codec.h"
+#include "veloxquant/quantize/rotated_pq.h"
+
+namespace veloxquant {
+namespace {
+
+constexpr int kBlock = static_cast<int>(kPackedBlockTokens), kTile = static_cast<int>(kPackedTileTokens), kTiles = kBlock / kTile;
+constexpr int kLoad = 16;  // bytes
+
+// x from `begin` to `end` of an axis, counted from the last (−1).
+mx::array part(const mx::array& x, int axis, int begin, int end) {
+  mx::Shape start(x.ndim(), 0), stop = x.shape();
+  const auto at = static_cast<std::size_t>(static_cast<int>(x.ndim()) + axis);
+  start[at] = begin;
+  stop[at] = end;
+  return mx::slice(x, start, stop);
+}
+
+mx::array filled_up(const mx::array& x, int axis, int length) {
+  if (x.shape(axis) == length) return x;
+  return mx::pad(x, {axis}, {0}, {length - x.shape(axis)}, mx::array(0, x.dtype()));
+}
+
+// Tokens [..., kBlock, codes] → [..., kBlock · codes] in the order of PackedCodes.
+mx::array interleaved(const mx::array& tokens) {
+  const int codes = tokens.shape(-1), whole = codes / 4 * 4, blocks = static_cast<int>(tokens.size()) / (kBlock * codes);
+  const auto tiles = mx::reshape(tokens, {blocks, kTiles, kTile, codes});
+  std::vector<mx::array> parts;
+  if (whole > 0) {
+    const auto words = mx::reshape(part(tiles, -1, 0, whole), {blocks, kTiles, kTile, whole / 4, 4});
+    parts.push_back(mx::reshape(mx::swapaxes(words, 2, 3), {blocks, kTiles, kTile * whole}));
+  }
+  if (whole < codes) parts.push_back(mx::reshape(part(tiles, -1, whole, codes), {blocks, kTiles, kTile * (codes - whole)}));
+  mx::Shape shape = tokens.shape();
+  shape.pop_back();
+  shape.back() = kBlock * codes;
+  return mx::reshape(parts.size() == 1 ? parts[0] : mx::concatenate(parts, -1), shape);
+}
+
+// Back.
+mx::array in_order(const mx::array& bytes) {
+  const int codes = bytes.shape(-1) / kBlock, whole = codes / 4 * 4, blocks = static_cast<int>(bytes.size()) / (kBlock * codes);
+  const auto tiles = mx::reshape(bytes, {blocks, kTiles, kTile * codes});
+  std::vector<mx::array> parts;
+  if (whole > 0) {
+    const auto words = mx::reshape(part(tiles, -1, 0, kTile * whole), {blocks, kTiles, whole / 4, kTile, 4});
+    parts.push_back(mx::reshape(mx::swapaxes(words, 2, 3), {blocks, kTiles, kTile, whole}));
+  }
+  if (whole < codes)
+    parts.push_back(mx::reshape(part(tiles, -1, kTile * whole, kTile * codes), {blocks, kTiles, kTile, codes - whole}));
+  mx::Shape shape = bytes.shape();
+  shape.back() = kBlock;
+  shape.push_back(codes);
+  return mx::reshape(parts.size() == 1 ? parts[0] : mx::concatenate(parts, -1), shape);
+}
+
+// The place in its block, and what is left of the token.
+std::vector<BitField> placed_patch_layout(int dim) {
+  auto layout = patch_layout(dim);
+  layout.insert(layout.begin(), {1, 8});
+  return layout;
+}
+
+int patch_bytes(int dim) {
+  return packed_bytes(placed_patch_layout(dim));
+}
+
+}  // namespace
+
+GraphCodec::GraphCodec(const QuantizerParameters& parameters) : dim_(parameters.dim) {
+  check_packable(parameters);
+  const auto quantizer = make_quantizer(parameters);
+  graph_ = method_graph(parameters, *quantizer);
+  token_bytes_ = packed_bytes(graph_.layout);
+  tiled_ = parameters.method == rotated_pq_method().name;
+  patches_ = tiled_ ? static_cast<const RotatedPqQuantizer&>(*quantizer).patches() : 0;
+  block_bytes_ = (kBlock * token_bytes_ + patches_ * patch_bytes(dim_) + kLoad - 1) / kLoad * kLoad;
+}
+
+mx::array GraphCodec::as_block(const mx::array& tokens) const {
+  return tiled_ ? interleaved(tokens) : mx::flatten(tokens, -2, -1);
+}
+
+mx::array GraphCodec::tokens_of(const mx::array& blocks) const {
+  const auto bytes = part(blocks, -1, 0, kBlock * token_bytes_);
+  if (tiled_) return in_order(bytes);
+  return mx::unflatten(bytes, -1, {kBlock, token_bytes_});
+}
+
+// [..., block_bytes] → [..., patches, bytes of one].
+mx::array GraphCodec::patches_of(const mx::array& blocks) const {
+  const int begin = kBlock * token_bytes_, size = patch_bytes(dim_);
+  return mx::unflatten(part(blocks, -1, begin, begin + patches_ * size), -1, {patches_, size});
+}
+
+GraphCodec::Blocks GraphCodec::append(const Blocks& blocks, int at, const mx::array& vectors) const {
+  const auto z = graph_.forward(vectors);
+  const auto fields = graph_.quantise(z);
+  auto tokens = pack_fields(fields, graph_.layout);
+  if (at > 0) tokens = mx::concatenate({part(tokens_of(blocks.bytes), -2, 0, at), tokens}, -2);
+  Blocks grown{as_block(filled_up(tokens, -2, kBlock)), mx::zeros({vectors.shape(0), patches_})};
+  if (patches_ > 0) {
+    const auto patched = offer_patches(blocks, at, mx::subtract(z, graph_.look_up(fields)));
+    grown = {mx::concatenate({grown.bytes, patched.bytes}, -1), patched.errors};
+  }
+  return {filled_up(grown.bytes, -1, block_bytes_), grown.errors};
+}
+
+// Of the tokens that have patches and those of which `rest` [rows, n, dim] is left, the ones that lose most: bytes [rows, those of
+// all patches], and what is lost.
+GraphCodec::Blocks GraphCodec::offer_patches(const Blocks& blocks, int at, const mx::array& rest) const {
+  const int rows = rest.shape(0), count = rest.shape(1), held = std::min(patches_, at), kept = std::min(patches_, at + count);
+  const auto places = mx::broadcast_to(mx::reshape(mx::arange(at, at + count), {count, 1}), {rows, count, 1});
+  auto fields = quantise_patch(rest);
+  fields.insert(fields.begin(), places);
+  auto bytes = pack_fields(fields, placed_patch_layout(dim_)), errors = mx::sum(mx::square(rest), -1);
+  if (held > 0) {
+    bytes = mx::concatenate({part(patches_of(blocks.bytes), -2, 0, held), bytes}, -2);
+    errors = mx::concatenate({part(blocks.errors, -1, 0, held), errors}, -1);
+  }
+  if (kept < held + count) {
+    // Candidates are in the order of their places, and so are those that stay.
+    const auto index = mx::arange(held + count);
+    const auto order = mx::argsort(mx::where(largest(errors, kept), index, mx::add(index, mx::array(held + count))), -1);
+    const auto stay = part(order, -1, 0, kept);
+    bytes = mx::take_along_axis(bytes, mx::expand_dims(stay, -1), -2);
+    errors = mx::take_along_axis(errors, stay, -1);
+  }
+  return {mx::flatten(filled_up(bytes, -2, patches_), -2, -1), filled_up(errors, -1, patches_)};
+}
+
+mx::array GraphCodec::look_up(const mx::array& blocks, int tokens) const {
+  const auto bytes = part(mx::flatten(tokens_of(blocks), 1, 2), -2, 0, tokens);
+  const auto z = graph_.look_up(unpack_fields(bytes, graph_.layout));
+  if (patches_ == 0) return z;
+  auto fields = unpack_fields(patches_of(blocks), placed_patch_layout(dim_));
+  const auto places = mx::swapaxes(fields[0], -1, -2);  // [rows, blocks, 1, patches]
+  fields.erase(fields.begin());
+  // A product with ones where a patch has its token: no two have the same one, and the bytes of none, zeros, add nothing.
+  const auto own = mx::equal(mx::reshape(mx::arange(kBlock), {kBlock, 1}), places);
+  const auto rests = mx::matmul(mx::astype(own, mx::float32), look_up_patch(fields));
+  return mx::add(z, part(mx::flatten(rests, 1, 2), -2, 0, tokens));
+}
+
+}  // namespace veloxquant

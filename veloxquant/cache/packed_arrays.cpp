@@ -1,0 +1,330 @@
+#include "veloxquant/cache/packed_arrays.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
+#include "mlx/ops.h"
+#include "veloxquant/cache/packed_cache.h"
+#include "veloxquant/core/error.h"
+
+namespace veloxquant {
+namespace {
+
+constexpr int kBlock = static_cast<int>(kPackedBlockTokens);
+constexpr int kStretch = 8;             // blocks that are read at a time
+constexpr int kMostQueries = 512;       // tokens whose queries are handled at a time: more would see few codes that all see
+constexpr int kScoresAtOnce = 1 << 25;  // of those, over a stretch
+constexpr float kLowest = -1e30f;       // finite, so that differences of two are numbers
+constexpr int kKeys = 0, kValues = 1;   // of the axis of both
+
+// x from `begin` to `end` of one axis.
+mx::array part(const mx::array& x, std::size_t axis, int begin, int end) {
+  if (begin == 0 && end == x.shape(static_cast<int>(axis))) return x;
+  mx::Shape start(x.ndim(), 0), stop = x.shape();
+  start[axis] = begin;
+  stop[axis] = end;
+  return mx::slice(x, start, stop);
+}
+
+mx::array joined(const std::vector<mx::array>& parts, int axis) {
+  return parts.size() == 1 ? parts[0] : mx::concatenate(parts, axis);
+}
+
+// One side of [B, H, 2, n, D].
+mx::array side_of(const mx::array& vectors, int side) {
+  return mx::squeeze(part(vectors, 2, side, side + 1), 2);
+}
+
+mx::array int_array(const std::vector<int>& values) {
+  return mx::array(values.data(), {static_cast<int>(values.size())});
+}
+
+// Rows [B, blocks, …] → `size` elements from `begin` on of each of `heads` that stand `stride` apart: [B, heads, blocks, size].
+mx::array of_heads(const mx::array& rows, int begin, int stride, int heads, int offset, int size) {
+  const auto all = mx::reshape(part(rows, 2, begin, begin + heads * stride), {rows.shape(0), rows.shape(1), heads, stride});
+  return mx::swapaxes(part(all, 3, offset, offset + size), 1, 2);
+}
+
+// Elements of keys and of values, [B · heads · blocks, …], as rows have them: [B, blocks, heads · …].
+mx::array as_rows(const mx::array& keys, const mx::array& values, int batch, int heads) {
+  // A side without patches has lost nothing, and a GPU need not copy nothing.
+  const auto both = keys.shape(-1) == 0 ? values : values.shape(-1) == 0 ? keys : mx::concatenate({keys, values}, -1);
+  const int size = both.shape(-1), blocks = both.shape(0) / (batch * heads);
+  return mx::reshape(mx::swapaxes(mx::reshape(both, {batch, heads, blocks, size}), 1, 2), {batch, blocks, heads * size});
+}
+
+// Which keys the queries see: those that lie at least `least` and less than `reach` behind them.
+mx::array seen_keys(const mx::array& query_positions, const mx::array& key_positions, int least, const mx::array& reach) {
+  const auto distance = mx::subtract(query_positions, key_positions);
+  return mx::logical_and(mx::greater_equal(distance, mx::array(least)), mx::less(distance, reach));
+}
+
+int reach_of(const AttentionSpec& spec) {
+  return spec.sliding_window > 0 ? spec.sliding_window : std::numeric_limits<int>::max();
+}
+
+}  // namespace
+
+PackedArraysLayer::PackedArraysLayer(const std::vector<QuantizerParameters>& keys, const std::vector<QuantizerParameters>& values,
+                                     int window, int sinks)
+    : keys(keys.begin(), keys.end()),
+      values(values.begin(), values.end()),
+      dim(keys.at(0).dim),
+      window(window),
+      sinks(sinks),
+      keys_before_rope(quantizer_method(keys.at(0).method).keys_before_rope) {
+  const auto parameters = exact_parameters(Side::kKeys, dim);
+  exact = method_graph(parameters, *make_quantizer(parameters));
+}
+
+PackedArrays::PackedArrays(std::shared_ptr<const PackedArraysLayer> layer) : layer_(std::move(layer)) {}
+
+int PackedArrays::coded() const {
+  return std::max(0, offset_ - layer_->window - layer_->sinks);
+}
+
+std::vector<mx::array> PackedArrays::pending() const {
+  std::vector<mx::array> arrays;
+  for (const auto* array : {&closed_, &open_, &errors_, &exact_})
+    if (*array) arrays.push_back(**array);
+  return arrays;
+}
+
+std::size_t PackedArrays::nbytes() const {
+  std::size_t bytes = 0;
+  for (const auto& array : pending()) bytes += array.nbytes();
+  return bytes;
+}
+
+void PackedArrays::begin(const mx::array& k) {
+  check_units(k, layer_->keys.size(), layer_->values.size(), layer_->dim);
+  batch_ = k.shape(0);
+  kv_heads_ = k.shape(1);
+  const auto of = [](const auto& side, int head) { return &side[side.size() == 1 ? 0 : static_cast<std::size_t>(head)]; };
+  const int alike = layer_->keys.size() == 1 && layer_->values.size() == 1 ? kv_heads_ : 1;
+  int bytes = 0, errors = 0;
+  for (int head = 0; head < kv_heads_; head += alike) {
+    const auto& some = heads_.emplace_back(Heads{head, alike, of(layer_->keys, head), of(layer_->values, head), bytes, errors});
+    bytes += alike * some.bytes_of_one();
+    errors += alike * some.errors_of_one();
+  }
+  open_ = mx::zeros({batch_, 1, bytes}, mx::uint8);
+  if (errors > 0) errors_ = mx::zeros({batch_, 1, errors});
+  if (const int places = layer_->sinks + layer_->window; places > 0)
+    exact_ = mx::zeros({batch_, kv_heads_, 2, places, packed_bytes(layer_->exact.layout)}, mx::uint8);
+}
+
+mx::array PackedArrays::attend(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) {
+  if (spec.padding) throw_invalid("packed cache", "padding: expected sequences without padding");
+  if (heads_.empty()) begin(k);
+  check_chunk(q, k, v, {batch_, kv_heads_, k.shape(2), layer_->dim});
+  const int first = offset_, tokens = k.shape(2), group = q.shape(1) / kv_heads_, dim = layer_->dim;
+  const auto as_floats = [](const mx::array& x) { return mx::astype(x, mx::float32); };
+  const auto queries =
+      mx::reshape(mx::multiply(as_floats((*spec.rope)(q, first)), mx::array(spec.scale)), {batch_, kv_heads_, group, tokens, dim});
+  const Recent recent = append(as_floats(layer_->keys_before_rope ? k : (*spec.rope)(k, first)), as_floats(v));
+
+  const int step = std::clamp(kScoresAtOnce / (kStretch * kBlock * batch_ * kv_heads_ * group), 1, kMostQueries);
+  std::vector<mx::array> results;
+  for (int begin = 0; begin < tokens; begin += step) {
+    const int count = std::min(step, tokens - begin), rows = group * count;
+    std::vector<int> positions(static_cast<std::size_t>(rows));
+    for (int row = 0; row < rows; ++row) positions[static_cast<std::size_t>(row)] = first + begin + row % count;
+    const Queries some{mx::reshape(part(queries, 3, begin, begin + count), {batch_, kv_heads_, rows, dim}), first + begin, count,
+                       mx::reshape(int_array(positions), {rows, 1})};
+    auto sums = attend_coded(some, spec);
+    if (const auto exact = attend_exact(some, recent, spec); exact && sums) {
+      const auto maximum = mx::maximum(sums->maximum, exact->maximum);
+      const auto coded_weight = mx::exp(mx::subtract(sums->maximum, maximum)),
+                 exact_weight = mx::exp(mx::subtract(exact->maximum, maximum));
+      const auto both = [&](const mx::array& coded, const mx::array& exact) {
+        return mx::add(mx::multiply(coded, coded_weight), mx::multiply(exact, exact_weight));
+      };
+      sums = Partial{both(sums->sums, exact->sums), maximum, both(sums->total, exact->total)};
+    } else if (exact) {
+      sums = exact;
+    }
+    results.push_back(mx::reshape(mx::divide(sums->sums, sums->total), {batch_, kv_heads_ * group, count, dim}));
+  }
+  // Otherwise what is stored would wait as a graph that grows.
+  return mx::depends({mx::astype(joined(results, 2), q.dtype())}, pending())[0];
+}
+
+// Positions sinks ≤ begin ≤ p < end of the window, in their order.
+mx::array PackedArrays::exact_bytes(int begin, int end) const {
+  const int sinks = layer_->sinks, window = layer_->window, from = sinks + begin % window, to = from + end - begin,
+            most = sinks + window;
+  if (to <= most) return part(*exact_, 3, from, to);
+  return mx::concatenate({part(*exact_, 3, from, most), part(*exact_, 3, sinks, to - window)}, 3);
+}
+
+// Positions begin ≤ p < end, all sinks or all of one round of the window, out of bytes that begin at `first`.
+void PackedArrays::store_exact(const mx::array& bytes, int first, int begin, int end) {
+  if (begin >= end) return;
+  const int place = begin < layer_->sinks ? begin : layer_->sinks + begin % layer_->window;
+  mx::Shape start(5, 0), stop = exact_->shape();
+  start[3] = place;
+  stop[3] = place + end - begin;
+  exact_ = mx::slice_update(*exact_, part(bytes, 3, begin - first, end - first), start, stop);
+}
+
+PackedArrays::Recent PackedArrays::append(const mx::array& k, const mx::array& v) {
+  const int tokens = k.shape(2), window = layer_->window, sinks = layer_->sinks, first = offset_, end = first + tokens,
+            coded_before = coded();
+  offset_ = end;
+  const auto arrived = mx::stack({k, v}, 2), bytes = layer_->exact.encode(arrived);
+  const int begin = std::max(std::min(sinks, end), std::max(0, first - window)), skipped = std::max(begin, first) - first;
+  Recent recent{begin, part(arrived, 3, skipped, tokens)};
+  if (window > 0) {
+    auto all = part(bytes, 3, skipped, tokens);
+    if (begin < first) all = mx::concatenate({exact_bytes(begin, first), all}, 3);
+    recent.vectors = layer_->exact.decode(all);
+  }
+  store_exact(bytes, first, first, std::min(sinks, end));
+  if (window > 0)
+    for (int p = std::max({first, sinks, end - window}); p < end;) {
+      const int next = std::min(end, (p / window + 1) * window);
+      store_exact(bytes, first, p, next);
+      p = next;
+    }
+  if (const int leaving = coded() - coded_before; leaving > 0) {
+    const int at = sinks + coded_before - begin;
+    append_coded(part(recent.vectors, 3, at, at + leaving), coded_before);
+  }
+  return recent;
+}
+
+// Tokens [B, H, 2, n, D], the first of them the `index`-th coded one: what fits into the open block, whole blocks, the rest.
+void PackedArrays::append_coded(const mx::array& vectors, int index) {
+  for (int begin = 0, tokens = vectors.shape(3); begin < tokens;) {
+    const int at = (index + begin) % kBlock, left = tokens - begin, whole = at == 0 ? left / kBlock : 0,
+              count = whole > 0 ? whole * kBlock : std::min(kBlock - at, left);
+    const auto grown = encode(part(vectors, 3, begin, begin + count), at, std::max(1, whole));
+    if (at + count >= kBlock) {
+      closed_ = closed_ ? mx::concatenate({*closed_, grown.bytes}, 1) : grown.bytes;
+      open_ = mx::zeros_like(*open_);
+    } else {
+      open_ = grown.bytes;
+      if (errors_) errors_ = grown.errors;
+    }
+    begin += count;
+  }
+}
+
+// Vectors [B, H, 2, blocks · n, D] as tokens at … at + n − 1 of blocks: of the open one, or of `blocks` new ones.  Rows [B, blocks,
+// …] as closed_ and errors_ have them.
+GraphCodec::Blocks PackedArrays::encode(const mx::array& vectors, int at, int blocks) const {
+  const int tokens = vectors.shape(3) / blocks, dim = layer_->dim;
+  std::vector<mx::array> bytes, errors;
+  for (const auto& some : heads_) {
+    const int rows = batch_ * some.count * blocks;
+    const auto append = [&](int side, const GraphCodec& codec, int byte, int error) {
+      const auto x = side_of(part(vectors, 1, some.first, some.first + some.count), side);
+      GraphCodec::Blocks held{*open_, *open_};
+      if (at > 0) {
+        held.bytes =
+            mx::reshape(of_heads(*open_, some.bytes, some.bytes_of_one(), some.count, byte, codec.block_bytes()), {rows, -1});
+        if (codec.patches() > 0)
+          held.errors =
+              mx::reshape(of_heads(*errors_, some.errors, some.errors_of_one(), some.count, error, codec.patches()), {rows, -1});
+      }
+      return codec.append(held, at, mx::reshape(x, {rows, tokens, dim}));
+    };
+    const auto keys = append(kKeys, *some.keys, 0, 0),
+               values = append(kValues, *some.values, some.keys->block_bytes(), some.keys->patches());
+    bytes.push_back(as_rows(keys.bytes, values.bytes, batch_, some.count));
+    if (errors_) errors.push_back(as_rows(keys.errors, values.errors, batch_, some.count));
+  }
+  return {joined(bytes, 2), errors_ ? joined(errors, 2) : *open_};
+}
+
+mx::array PackedArrays::blocks(int begin, int end) const {
+  const int closed = closed_ ? closed_->shape(1) : 0;
+  std::vector<mx::array> parts;
+  if (begin < closed) parts.push_back(part(*closed_, 1, begin, std::min(end, closed)));
+  if (end > closed) parts.push_back(*open_);
+  return joined(parts, 1);
+}
+
+mx::array PackedArrays::turned(const mx::array& keys, int position, const AttentionSpec& spec) const {
+  return layer_->keys_before_rope ? (*spec.rope)(keys, position) : keys;
+}
+
+void PackedArrays::extend(std::optional<Partial>& partial, const Queries& queries, const mx::array& k, const mx::array& v,
+                          const std::optional<mx::array>& seen, float soft_cap) {
+  auto scores = mx::matmul(queries.q, mx::swapaxes(k, -1, -2));
+  if (soft_cap > 0) scores = mx::multiply(mx::tanh(mx::divide(scores, mx::array(soft_cap))), mx::array(soft_cap));
+  if (seen) scores = mx::where(*seen, scores, mx::array(kLowest));
+  auto maximum = mx::max(scores, -1, true);
+  if (partial) maximum = mx::maximum(maximum, partial->maximum);
+  auto weights = mx::exp(mx::subtract(scores, maximum));
+  if (seen) weights = mx::where(*seen, weights, mx::array(0.0f));  // of a query that sees none of them, they are 1
+  Partial now{mx::matmul(weights, v), maximum, mx::sum(weights, -1, true)};
+  if (partial) {
+    const auto shrink = mx::exp(mx::subtract(partial->maximum, maximum));
+    now.sums = mx::add(now.sums, mx::multiply(partial->sums, shrink));
+    now.total = mx::add(now.total, mx::multiply(partial->total, shrink));
+  }
+  partial = now;
+}
+
+std::optional<PackedArrays::Partial> PackedArrays::attend_coded(const Queries& queries, const AttentionSpec& spec) const {
+  const int window = layer_->window, sinks = layer_->sinks, reach = reach_of(spec);
+  // Coded tokens that some query sees, from the begin of a block on.
+  const int end = std::min(coded(), queries.first + queries.tokens - window - sinks),
+            begin = spec.sliding_window > 0 ? std::max(0, queries.first + 1 - reach - sinks) / kBlock * kBlock : 0;
+  std::optional<Partial> partial;
+  for (int from = begin; from < end; from += kStretch * kBlock) {
+    const int tokens = std::min(kStretch * kBlock, end - from), position = sinks + from;
+    const auto rows = blocks(from / kBlock, (from + tokens + kBlock - 1) / kBlock);
+    std::vector<mx::array> keys, values;
+    for (const auto& some : heads_) {
+      const auto bytes = [&](int offset, int size) {
+        return mx::reshape(of_heads(rows, some.bytes, some.bytes_of_one(), some.count, offset, size),
+                           {batch_ * some.count, rows.shape(1), size});
+      };
+      const auto by_heads = [&](const mx::array& x) { return mx::reshape(x, {batch_, some.count, tokens, layer_->dim}); };
+      const int key_bytes = some.keys->block_bytes();
+      keys.push_back(by_heads(some.keys->decode(bytes(0, key_bytes), tokens)));
+      values.push_back(by_heads(some.values->look_up(bytes(key_bytes, some.values->block_bytes()), tokens)));
+    }
+    std::optional<mx::array> seen;
+    if (position + tokens + window > queries.first + 1 || spec.sliding_window > 0)
+      seen = seen_keys(queries.positions, mx::arange(position, position + tokens), window, mx::array(reach));
+    extend(partial, queries, turned(joined(keys, 1), position, spec), joined(values, 1), seen, spec.soft_cap);
+  }
+  if (!partial) return partial;
+  std::vector<mx::array> sums;
+  for (const auto& some : heads_) {
+    const auto of = [&](const mx::array& x) { return part(x, 1, some.first, some.first + some.count); };
+    sums.push_back(some.values->back(of(partial->sums), of(partial->total)));
+  }
+  partial->sums = joined(sums, 1);
+  return partial;
+}
+
+std::optional<PackedArrays::Partial> PackedArrays::attend_exact(const Queries& queries, const Recent& recent,
+                                                                const AttentionSpec& spec) const {
+  const int window = layer_->window, reach = reach_of(spec), end = queries.first + queries.tokens,
+            sinks = std::min(layer_->sinks, end), begin = std::max(recent.begin, queries.first + 1 - window);
+  std::vector<mx::array> keys, values;
+  std::vector<int> positions, reaches;
+  const auto add = [&](const mx::array& vectors, int from, int to, int reach) {
+    keys.push_back(turned(side_of(vectors, kKeys), from, spec));
+    values.push_back(side_of(vectors, kValues));
+    for (int p = from; p < to; ++p) positions.push_back(p), reaches.push_back(reach);
+  };
+  if (sinks > 0) add(layer_->exact.decode(part(*exact_, 3, 0, sinks)), 0, sinks, reach);
+  if (window > 0 && begin < end)
+    add(part(recent.vectors, 3, begin - recent.begin, end - recent.begin), begin, end, std::min(reach, window));
+  std::optional<Partial> partial;
+  if (keys.empty()) return partial;
+  std::optional<mx::array> seen;
+  if (queries.tokens > 1 || spec.sliding_window > 0)
+    seen = seen_keys(queries.positions, int_array(positions), 0, int_array(reaches));
+  extend(partial, queries, joined(keys, 2), joined(values, 2), seen, spec.soft_cap);
+  return partial;
+}
+
+}  // namespace veloxquant

@@ -1,0 +1,100 @@
+// A packed cache as a graph of MLX's operations, for back ends where our CPU code does not run.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "mlx/array.h"
+#include "veloxquant/cache/graph_codec.h"
+#include "veloxquant/model/attention_cache.h"
+
+namespace veloxquant {
+
+/// How one layer is stored, shared by all its caches.
+struct PackedArraysLayer {
+  /// `keys` and `values`: of each KV head, or one for all.  Throws std::invalid_argument that names a method that cannot be packed.
+  PackedArraysLayer(const std::vector<QuantizerParameters>& keys, const std::vector<QuantizerParameters>& values, int window,
+                    int sinks);
+
+  std::vector<GraphCodec> keys, values;  // as many as were given
+  MethodGraph exact;                     // of window and sinks, keys and values alike
+  int dim, window, sinks;
+  bool keys_before_rope;
+};
+
+/// What PackedCache stores and sees, in arrays: nothing is evaluated while tokens are appended and attended to, and nothing comes
+/// back to the host.  Evaluating what attend() returns evaluates what is stored as well.
+///
+/// Codes are read in stretches of 2048 tokens with a running softmax; no more than that is restored at a time.
+class PackedArrays : public AttentionCache {
+ public:
+  explicit PackedArrays(std::shared_ptr<const PackedArraysLayer> layer);
+
+  /// Throws std::invalid_argument for padding, which it does not know.
+  mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) override;
+  int offset() const override { return offset_; }
+
+  /// Allocated for tokens: blocks, window and sinks; codebooks are the layer's.
+  std::size_t nbytes() const override;
+
+  std::vector<mx::array> pending() const override;
+
+ private:
+  // Heads that are stored alike.  Bytes of a block of tokens: those of the keys, then of the values, of one head after another,
+  // from `bytes` of a row on; the same with what their patches have lost, from `errors` on.
+  struct Heads {
+    int first, count;
+    const GraphCodec *keys, *values;
+    int bytes, errors;
+
+    int bytes_of_one() const { return keys->block_bytes() + values->block_bytes(); }
+    int errors_of_one() const { return keys->patches() + values->patches(); }
+  };
+
+  // The last tokens, from position `begin` on: keys (not turned where they are stored so) and values [B, H, 2, n, D].
+  struct Recent {
+    int begin;
+    mx::array vectors;
+  };
+
+  // Queries [B, H, rows, D], scaled; rows are the heads of a group, and in each so many tokens from position `first` on.
+  struct Queries {
+    mx::array q;
+    int first, tokens;
+    mx::array positions;  // int32 [rows, 1]
+  };
+
+  // Σ weight · value [B, H, rows, D] by weights e^(score − maximum), with maximum and Σ weight [B, H, rows, 1].
+  struct Partial {
+    mx::array sums, maximum, total;
+  };
+
+  void begin(const mx::array& k);
+  int coded() const;  // tokens that are codes
+
+  // k and v [B, H, T, D] float32: stores them, and encodes what leaves the window.
+  Recent append(const mx::array& k, const mx::array& v);
+  mx::array exact_bytes(int begin, int end) const;
+  void store_exact(const mx::array& bytes, int first, int begin, int end);
+  void append_coded(const mx::array& vectors, int index);
+  GraphCodec::Blocks encode(const mx::array& vectors, int at, int blocks) const;
+
+  // Over codes; over the sinks and what is recent.  None where no query sees any.
+  std::optional<Partial> attend_coded(const Queries& queries, const AttentionSpec& spec) const;
+  std::optional<Partial> attend_exact(const Queries& queries, const Recent& recent, const AttentionSpec& spec) const;
+  mx::array blocks(int begin, int end) const;
+  mx::array turned(const mx::array& keys, int position, const AttentionSpec& spec) const;
+  static void extend(std::optional<Partial>& partial, const Queries& queries, const mx::array& k, const mx::array& v,
+                     const std::optional<mx::array>& seen, float soft_cap);
+
+  std::shared_ptr<const PackedArraysLayer> layer_;
+  std::vector<Heads> heads_;
+  int batch_ = 0, kv_heads_ = 0, offset_ = 0;
+  std::optional<mx::array> closed_;  // uint8 [B, blocks, bytes]: whole blocks
+  std::optional<mx::array> open_;    // uint8 [B, 1, bytes]: the one that grows
+  std::optional<mx::array> errors_;  // float32 [B, 1, patches]: what those of the block that grows have lost
+  std::optional<mx::array> exact_;  // uint8 [B, H, 2, sinks + window, bytes of a token]: position p ≥ sinks at sinks + p % window
+};
+
+}  // namespace veloxquant
