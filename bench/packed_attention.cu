@@ -33,7 +33,7 @@ extern __shared__ uint4 shared_memory[];
 template <int kKeyUnits, int kValueUnits, int kWarps>
 __global__ void
     attend(AttentionCodes codes, QueryRows queries, AttentionTables tables, ExactTokens exact, int sequence_heads, AttentionParts parts) {
-  attend_packed<kKeyUnits, kValueUnits, kWarps, true>(codes, queries, tables, exact, sequence_heads, parts, shared_memory);
+  attend_packed<kKeyUnits, kValueUnits, kWarps, true, true>(codes, queries, tables, exact, sequence_heads, parts, shared_memory);
 }
 
 __global__ void __launch_bounds__(kFinishThreads)
@@ -128,7 +128,7 @@ void measure(const Shape& shape, bool compare) {
   const ValueSpace space{on_device(inverse), on_device(mean), shape.kv_heads};
   float* out = on_device(std::vector<float>(q.size()));
   const auto attend_kernel = attend<kUnits, kUnits, kWarps>;
-  const std::size_t memory = sizeof(typename CodeAttention<kUnits, kUnits, kWarps, true>::Memory) + 2 * 32 * kWarps * 2 * static_cast<std::size_t>(codes);
+  const std::size_t memory = sizeof(typename CodeAttention<kUnits, kUnits, kWarps, true, true>::Memory) + 2 * 32 * kWarps * 2 * static_cast<std::size_t>(codes);
   if (memory > static_cast<std::size_t>(limit)) return void(std::printf("%zu bytes of shared memory are too many\n", memory));
   check(cudaFuncSetAttribute(attend_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(memory)));
   const auto finish_memory = static_cast<int>(sizeof(float)) * finish_floats(dim, splits);

@@ -73,9 +73,19 @@ PackedArraysLayer::PackedArraysLayer(const std::vector<QuantizerParameters>& key
       dim(keys.at(0).dim),
       window(window),
       sinks(sinks),
-      keys_before_rope(quantizer_method(keys.at(0).method).keys_before_rope) {
+      keys_before_rope(quantizer_method(keys.at(0).method).keys_before_rope),
+      key_parameters_(keys),
+      value_parameters_(values) {
   const auto parameters = exact_parameters(Side::kKeys, dim);
   exact = method_graph(parameters, *make_quantizer(parameters));
+}
+
+const PackedKernels* PackedArraysLayer::kernels(const Rope& rope, int kv_heads) const {
+  std::call_once(made_, [&] {
+    kernels_ = PackedKernels::make(key_parameters_, value_parameters_, kv_heads, window, sinks, rope);
+    key_parameters_.clear(), value_parameters_.clear();
+  });
+  return kernels_.get();
 }
 
 PackedArrays::PackedArrays(std::shared_ptr<const PackedArraysLayer> layer) : layer_(std::move(layer)) {}
@@ -121,9 +131,17 @@ mx::array PackedArrays::attend(const mx::array& q, const mx::array& k, const mx:
   check_chunk(q, k, v, {batch_, kv_heads_, k.shape(2), layer_->dim});
   const int first = offset_, tokens = k.shape(2), group = q.shape(1) / kv_heads_, dim = layer_->dim;
   const auto as_floats = [](const mx::array& x) { return mx::astype(x, mx::float32); };
+  const auto keys = as_floats(layer_->keys_before_rope ? k : (*spec.rope)(k, first)), values = as_floats(v);
+  if (tokens == 1 && spec.sliding_window == 0)
+    if (const auto* kernels = layer_->kernels(*spec.rope, kv_heads_)) {
+      append_one(*kernels, keys, values);
+      const auto out =
+          kernels->attend(as_floats((*spec.rope)(q, first)), closed_, {exact_, *open_, errors_}, coded(), offset_, spec);
+      return mx::depends({mx::astype(out, q.dtype())}, pending())[0];
+    }
   const auto queries =
       mx::reshape(mx::multiply(as_floats((*spec.rope)(q, first)), mx::array(spec.scale)), {batch_, kv_heads_, group, tokens, dim});
-  const Recent recent = append(as_floats(layer_->keys_before_rope ? k : (*spec.rope)(k, first)), as_floats(v));
+  const Recent recent = append(keys, values);
 
   const int step = std::clamp(kScoresAtOnce / (kStretch * kBlock * batch_ * kv_heads_ * group), 1, kMostQueries);
   std::vector<mx::array> results;
@@ -167,6 +185,14 @@ void PackedArrays::store_exact(const mx::array& bytes, int first, int begin, int
   start[3] = place;
   stop[3] = place + end - begin;
   exact_ = mx::slice_update(*exact_, part(bytes, 3, begin - first, end - first), start, stop);
+}
+
+void PackedArrays::append_one(const PackedKernels& kernels, const mx::array& k, const mx::array& v) {
+  const int before = coded(), first = offset_++;
+  const bool leaves = coded() > before;
+  const auto state = kernels.append({exact_, *open_, errors_}, k, v, first, before, leaves);
+  exact_ = state.exact, open_ = state.open, errors_ = state.errors;
+  if (leaves && coded() % kBlock == 0) closed_ = closed_ ? mx::concatenate({*closed_, *open_}, 1) : *open_;
 }
 
 PackedArrays::Recent PackedArrays::append(const mx::array& k, const mx::array& v) {

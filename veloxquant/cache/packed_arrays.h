@@ -2,17 +2,20 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <vector>
 
 #include "mlx/array.h"
 #include "veloxquant/cache/graph_codec.h"
+#include "veloxquant/cache/packed_kernels.h"
 #include "veloxquant/model/attention_cache.h"
 
 namespace veloxquant {
 
 /// How one layer is stored, shared by all its caches.
-struct PackedArraysLayer {
+class PackedArraysLayer {
+ public:
   /// `keys` and `values`: of each KV head, or one for all.  Throws std::invalid_argument that names a method that cannot be packed.
   PackedArraysLayer(const std::vector<QuantizerParameters>& keys, const std::vector<QuantizerParameters>& values, int window,
                     int sinks);
@@ -21,6 +24,14 @@ struct PackedArraysLayer {
   MethodGraph exact;                     // of window and sinks, keys and values alike
   int dim, window, sinks;
   bool keys_before_rope;
+
+  /// Null where they do not serve.  Made at the first call; one layer has one rope, and one number of KV heads.
+  const PackedKernels* kernels(const Rope& rope, int kv_heads) const;
+
+ private:
+  mutable std::vector<QuantizerParameters> key_parameters_, value_parameters_;  // until then
+  mutable std::once_flag made_;
+  mutable std::unique_ptr<const PackedKernels> kernels_;
 };
 
 /// What PackedCache stores and sees, in arrays: nothing is evaluated while tokens are appended and attended to, and nothing comes
@@ -75,6 +86,7 @@ class PackedArrays : public AttentionCache {
 
   // k and v [B, H, T, D] float32: stores them, and encodes what leaves the window.
   Recent append(const mx::array& k, const mx::array& v);
+  void append_one(const PackedKernels& kernels, const mx::array& k, const mx::array& v);
   mx::array exact_bytes(int begin, int end) const;
   void store_exact(const mx::array& bytes, int first, int begin, int end);
   void append_coded(const mx::array& vectors, int index);

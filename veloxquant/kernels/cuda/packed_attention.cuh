@@ -14,7 +14,7 @@
 
 namespace veloxquant {
 
-constexpr int kTileTokens = 32, kTilesOfBlock = 8, kQueriesAtOnce = 4, kUnitDims = 8;
+constexpr int kTileTokens = 32, kTilesOfBlock = 8, kQueriesAtOnce = 4, kUnitDims = 8, kEntries = 256;
 constexpr int kTilesAtOnce = 512, kPatchesAtOnce = 512;  // at most, of a block of threads
 constexpr float kHidden = -1e30f;                        // a score that does not count
 
@@ -174,8 +174,9 @@ struct AttentionParts {
 // A block of threads: a stretch of the coded tokens of one KV head, four queries.  The grid is splits × batch · kv_heads × rows / 4; a
 // split has at most kTilesAtOnce tiles, and kPatchesAtOnce patches on a side.  Shared memory: Memory, then 64 · kWarps bytes for each code of
 // the head that has most on both sides.  kKeyUnits a multiple of 8, kValueUnits too.  kWhole: all heads
-// have a multiple of 4 codes, and both codes of a unit in one word.
-template <int kKeyUnits, int kValueUnits, int kWarps, bool kWhole>
+// have a multiple of 4 codes, and both codes of a unit in one word.  kValuesHere: the tables of values are in shared memory too, where
+// there is room.
+template <int kKeyUnits, int kValueUnits, int kWarps, bool kWhole, bool kValuesHere>
 class CodeAttention {
   static constexpr int kSteps = kKeyUnits / 4, kGroups = (kValueUnits + 15) / 16, kThreads = 32 * kWarps;
 
@@ -187,7 +188,7 @@ class CodeAttention {
   struct alignas(16) Memory {
     union {
       struct {
-        unsigned char keys[256][2][kKeyUnits][kUnitDims], values[256][2][kValueUnits][kUnitDims];
+        unsigned char keys[256][2][kKeyUnits][kUnitDims], values[kValuesHere ? 256 : 1][2][kValueUnits][kUnitDims];
       };
       Result results[kWarps];
     };
@@ -261,6 +262,9 @@ class CodeAttention {
   __device__ __half* rests() const { return reinterpret_cast<__half*>(patches() + num_blocks() * patch_stride(keys_)); }
 
   // What is small is there at the end, tables are on their way.
+  __device__ const unsigned char* values_of_table() const {
+    return tables_.values + static_cast<long long>(table_) * (kEntries * 2 * kValueUnits * kUnitDims);
+  }
   __device__ void load() {
     copy(memory_.key_units, tables_.key_units + table_ * kKeyUnits, sizeof(memory_.key_units));
     copy(memory_.value_units, tables_.value_units + table_ * kValueUnits, sizeof(memory_.value_units));
@@ -271,7 +275,7 @@ class CodeAttention {
     }
     commit_copies();
     copy(memory_.keys, tables_.keys + static_cast<long long>(table_) * sizeof(memory_.keys), sizeof(memory_.keys));
-    copy(memory_.values, tables_.values + static_cast<long long>(table_) * sizeof(memory_.values), sizeof(memory_.values));
+    if (kValuesHere) copy(memory_.values, values_of_table(), sizeof(memory_.values));
     commit_copies();
     // What is read later, by threads that wait now.
     if (const int tile = first_tile_ + warp_; tile < last_tile_) {
@@ -439,15 +443,15 @@ class CodeAttention {
 
   // The bytes of a unit, of tokens first … first + 3.
   template <int kUnits>
-  __device__ __forceinline__ void look_up(const TileCodes& tile, const unsigned char (&tables)[256][2][kUnits][kUnitDims], int unit, int codes,
-                                          int first, uint2 (&sums)[4]) const {
+  __device__ __forceinline__ void look_up(const TileCodes& tile, const unsigned char* tables, int unit, int codes, int first,
+                                          uint2 (&sums)[4]) const {
     const int first_code = codes & 0xffff, second_code = codes >> 16;
     // An entry's place, in one operation where rows are 256 bytes: the code above the unit's place in a row.
-    constexpr unsigned kRow = sizeof(tables[0]), kPlaces = kRow == 256 ? 0x6504 : 0x4440, kShift = kRow == 256 ? 16 : 1;
+    constexpr unsigned kRow = 2 * kUnits * kUnitDims, kPlaces = kRow == 256 ? 0x6504 : 0x4440, kShift = kRow == 256 ? 16 : 1;
     const unsigned first_place = kPlaces + kShift * (first_code & 3), second_place = kPlaces + kShift * (second_code & 3);
     const auto entry = [&](unsigned word, unsigned place, int stage) {
       const unsigned at = kRow == 256 ? __byte_perm(word, unit * kUnitDims, place) : __byte_perm(word, 0, place) * kRow + unit * kUnitDims;
-      return *reinterpret_cast<const uint2*>(&tables[0][stage][0][0] + at);
+      return *reinterpret_cast<const uint2*>(tables + stage * kUnits * kUnitDims + at);
     };
     const uint4 words = tile.words<kWhole>(first_code, first),
                 second_words = kWhole || second_code >> 2 == first_code >> 2 && tile.codes - (first_code & ~3) >= 4
@@ -466,7 +470,7 @@ class CodeAttention {
     for (int step = 0; step < kSteps; ++step) {
       const int unit = key_unit(step);
       uint2 sums[4];
-      look_up(tile, memory_.keys, unit, memory_.key_codes[unit], 4 * group_, sums);
+      look_up<kKeyUnits>(tile, memory_.keys[0][0][0], unit, memory_.key_codes[unit], 4 * group_, sums);
       const uint4 offsets = memory_.offsets[unit];
       unsigned x[4], y[4], z[4], w[4];
 #pragma unroll
@@ -610,7 +614,7 @@ class CodeAttention {
             for (int t = 0; t < 4; ++t) entries[slot][some][t] = {0, 0};
             continue;
           }
-          look_up(tile, memory_.values, unit, memory_.value_codes[unit], 8 * column_ + 4 * some, entries[slot][some]);
+          look_up<kValueUnits>(tile, kValuesHere ? memory_.values[0][0][0] : values_of_table(), unit, memory_.value_codes[unit], 8 * column_ + 4 * some, entries[slot][some]);
         }
 #pragma unroll
       for (int j = 0; j < 2; ++j)
@@ -845,11 +849,11 @@ __host__ __device__ constexpr int blocks_of_exact(int sequence_heads, int splits
   return (sequence_heads + splits - 1) / splits;
 }
 
-template <int kKeyUnits, int kValueUnits, int kWarps, bool kWhole>
+template <int kKeyUnits, int kValueUnits, int kWarps, bool kWhole, bool kValuesHere>
 __device__ __forceinline__ void attend_packed(const AttentionCodes& stored, const QueryRows& queries, const AttentionTables& tables,
                                               const ExactTokens& exact, int sequence_heads, const AttentionParts& parts, void* shared) {
   if (static_cast<int>(blockIdx.y) < sequence_heads)
-    return CodeAttention<kKeyUnits, kValueUnits, kWarps, kWhole>(stored, queries, tables, shared).run(parts);
+    return CodeAttention<kKeyUnits, kValueUnits, kWarps, kWhole, kValuesHere>(stored, queries, tables, shared).run(parts);
   const int of_exact = (blockIdx.y - sequence_heads) * gridDim.x + blockIdx.x;
   if (of_exact < sequence_heads) attend_exact(exact, queries, parts, gridDim.x, of_exact, blockIdx.z * kQueriesAtOnce, shared);
 }

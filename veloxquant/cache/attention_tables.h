@@ -1,0 +1,43 @@
+// Codebooks as attention on a GPU reads them: entries of bytes, in units of eight dimensions.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "veloxquant/kernels/cuda/packed_units.h"
+#include "veloxquant/model/rope.h"
+#include "veloxquant/quantize/rotated_pq.h"
+
+namespace veloxquant {
+
+/// Entries are rounded to 1/253 of the range that a unit's sums have, which is 10⁻³ of the error of 2-bit codes in power.
+/// tables [256, 2, units, 8]: of both stages; sums of two entries are at most 255.
+struct KeyTables {
+  std::vector<std::uint8_t> tables;
+  std::vector<KeyUnit> units;
+  std::vector<float> rests;  // [units, 8, rest_columns]: what a column of a patch adds to each dimension, by the unit's scale
+};
+
+struct ValueTables {
+  std::vector<std::uint8_t> tables;
+  std::vector<ValueUnit> units;
+};
+
+/// Columns that a unit's patches are made of, at most, filled up to a multiple of 8; 0 where keys do not consist of planes that
+/// `rope` turns one by one: then there are no tables for them.
+std::size_t rest_columns(const RotatedPqQuantizer& keys, const Rope& rope);
+
+/// As many units as there are, without filling up.
+std::size_t num_key_units(const RotatedPqQuantizer& keys);
+std::size_t num_value_units(const RotatedPqQuantizer& values);
+
+/// Filled up to `units` that add nothing.
+KeyTables key_tables(const RotatedPqQuantizer& keys, const Rope& rope, std::size_t units, std::size_t rest_columns);
+ValueTables value_tables(const RotatedPqQuantizer& values, std::size_t units);
+
+/// Radians a position as fractions of a circle, of 2³².
+std::uint32_t turns_of(float radians);
+
+}  // namespace veloxquant

@@ -1,0 +1,51 @@
+// What PackedArrays does by kernels of ours, on CUDA (kernels/cuda): attention and encoding of one token at a time.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "mlx/array.h"
+#include "mlx/fast.h"
+#include "veloxquant/model/attention_cache.h"
+#include "veloxquant/quantize/parameters.h"
+
+namespace veloxquant {
+
+/// One layer's tables on the GPU, and what calls the kernels with them.  Entries of keys and values are bytes there, keys and
+/// weights half precision: what attention gives is off by about 2 % of what 2-bit storage costs it.
+class PackedKernels {
+ public:
+  /// `keys` and `values`: of each KV head, or one for all.  Null where the kernels do not serve: on another device, for methods
+  /// other than rotated_pq, for keys that are not turned plane by plane (`plane`), for sub-spaces of more than 32 dimensions, and
+  /// where keys have more tables than a processor's shared memory holds (heads of 128: up to about 3 bits).
+  static std::unique_ptr<const PackedKernels> make(const std::vector<QuantizerParameters>& keys,
+                                                   const std::vector<QuantizerParameters>& values, int kv_heads, int window,
+                                                   int sinks, const Rope& rope);
+
+  /// As PackedArrays has it.
+  struct State {
+    std::optional<mx::array> exact;   // uint8 [B, H, 2, sinks + window, bytes]
+    mx::array open;                   // uint8 [B, 1, W]
+    std::optional<mx::array> errors;  // float32 [B, 1, patches]
+  };
+
+  /// The state with one more token k and v [B, H, 1, D] float32 at position `offset`, `coded` of those before it being codes;
+  /// `leaves`: whether one more becomes codes.  One kernel.
+  State append(const State& state, const mx::array& k, const mx::array& v, int offset, int coded, bool leaves) const;
+
+  /// Queries of the last token q [B, Hq, 1, D], turned, over `coded` tokens in blocks [B, blocks, W] and the open one, and those of
+  /// the `offset` that are exact → float32 [B, Hq, 1, D].  Two kernels.
+  mx::array attend(const mx::array& q, const std::optional<mx::array>& closed, const State& state, int coded, int offset,
+                   const AttentionSpec& spec) const;
+
+ private:
+  PackedKernels() = default;
+
+  int kv_heads_, dim_, window_, sinks_, key_units_, value_units_, warps_, most_codes_, most_patches_, patch_stride_, rest_bytes_;
+  float magnitude_;
+  std::vector<mx::array> attention_, back_, encoding_;  // arrays that the kernels are given, in their order
+  mx::fast::CustomKernelFunction attend_, finish_, encode_;
+};
+
+}  // namespace veloxquant
