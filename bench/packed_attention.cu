@@ -124,7 +124,7 @@ void measure(const Shape& shape, bool compare) {
                                on_device(rests),      on_device(heads),        shape.kv_heads,       8};
   const AttentionParts parts{on_device(std::vector<float>(parts_rows)), on_device(std::vector<float>(parts_rows)),
                              on_device(std::vector<float>(parts_rows * static_cast<std::size_t>(dim)))};
-  const ExactTokens exact_tokens{on_device(exact), sinks, window, shape.tokens + sinks + window, on_device(turns), dim / 2};
+  const ExactTokens exact_tokens{on_device(exact), sinks, window, shape.tokens, shape.tokens + sinks + window, on_device(turns), dim / 2};
   const ValueSpace space{on_device(inverse), on_device(mean), shape.kv_heads};
   float* out = on_device(std::vector<float>(q.size()));
   const auto attend_kernel = attend<kUnits, kUnits, kWarps>;

@@ -1,12 +1,15 @@
 // Attention over codes by our CUDA kernels, by what the CPU's cache gives.
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "mlx/backend/cuda/cuda.h"
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
 #include "tests/cache/packed_inputs.h"
 #include "veloxquant/cache/packed_arrays.h"
 #include "veloxquant/cache/packed_cache.h"
+#include "veloxquant/model/attention.h"
 
 namespace veloxquant {
 namespace {
@@ -51,7 +54,7 @@ void compare(const Case& c, bool alike, int first_tokens, int steps) {
   const auto stored = units_of(Sequence(1, 600, c.dim, 10), c, alike);
   const Sequence x(c.batch, first_tokens + steps, c.dim);
   const Rope rope(RopeConfig{}, c.dim);
-  const AttentionSpec spec{.scale = 0.3f, .rope = &rope, .soft_cap = c.soft_cap};
+  const AttentionSpec spec{.scale = 0.1f, .rope = &rope, .soft_cap = c.soft_cap};
   PackedCache packed(std::make_shared<PackedLayer>(stored.keys, stored.values, c.window, c.sinks));
   const auto layer = std::make_shared<PackedArraysLayer>(stored.keys, stored.values, c.window, c.sinks);
   PackedArrays arrays(layer);
@@ -64,27 +67,28 @@ void compare(const Case& c, bool alike, int first_tokens, int steps) {
     const DeviceScope gpu(mx::Device::gpu);
     return feed(arrays, begin, end, q);
   };
+  FullCache full;
   const auto first = random_array({c.batch, c.query_heads, first_tokens, c.dim}, 5);
   feed(packed, 0, first_tokens, first);
+  feed(full, 0, first_tokens, first);
   on_gpu(0, first_tokens, first);
-  float largest = 0, worst = 0;
+  double error = 0, cost = 0;  // of the kernels, and of storing
   for (int step = 0; step < steps; ++step) {
     const auto q = random_queries(c, 100 + static_cast<std::uint64_t>(step));
     const int at = first_tokens + step;
-    const auto expected = feed(packed, at, at + 1, q), got = on_gpu(at, at + 1, q);
-    const float range = mx::max(mx::abs(expected)).item<float>(),
-                error = mx::max(mx::abs(mx::subtract(expected, got))).item<float>();
-    largest = std::max(largest, range), worst = std::max(worst, error / range);
+    const auto expected = feed(packed, at, at + 1, q), got = on_gpu(at, at + 1, q), exact = feed(full, at, at + 1, q);
+    const auto square = [](const mx::array& x, const mx::array& y) {
+      return static_cast<double>(mx::sum(mx::square(mx::subtract(x, y))).item<float>());
+    };
+    error += square(expected, got), cost += square(expected, exact);
   }
   {
     const DeviceScope gpu(mx::Device::gpu);
     EXPECT_NE(layer->kernels(rope, kHeads), nullptr);
   }
-  ::testing::Test::RecordProperty("worst", std::to_string(worst));
-  std::fprintf(stderr, "worst %g of %g\n", static_cast<double>(worst), static_cast<double>(largest));
-  // Entries are bytes, keys and weights half precision.
-  EXPECT_LT(worst, 0.01f);
-  EXPECT_GT(largest, 0.0f);
+  std::fprintf(stderr, "%g of %g\n", std::sqrt(error), std::sqrt(cost));
+  // Entries are bytes, keys and weights half precision; a vector within rounding of a boundary may get another code.
+  EXPECT_LT(std::sqrt(error), 0.1 * std::sqrt(cost));
 }
 
 TEST_F(CudaKernels, AttendAsThePackedCacheDoes) {

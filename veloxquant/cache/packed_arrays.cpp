@@ -136,7 +136,7 @@ mx::array PackedArrays::attend(const mx::array& q, const mx::array& k, const mx:
     if (const auto* kernels = layer_->kernels(*spec.rope, kv_heads_)) {
       append_one(*kernels, keys, values);
       const auto out =
-          kernels->attend(as_floats((*spec.rope)(q, first)), closed_, {exact_, *open_, errors_}, coded(), offset_, spec);
+          kernels->attend(as_floats((*spec.rope)(q, first)), closed_, {exact_, *open_, errors_, *counts_}, coded(), spec);
       return mx::depends({mx::astype(out, q.dtype())}, pending())[0];
     }
   const auto queries =
@@ -189,16 +189,17 @@ void PackedArrays::store_exact(const mx::array& bytes, int first, int begin, int
 
 void PackedArrays::append_one(const PackedKernels& kernels, const mx::array& k, const mx::array& v) {
   const int before = coded(), first = offset_++;
-  const bool leaves = coded() > before;
-  const auto state = kernels.append({exact_, *open_, errors_}, k, v, first, before, leaves);
-  exact_ = state.exact, open_ = state.open, errors_ = state.errors;
-  if (leaves && coded() % kBlock == 0) closed_ = closed_ ? mx::concatenate({*closed_, *open_}, 1) : *open_;
+  if (!counts_) counts_ = PackedKernels::counts(before, first);
+  const auto state = kernels.append({exact_, *open_, errors_, *counts_}, k, v);
+  exact_ = state.exact, open_ = state.open, errors_ = state.errors, counts_ = state.counts;
+  if (coded() > before && coded() % kBlock == 0) closed_ = closed_ ? mx::concatenate({*closed_, *open_}, 1) : *open_;
 }
 
 PackedArrays::Recent PackedArrays::append(const mx::array& k, const mx::array& v) {
   const int tokens = k.shape(2), window = layer_->window, sinks = layer_->sinks, first = offset_, end = first + tokens,
             coded_before = coded();
   offset_ = end;
+  counts_.reset();
   const auto arrived = mx::stack({k, v}, 2), bytes = layer_->exact.encode(arrived);
   const int begin = std::max(std::min(sinks, end), std::max(0, first - window)), skipped = std::max(begin, first) - first;
   Recent recent{begin, part(arrived, 3, skipped, tokens)};

@@ -106,6 +106,7 @@ class PackedArrays : public AttentionCache {
   std::optional<mx::array> closed_;  // uint8 [B, blocks, bytes]: whole blocks
   std::optional<mx::array> open_;    // uint8 [B, 1, bytes]: the one that grows
   std::optional<mx::array> errors_;  // float32 [B, 1, patches]: what those of the block that grows have lost
+  std::optional<mx::array> counts_;  // of the kernels, where the last token came by them
   std::optional<mx::array> exact_;  // uint8 [B, H, 2, sinks + window, bytes of a token]: position p ≥ sinks at sinks + p % window
 };
 

@@ -102,42 +102,43 @@ struct Encoding {
   }
 };
 
-// What all kernels begin with.
-constexpr const char* kBegin = R"(
+// What all kernels begin with.  Numbers come from arrays that are on the GPU already, and from shapes.
+const std::string kBegin = R"(
 using namespace veloxquant;
 const PackedLayout& layout = *reinterpret_cast<const PackedLayout*>(layout_of);
 const PackedCounts& counts = *reinterpret_cast<const PackedCounts*>(counts_of);
-extern __shared__ uint4 shared_memory[];
 )";
 
-constexpr const char* kQueries = R"(
-const QueryRows rows{queries, counts.rows, layout.dim, settings[0], settings[1], layout.sinks, settings[2]};
+const std::string kQueries = R"(
+extern __shared__ uint4 shared_memory[];
+const QueryRows rows{queries, static_cast<int>(queries_shape[1]) / layout.kv_heads, layout.dim, settings[0], settings[1], layout.sinks, settings[2]};
 )";
 
 constexpr const char* kAttend = R"(
 static_assert(sizeof(CodeAttention<{0}>::Memory) <= {1}, "room for the tables");
 const AttentionCodes codes{{reinterpret_cast<const unsigned*>(closed_blocks), reinterpret_cast<const unsigned*>(open_block),
-                           counts.num_closed, layout.block_words, counts.coded, layout.kv_heads}};
+                           counts.coded / (kTileTokens * kTilesOfBlock), layout.block_words, counts.coded, layout.kv_heads}};
 const AttentionTables tables{{key_tables, value_tables, reinterpret_cast<const KeyUnit*>(key_units),
                              reinterpret_cast<const ValueUnit*>(value_units), reinterpret_cast<const __half*>(key_rests),
                              reinterpret_cast<const HeadBlocks*>(heads), layout.num_tables, layout.rest_columns}};
-const ExactTokens exact{{exact_tokens, layout.sinks, layout.window, counts.offset, reinterpret_cast<const unsigned*>(turns), layout.turned}};
+const ExactTokens exact{{exact_tokens, layout.sinks, layout.window, counts.coded, counts.offset,
+                        reinterpret_cast<const unsigned*>(turns), layout.turned}};
 const AttentionParts parts{{maxima, totals, sums}};
-attend_packed<{0}>(codes, rows, tables, exact, counts.sequence_heads, parts, shared_memory);
+attend_packed<{0}>(codes, rows, tables, exact, static_cast<int>(queries_shape[0]) * layout.kv_heads, parts, shared_memory);
 )";
 
 constexpr const char* kFinish = R"(
 const AttentionParts parts{const_cast<float*>(maxima), const_cast<float*>(totals), const_cast<float*>(sums)};
 const ValueSpace space{inverse, mean, layout.num_tables};
-finish_attention(parts, counts.splits, layout.kv_heads, rows, space, out, shared_memory);
+finish_attention(parts, static_cast<int>(maxima_shape[1]) - 1, layout.kv_heads, rows, space, out, shared_memory);
 )";
 
 constexpr const char* kEncode = R"(
 const EncodingTables tables{{transform, mean, entries, reinterpret_cast<const EncodingSubspace*>(subspaces),
                             reinterpret_cast<const EncodingHead*>(heads), layout.num_tables, layout.most_subspaces}};
-const EncodingState state{{exact_tokens, open_block, errors, new_exact, new_open, new_errors, layout.sinks + layout.window,
-                          4 * layout.block_words, layout.num_errors}};
-encode_token<{0}>(new_keys, new_values, tables, state, {{counts.exact_place, counts.leaving, counts.at}}, layout.kv_heads);
+const EncodingState state{{exact_tokens, open_block, errors, counts, new_exact, new_open, new_errors,
+                          reinterpret_cast<PackedCounts*>(new_counts), layout.sinks, layout.window, 4 * layout.block_words, layout.num_errors}};
+encode_token<{0}>(new_keys, new_values, tables, state, layout.kv_heads);
 )";
 
 }  // namespace
@@ -151,6 +152,7 @@ std::unique_ptr<const PackedKernels> PackedKernels::make(const std::vector<Quant
   };
   // Heads that share tables on one side alone would need two counts.
   if (!ours(keys) || !ours(values) || keys.size() != values.size()) return nullptr;
+  if (4 * (window + sinks) * (keys[0].dim + kQueriesAtOnce) > kSharedBytes) return nullptr;  // exact tokens are read at once
   const std::vector<RotatedPqQuantizer> key_quantizers(keys.begin(), keys.end()), value_quantizers(values.begin(), values.end());
 
   std::unique_ptr<PackedKernels> made(new PackedKernels());
@@ -267,43 +269,39 @@ std::unique_ptr<const PackedKernels> PackedKernels::make(const std::vector<Quant
                   shared.values_here ? 1 : 0),
       {"counts_of", "queries", "settings", "closed_blocks", "open_block", "exact_tokens", "layout_of", "key_tables", "key_units",
        "key_rests", "value_tables", "value_units", "heads", "turns"},
-      {"maxima", "totals", "sums"}, kBegin + std::string(kQueries) + fmt::format(fmt::runtime(kAttend), kind, shared.tables()),
-      kCudaSource, true, std::max(shared.bytes(self.most_codes_), 4 * (window + sinks) * (self.dim_ + kQueriesAtOnce)));
+      {"maxima", "totals", "sums"}, kBegin + kQueries + fmt::format(fmt::runtime(kAttend), kind, shared.tables()), kCudaSource,
+      true, kSharedBytes);  // of one name there is one, with the memory that its first layer asks for
   self.finish_ = mx::fast::cuda_kernel(
       "packed_attention_end", {"counts_of", "queries", "settings", "maxima", "totals", "sums", "layout_of", "inverse", "mean"},
-      {"out"}, kBegin + std::string(kQueries) + kFinish, kCudaSource, true,
-      4 * kQueriesAtOnce * (self.dim_ + kMostSplits + 2 + kFinishThreads));
+      {"out"}, kBegin + kQueries + kFinish, kCudaSource, true, 4 * kQueriesAtOnce * (self.dim_ + kMostSplits + 2 + kFinishThreads));
   self.encode_ = mx::fast::cuda_kernel(fmt::format("packed_encoding_{}", self.dim_),
                                        {"counts_of", "new_keys", "new_values", "exact_tokens", "open_block", "errors", "layout_of",
                                         "transform", "mean", "entries", "subspaces", "heads"},
-                                       {"new_exact", "new_open", "new_errors"},
+                                       {"new_exact", "new_open", "new_errors", "new_counts"},
                                        kBegin + fmt::format(fmt::runtime(kEncode), self.dim_), kCudaSource, true, 0);
   return made;
 }
 
-PackedKernels::State PackedKernels::append(const State& state, const mx::array& k, const mx::array& v, int offset, int coded,
-                                           bool leaves) const {
-  const int batch = k.shape(0), leaving = sinks_ + coded;
-  PackedCounts counts{};
-  counts.exact_place = offset < sinks_ ? offset : window_ > 0 ? sinks_ + offset % window_ : -1;
-  counts.leaving = !leaves ? -2 : window_ > 0 ? sinks_ + leaving % window_ : -1;
-  counts.at = coded % static_cast<int>(kPackedBlockTokens);
-  const auto nothing = mx::zeros({1});
-  std::vector<mx::array> inputs = {numbers(std::vector<PackedCounts>{counts}), k,          v,
-                                   state.exact ? *state.exact : state.open,    state.open, state.errors ? *state.errors : nothing};
+mx::array PackedKernels::counts(int coded, int offset) {
+  return numbers(std::vector<PackedCounts>{{coded, offset}});
+}
+
+PackedKernels::State PackedKernels::append(const State& state, const mx::array& k, const mx::array& v) const {
+  std::vector<mx::array> inputs = {
+      state.counts, k, v, state.exact ? *state.exact : state.open, state.open, state.errors ? *state.errors : state.counts};
   veloxquant::append(inputs, encoding_);
   const auto shape_of = [](const std::optional<mx::array>& x) { return x ? x->shape() : mx::Shape{1}; };
-  const auto out =
-      encode_(inputs, {shape_of(state.exact), state.open.shape(), shape_of(state.errors)}, {mx::uint8, mx::uint8, mx::float32},
-              {2 * kEncodingThreads, batch * kv_heads_, 1}, {kEncodingThreads, 1, 1}, {}, std::nullopt, false, {});
-  State next{std::nullopt, out[1], std::nullopt};
+  const auto out = encode_(inputs, {shape_of(state.exact), state.open.shape(), shape_of(state.errors), state.counts.shape()},
+                           {mx::uint8, mx::uint8, mx::float32, mx::int32}, {2 * kEncodingThreads, k.shape(0) * kv_heads_, 1},
+                           {kEncodingThreads, 1, 1}, {}, std::nullopt, false, {});
+  State next{std::nullopt, out[1], std::nullopt, out[3]};
   if (state.exact) next.exact = out[0];
   if (state.errors) next.errors = out[2];
   return next;
 }
 
 mx::array PackedKernels::attend(const mx::array& q, const std::optional<mx::array>& closed, const State& state, int coded,
-                                int offset, const AttentionSpec& spec) const {
+                                const AttentionSpec& spec) const {
   const int batch = q.shape(0), rows = q.shape(1) / kv_heads_, sequence_heads = batch * kv_heads_,
             row_groups = (rows + kQueriesAtOnce - 1) / kQueriesAtOnce, tiles = (coded + kTileTokens - 1) / kTileTokens;
   // Enough splits for all processors, and no more tiles or patches in one than there is room for.
@@ -316,21 +314,22 @@ mx::array PackedKernels::attend(const mx::array& q, const std::optional<mx::arra
                 {1, (tiles + most_tiles - 1) / most_tiles, std::min(tiles / warps_, kProcessors / (sequence_heads * row_groups))});
   if (splits > kMostSplits)
     throw std::runtime_error(fmt::format("[packed cache] {} tokens are more than attention on a GPU takes", coded));
-  PackedCounts counts{};
-  counts.coded = coded, counts.offset = offset, counts.num_closed = closed ? closed->shape(1) : 0;
-  counts.sequence_heads = sequence_heads, counts.rows = rows, counts.splits = splits;
-  const auto counts_of = numbers(std::vector<PackedCounts>{counts});
-  const mx::array settings({spec.scale * kLog2E, spec.soft_cap * kLog2E, magnitude_});
+  // One layer has one scale, which needs not be brought to the GPU again.
+  const std::lock_guard lock(settings_mutex_);
+  if (!settings_ || settings_of_ != std::pair(spec.scale, spec.soft_cap)) {
+    settings_of_ = {spec.scale, spec.soft_cap};
+    settings_ = mx::array({spec.scale * kLog2E, spec.soft_cap * kLog2E, magnitude_});
+  }
 
   std::vector<mx::array> inputs = {
-      counts_of, q, settings, closed ? *closed : state.open, state.open, state.exact ? *state.exact : state.open};
+      state.counts, q, *settings_, closed ? *closed : state.open, state.open, state.exact ? *state.exact : state.open};
   veloxquant::append(inputs, attention_);
   const mx::Shape of_parts = {sequence_heads, splits + 1, rows};
   const int threads = 32 * warps_, exact_rows = (sequence_heads + splits - 1) / splits;
   const auto parts =
       attend_(inputs, {of_parts, of_parts, {sequence_heads, splits + 1, rows, dim_}}, {mx::float32, mx::float32, mx::float32},
               {splits * threads, sequence_heads + exact_rows, row_groups}, {threads, 1, 1}, {}, std::nullopt, false, {});
-  std::vector<mx::array> parts_and_space = {counts_of, q, settings, parts[0], parts[1], parts[2]};
+  std::vector<mx::array> parts_and_space = {state.counts, q, *settings_, parts[0], parts[1], parts[2]};
   veloxquant::append(parts_and_space, back_);
   return finish_(parts_and_space, {q.shape()}, {mx::float32},
                  {sequence_heads * kFinishThreads, (dim_ + kColumnsAtOnce - 1) / kColumnsAtOnce, row_groups},

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "mlx/array.h"
@@ -28,15 +30,19 @@ class PackedKernels {
     std::optional<mx::array> exact;   // uint8 [B, H, 2, sinks + window, bytes]
     mx::array open;                   // uint8 [B, 1, W]
     std::optional<mx::array> errors;  // float32 [B, 1, patches]
+    mx::array counts;                 // counts(…)
   };
 
-  /// The state with one more token k and v [B, H, 1, D] float32 at position `offset`, `coded` of those before it being codes;
-  /// `leaves`: whether one more becomes codes.  One kernel.
-  State append(const State& state, const mx::array& k, const mx::array& v, int offset, int coded, bool leaves) const;
+  /// Tokens as the kernels count them: of codes, and all.
+  static mx::array counts(int coded, int offset);
 
-  /// Queries of the last token q [B, Hq, 1, D], turned, over `coded` tokens in blocks [B, blocks, W] and the open one, and those of
-  /// the `offset` that are exact → float32 [B, Hq, 1, D].  Two kernels.
-  mx::array attend(const mx::array& q, const std::optional<mx::array>& closed, const State& state, int coded, int offset,
+  /// The state with one more token k and v [B, H, 1, D] float32; one more becomes codes where more than the window would follow
+  /// those that are.  One kernel.
+  State append(const State& state, const mx::array& k, const mx::array& v) const;
+
+  /// Queries of the last token q [B, Hq, 1, D] float32, turned, over the `coded` tokens in blocks [B, blocks, W] and the open one,
+  /// and over the exact ones → float32 [B, Hq, 1, D].  Two kernels.
+  mx::array attend(const mx::array& q, const std::optional<mx::array>& closed, const State& state, int coded,
                    const AttentionSpec& spec) const;
 
  private:
@@ -46,6 +52,9 @@ class PackedKernels {
   float magnitude_;
   std::vector<mx::array> attention_, back_, encoding_;  // arrays that the kernels are given, in their order
   mx::fast::CustomKernelFunction attend_, finish_, encode_;
+  mutable std::mutex settings_mutex_;
+  mutable std::pair<float, float> settings_of_;  // scale, soft cap
+  mutable std::optional<mx::array> settings_;
 };
 
 }  // namespace veloxquant

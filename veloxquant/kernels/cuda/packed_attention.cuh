@@ -754,7 +754,7 @@ class CodeAttention {
 // Tokens that are 8 bits: sinks, then the window in a ring.  A token: for each 64 dimensions scale and bias as half, then its codes.
 struct ExactTokens {
   const unsigned char* bytes;  // [batch, kv_heads, 2, sinks + window, exact_token_bytes(dim)]
-  int sinks, window, offset;   // offset: tokens so far
+  int sinks, window, coded, offset;  // the last two: tokens that are codes, which follow the sinks, and all
   const unsigned* turns;       // [turned], of the pairs (i, i + turned) of keys, as KeyUnit has them
   int turned;                  // 0: keys are stored turned
 };
@@ -786,7 +786,7 @@ __host__ __device__ constexpr int exact_floats(int dim, int tokens) {
 
 __device__ __forceinline__ void attend_exact(const ExactTokens& exact, const QueryRows& queries, const AttentionParts& parts, int splits,
                                              int sequence_head, int first_row, void* shared) {
-  const int sinks = min(exact.sinks, exact.offset), oldest = max(sinks, exact.offset - exact.window), tokens = sinks + exact.offset - oldest,
+  const int sinks = min(exact.sinks, exact.offset), oldest = min(exact.offset, exact.sinks + exact.coded), tokens = sinks + exact.offset - oldest,
             dim = queries.dim, lane = threadIdx.x % 32;
   float* values = static_cast<float*>(shared);  // [tokens, dim]
   float* scores = values + tokens * dim;        // [tokens, kQueriesAtOnce], then weights

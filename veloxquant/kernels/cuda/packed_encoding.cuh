@@ -20,16 +20,25 @@ struct EncodingTables {
 struct EncodingState {
   const unsigned char *exact, *open;  // [batch, kv_heads, 2, places, exact_token_bytes], [batch, block_bytes]
   const float* errors;                // [batch, num_errors]
+  PackedCounts counts;
   unsigned char *new_exact, *new_open;
   float* new_errors;
-  int places, block_bytes, num_errors;
+  PackedCounts* new_counts;
+  int sinks, window, block_bytes, num_errors;
 };
 
-// Where the new token goes, and which leaves.
+// Where the new token goes, and which leaves: a token is encoded when more than `window` follow the codes.
 struct EncodingPlaces {
+  bool leaves;
   int exact;    // of the new token among the exact ones; −1: it is not kept there
-  int leaving;  // of the token that leaves; −1: it is the new one, −2: none does
+  int leaving;  // of the token that leaves; −1: it is the new one
   int at;       // its place in the block that grows
+
+  __device__ explicit EncodingPlaces(const EncodingState& state)
+      : leaves(state.counts.offset + 1 - state.window - state.sinks > state.counts.coded),
+        exact(state.counts.offset < state.sinks ? state.counts.offset : state.window > 0 ? state.sinks + state.counts.offset % state.window : -1),
+        leaving(state.window > 0 ? state.sinks + (state.sinks + state.counts.coded) % state.window : -1),
+        at(state.counts.coded % (kTileTokens * kTilesOfBlock)) {}
 };
 
 // The largest of a block of threads' values, or their sum; all threads get it.
@@ -157,7 +166,7 @@ __device__ __forceinline__ void encode_subspace(const EncodingSubspace& of, cons
 // A block of kEncodingThreads for each side of each KV head; the grid is 2 × batch · kv_heads.  x [batch, kv_heads, dim] of both sides.
 template <int kDim>
 __device__ __forceinline__ void encode_token(const float* new_keys, const float* new_values, const EncodingTables& tables, const EncodingState& state,
-                                             const EncodingPlaces& places, int kv_heads) {
+                                             int kv_heads) {
   constexpr int kWarps = kEncodingThreads / 32;
   __shared__ float x[kDim], z[kDim], rest[kDim], tried[kWarps][kMostWidth][kBeam], scratch[kWarps], errors[kMostPatches], pieces[kEncodingThreads];
   __shared__ int codes[kDim];
@@ -165,18 +174,21 @@ __device__ __forceinline__ void encode_token(const float* new_keys, const float*
   const int side = blockIdx.x, sequence_head = blockIdx.y, head = sequence_head % kv_heads, sequence = sequence_head / kv_heads,
             table = side * tables.num_heads + (tables.num_heads == 1 ? 0 : head), warp = threadIdx.x / 32;
   const EncodingHead of = tables.heads[side * kv_heads + head];
+  const EncodingPlaces places(state);
+  const int exact_tokens = state.sinks + state.window;
+  if (threadIdx.x == 0 && blockIdx.x == 0 && blockIdx.y == 0) *state.new_counts = {state.counts.coded + places.leaves, state.counts.offset + 1};
   const float* arrived = (side == 0 ? new_keys : new_values) + static_cast<long long>(sequence_head) * kDim;
   for (int i = threadIdx.x; i < kDim; i += kEncodingThreads) x[i] = arrived[i];
   __syncthreads();
 
   // The window.
   const int token_bytes = exact_token_bytes(kDim);
-  const long long first_exact = (static_cast<long long>(sequence_head) * 2 + side) * state.places * token_bytes;
+  const long long first_exact = (static_cast<long long>(sequence_head) * 2 + side) * exact_tokens * token_bytes;
   if (places.exact >= 0) {
     round_token(x, kDim, token);
     __syncthreads();
   }
-  for (int i = threadIdx.x; i < state.places * token_bytes; i += kEncodingThreads)
+  for (int i = threadIdx.x; i < exact_tokens * token_bytes; i += kEncodingThreads)
     state.new_exact[first_exact + i] = i / token_bytes == places.exact ? token[i % token_bytes] : state.exact[first_exact + i];
 
   // The block that grows, as it was.
@@ -185,7 +197,7 @@ __device__ __forceinline__ void encode_token(const float* new_keys, const float*
   const long long first_byte = static_cast<long long>(sequence) * state.block_bytes + 4 * of.word;
   const unsigned char* before = state.open + first_byte;
   unsigned char* after = state.new_open + first_byte;
-  const bool leaves = places.leaving > -2, fresh = leaves && places.at == 0;
+  const bool fresh = places.leaves && places.at == 0;
   for (int i = threadIdx.x; i < bytes / 16; i += kEncodingThreads)
     reinterpret_cast<uint4*>(after)[i] = fresh ? uint4{0, 0, 0, 0} : reinterpret_cast<const uint4*>(before)[i];
   const long long first_error = static_cast<long long>(sequence) * state.num_errors + of.error;
@@ -193,7 +205,7 @@ __device__ __forceinline__ void encode_token(const float* new_keys, const float*
     errors[p] = p < held ? state.errors[first_error + p] : 0.0f;
     state.new_errors[first_error + p] = errors[p];
   }
-  if (!leaves) return;
+  if (!places.leaves) return;
 
   // Into the rotated space.
   if (places.leaving >= 0)

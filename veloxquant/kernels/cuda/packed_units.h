@@ -27,14 +27,15 @@ struct HeadBlocks {
   int key_word, key_codes, key_patches, value_word, value_codes, value_patches;
 };
 
-/// Numbers of a layer, and of a call.
+/// Numbers of a layer.
 struct PackedLayout {
   int kv_heads, dim, window, sinks, block_words, num_tables, rest_columns, turned;  // num_tables: 1, where all KV heads share them
   int num_errors, most_subspaces;
 };
+
+/// Tokens of a sequence: those that are codes, and all.  They stay on the GPU, where each token that is appended counts them on.
 struct PackedCounts {
-  int coded, offset, num_closed, sequence_heads, rows, splits;  // tokens; batch · kv_heads; query heads of a KV head
-  int exact_place, leaving, at;                                 // of the new token (EncodingPlaces)
+  int coded, offset;
 };
 
 /// A sub-space of a side of a head, as tokens are encoded.  Its tables stand by dimension [width + 1, 256] for each stage, the last row
