@@ -7,9 +7,8 @@
 #include <random>
 #include <vector>
 
-#include "veloxquant/kernels/cuda/packed_units.h"
-//
 #include "veloxquant/kernels/cuda/packed_attention.cuh"
+#include "veloxquant/kernels/cuda/packed_attention_end.cuh"
 
 namespace veloxquant {
 namespace {

@@ -136,7 +136,7 @@ finish_attention(parts, static_cast<int>(maxima_shape[1]) - 1, layout.kv_heads, 
 constexpr const char* kEncode = R"(
 const EncodingTables tables{{transform, mean, entries, reinterpret_cast<const EncodingSubspace*>(subspaces),
                             reinterpret_cast<const EncodingHead*>(heads), layout.num_tables, layout.most_subspaces}};
-const EncodingState state{{exact_tokens, open_block, errors, counts, new_exact, new_open, new_errors,
+const EncodingState state{{exact_tokens, open_block, reinterpret_cast<const float*>(errors), counts, new_exact, new_open, new_errors,
                           reinterpret_cast<PackedCounts*>(new_counts), layout.sinks, layout.window, 4 * layout.block_words, layout.num_errors}};
 encode_token<{0}>(new_keys, new_values, tables, state, layout.kv_heads);
 )";
@@ -269,16 +269,17 @@ std::unique_ptr<const PackedKernels> PackedKernels::make(const std::vector<Quant
                   shared.values_here ? 1 : 0),
       {"counts_of", "queries", "settings", "closed_blocks", "open_block", "exact_tokens", "layout_of", "key_tables", "key_units",
        "key_rests", "value_tables", "value_units", "heads", "turns"},
-      {"maxima", "totals", "sums"}, kBegin + kQueries + fmt::format(fmt::runtime(kAttend), kind, shared.tables()), kCudaSource,
+      {"maxima", "totals", "sums"}, kBegin + kQueries + fmt::format(fmt::runtime(kAttend), kind, shared.tables()), kAttentionSource,
       true, kSharedBytes);  // of one name there is one, with the memory that its first layer asks for
   self.finish_ = mx::fast::cuda_kernel(
       "packed_attention_end", {"counts_of", "queries", "settings", "maxima", "totals", "sums", "layout_of", "inverse", "mean"},
-      {"out"}, kBegin + kQueries + kFinish, kCudaSource, true, 4 * kQueriesAtOnce * (self.dim_ + kMostSplits + 2 + kFinishThreads));
+      {"out"}, kBegin + kQueries + kFinish, kAttentionEndSource, true,
+      4 * kQueriesAtOnce * (self.dim_ + kMostSplits + 2 + kFinishThreads));
   self.encode_ = mx::fast::cuda_kernel(fmt::format("packed_encoding_{}", self.dim_),
                                        {"counts_of", "new_keys", "new_values", "exact_tokens", "open_block", "errors", "layout_of",
                                         "transform", "mean", "entries", "subspaces", "heads"},
                                        {"new_exact", "new_open", "new_errors", "new_counts"},
-                                       kBegin + fmt::format(fmt::runtime(kEncode), self.dim_), kCudaSource, true, 0);
+                                       kBegin + fmt::format(fmt::runtime(kEncode), self.dim_), kEncodingSource, true, 0);
   return made;
 }
 

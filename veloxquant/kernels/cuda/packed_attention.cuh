@@ -1,8 +1,7 @@
 // Attention of few queries over packed codes (quantize/packed_layout.h): look-ups in shared memory, products on tensor cores.
-// Compiled by MLX at run time, and by nvcc for tests and benchmarks.
 //
-// A warp takes a tile of 32 tokens.  A look-up gives the bytes of a unit: eight dimensions of a token (packed_units.h).  They become
-// half precision on the way to a fragment of mma.m16n8k16, and never go through memory:
+// A warp takes a tile of 32 tokens.  A look-up gives the bytes of a unit: eight dimensions of a token (packed_units.h).  They
+// become half precision on the way to a fragment of mma.m16n8k16, and never go through memory:
 //   keys      scores[token][column] = Σ key[token][k] · q[column][k]: a lane's rows are tokens
 //   values    sums[dimension][column] += Σ value[dimension][token] · weight[token][column]: a lane's rows are dimensions
 // Lanes of a half warp would look up few different units, whose entries stand in few of the banks.  Therefore tokens come in two
@@ -10,171 +9,14 @@
 // rows of its class count.  Columns 0 to 3 are four queries with tokens of class 0, columns 4 to 7 the same with class 1.
 #pragma once
 
-#include <cuda_fp16.h>
+#include "veloxquant/kernels/cuda/packed_tiles.cuh"
 
 namespace veloxquant {
 
-constexpr int kTileTokens = 32, kTilesOfBlock = 8, kQueriesAtOnce = 4, kUnitDims = 8, kEntries = 256;
-constexpr int kTilesAtOnce = 512, kPatchesAtOnce = 512;  // at most, of a block of threads
-constexpr float kHidden = -1e30f;                        // a score that does not count
-
-// Weights are so much larger, so that small ones stay normal numbers in half precision.
-constexpr float kWeightShift = 12.0f;
-
-__device__ __forceinline__ void multiply(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ unsigned transposed(unsigned x) {
-  unsigned y;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
-
-__device__ __forceinline__ unsigned bits_of(__half2 x) {
-  return *reinterpret_cast<unsigned*>(&x);
-}
-__device__ __forceinline__ __half2 halves(unsigned x) {
-  return *reinterpret_cast<__half2*>(&x);
-}
-__device__ __forceinline__ float power_of_two(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Of what `turns`, as KeyUnit has them, make at a position.
-__device__ __forceinline__ float2 cosine_and_sine(unsigned turns, unsigned position) {
-  const float radians = 0x1p-31f * 3.14159265f * static_cast<float>(static_cast<int>(turns * position));  // from −π to π
-  return {__cosf(radians), __sinf(radians)};
-}
-
-__device__ __forceinline__ void turn_back(float& x, float& y, float cosine, float sine) {
-  const float old = x;
-  x = x * cosine + y * sine;
-  y = y * cosine - old * sine;
-}
-
-__device__ __forceinline__ unsigned part(const uint4& x, int i) {
-  return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
-}
-
-// Copies 16 bytes to shared memory, past the registers.
-__device__ __forceinline__ void copy_later(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(from));
-}
-__device__ __forceinline__ void prefetch(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
-__device__ __forceinline__ void commit_copies() {
-  asm volatile("cp.async.commit_group;");
-}
-// Until no more than `kLeft` commits are open.
-template <int kLeft>
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
-}
-
-// Codes of a tile in shared memory: rows of 128 bytes, four codes of 32 tokens.  Lanes read two neighbouring rows at once: every row
-// is shifted on by two places of 16 bytes.
-struct TileCodes {
-  unsigned char* bytes;
-  int codes;
-
-  __device__ __forceinline__ static int place(int row, int chunk) { return row * 128 + ((chunk + 2 * row) & 7) * 16; }
-
-  __device__ __forceinline__ void load_later(const unsigned char* from) const {
-#pragma unroll 2
-    for (int i = threadIdx.x % 32; i < 2 * codes; i += 32)
-      copy_later(bytes + (i / 8 < codes / 4 ? place(i / 8, i % 8) : 16 * i), from + 16 * i);
-  }
-
-  // Of tokens first … first + 3 the word that holds `code`; first is a multiple of 4.  kWhole: there are whole rows only.
-  template <bool kWhole>
-  __device__ __forceinline__ uint4 words(int code, int first) const {
-    const int row = code >> 2, rest = codes - 4 * row;
-    if (kWhole || rest >= 4) return *reinterpret_cast<const uint4*>(bytes + place(row, first >> 2));
-    // The last one to three codes of a token stand together.
-    const unsigned char* at = bytes + row * 128 + first * rest + (code & 3);
-    const int shift = 8 * (code & 3);
-    return {static_cast<unsigned>(at[0]) << shift, static_cast<unsigned>(at[rest]) << shift, static_cast<unsigned>(at[2 * rest]) << shift,
-            static_cast<unsigned>(at[3 * rest]) << shift};
-  }
-};
-
-struct AttentionCodes {
-  const unsigned *closed, *open;  // blocks of a layer [batch, num_closed, block_words] and the one that grows [batch, block_words]
-  int num_closed, block_words, tokens, kv_heads;
-};
-
-// One side of one head of one sequence.
-struct HeadCodes {
-  const unsigned *closed, *open;
-  int num_closed, block_words, codes, patches, patch_bytes;
-
-  __device__ __forceinline__ const unsigned char* block(int index) const {
-    return reinterpret_cast<const unsigned char*>(index < num_closed ? closed + static_cast<long long>(index) * block_words : open);
-  }
-  __device__ __forceinline__ const unsigned char* tile(int index) const {
-    return block(index / kTilesOfBlock) + index % kTilesOfBlock * codes * kTileTokens;
-  }
-  // Behind the codes: place in the block, scale as half, residuals of 4 bits.
-  __device__ const unsigned char* patch(int block_index, int i) const {
-    return block(block_index) + codes * kTileTokens * kTilesOfBlock + i * patch_bytes;
-  }
-  __device__ int patches_of(int block_index, int tokens) const {
-    return min(patches, tokens - block_index * kTileTokens * kTilesOfBlock);
-  }
-};
-
-// c · tanh(x / c), x and c by log₂ e; exact to 10⁻⁶ of c.
-__device__ __forceinline__ float capped(float x, float cap) {
-  return cap * (1.0f - __fdividef(2.0f, 1.0f + power_of_two(2.0f * 1.44269504f * __fdividef(x, cap))));
-}
-
-constexpr float kPatchCentre = 7.5f;
-
-__device__ __forceinline__ float patch_scale(const unsigned char* patch) {
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(patch[1] | patch[2] << 8)));
-}
-
-// Two columns of a patch's residuals, without its scale; column is even.
-__device__ __forceinline__ __half2 patch_rests(const unsigned char* patch, int column) {
-  const unsigned both = patch[3 + column / 2];
-  // 0x5400 | b << 4 is the half 64 + b.
-  return __hsub2(halves((both & 15) << 4 | (both & 240) << 16 | 0x54005400), __float2half2_rn(64 + kPatchCentre));
-}
-
-struct QueryRows {
-  const float* q;  // [batch · kv_heads, rows, dim], turned by their position
-  int rows, dim;   // rows: query heads of a KV head
-  float scale;     // of the scores, by log₂ e
-  float soft_cap;  // 0: none; by log₂ e
-  int position;    // of the first coded token
-  float magnitude;  // of the turned keys
-};
-
-struct AttentionTables {
-  const unsigned char *keys, *values;  // [heads, 256, 2, units, 8]
-  const KeyUnit* key_units;            // [heads, kKeyUnits]
-  const ValueUnit* value_units;        // [heads, kValueUnits]
-  const __half* key_rests;             // [heads, kKeyUnits, 8, rest_columns]: what columns of a patch make of a unit, by its scale
-  const HeadBlocks* heads;             // [kv_heads]
-  int num_heads, rest_columns;         // heads: 1, where all KV heads share tables; a multiple of 8
-};
-
-// Of each split, relative to a maximum of its own, in powers of two.
-struct AttentionParts {
-  float *maxima, *totals;  // [batch · kv_heads, splits + 1, rows], the last of the exact tokens
-  float* sums;             // [batch · kv_heads, splits + 1, rows, dim], of codes in the rotated space
-};
-
-// A block of threads: a stretch of the coded tokens of one KV head, four queries.  The grid is splits × batch · kv_heads × rows / 4; a
-// split has at most kTilesAtOnce tiles, and kPatchesAtOnce patches on a side.  Shared memory: Memory, then 64 · kWarps bytes for each code of
-// the head that has most on both sides.  kKeyUnits a multiple of 8, kValueUnits too.  kWhole: all heads
-// have a multiple of 4 codes, and both codes of a unit in one word.  kValuesHere: the tables of values are in shared memory too, where
+// A block of threads: a stretch of the coded tokens of one KV head, four queries.  The grid is splits × batch · kv_heads × rows /
+// 4; a split has at most kTilesAtOnce tiles, and kPatchesAtOnce patches on a side.  Shared memory: Memory, then 64 · kWarps bytes
+// for each code of the head that has most on both sides.  kKeyUnits a multiple of 8, kValueUnits too.  kWhole: all heads have a
+// multiple of 4 codes, and both codes of a unit in one word.  kValuesHere: the tables of values are in shared memory too, where
 // there is room.
 template <int kKeyUnits, int kValueUnits, int kWarps, bool kWhole, bool kValuesHere>
 class CodeAttention {
@@ -210,7 +52,11 @@ class CodeAttention {
   static constexpr int kStages = 2;  // tiles of a warp that are on their way
 
   __device__ CodeAttention(const AttentionCodes& stored, const QueryRows& queries, const AttentionTables& tables, void* shared)
-      : tokens_(stored.tokens), queries_(queries), tables_(tables), memory_(*static_cast<Memory*>(shared)), head_(blockIdx.y % stored.kv_heads) {
+      : tokens_(stored.tokens),
+        queries_(queries),
+        tables_(tables),
+        memory_(*static_cast<Memory*>(shared)),
+        head_(blockIdx.y % stored.kv_heads) {
     const int tiles = (stored.tokens + kTileTokens - 1) / kTileTokens;
     first_tile_ = static_cast<int>(static_cast<long long>(tiles) * blockIdx.x / gridDim.x);
     last_tile_ = static_cast<int>(static_cast<long long>(tiles) * (blockIdx.x + 1) / gridDim.x);
@@ -248,7 +94,8 @@ class CodeAttention {
  private:
   __device__ static void copy(void* to, const void* from, int bytes) {
 #pragma unroll 2
-    for (int i = threadIdx.x; i < bytes / 16; i += kThreads) copy_later(static_cast<uint4*>(to) + i, static_cast<const uint4*>(from) + i);
+    for (int i = threadIdx.x; i < bytes / 16; i += kThreads)
+      copy_later(static_cast<uint4*>(to) + i, static_cast<const uint4*>(from) + i);
   }
   // Whole, of all blocks of this split, one after another.
   __device__ void copy_patches(const HeadCodes& codes, unsigned char* to) const {
@@ -257,9 +104,15 @@ class CodeAttention {
     for (int i = threadIdx.x; i < num_blocks() * bytes / 16; i += kThreads)
       copy_later(to + 16 * i, codes.patch(first_block() + 16 * i / bytes, 0) + 16 * i % bytes);
   }
-  __device__ static int patch_stride(const HeadCodes& codes) { return (codes.patches * codes.patch_bytes + 15) / 16 * 16; }
-  __device__ unsigned char* patches() const { return tiles_of_all_; }
-  __device__ __half* rests() const { return reinterpret_cast<__half*>(patches() + num_blocks() * patch_stride(keys_)); }
+  __device__ static int patch_stride(const HeadCodes& codes) {
+    return (codes.patches * codes.patch_bytes + 15) / 16 * 16;
+  }
+  __device__ unsigned char* patches() const {
+    return tiles_of_all_;
+  }
+  __device__ __half* rests() const {
+    return reinterpret_cast<__half*>(patches() + num_blocks() * patch_stride(keys_));
+  }
 
   // What is small is there at the end, tables are on their way.
   __device__ const unsigned char* values_of_table() const {
@@ -271,7 +124,8 @@ class CodeAttention {
     if (keys_.patches > 0) {
       copy_patches(keys_, patches());
       const int halves_of_unit = kUnitDims * tables_.rest_columns;
-      copy(rests(), tables_.key_rests + static_cast<long long>(table_) * kKeyUnits * halves_of_unit, 2 * kKeyUnits * halves_of_unit);
+      copy(rests(), tables_.key_rests + static_cast<long long>(table_) * kKeyUnits * halves_of_unit,
+           2 * kKeyUnits * halves_of_unit);
     }
     commit_copies();
     copy(memory_.keys, tables_.keys + static_cast<long long>(table_) * sizeof(memory_.keys), sizeof(memory_.keys));
@@ -282,8 +136,11 @@ class CodeAttention {
       if (lane() < keys_.codes / 4) prefetch(keys_.tile(tile) + 128 * lane());
       if (lane() < values_.codes / 4) prefetch(values_.tile(tile) + 128 * lane());
     }
-    if (static_cast<int>(threadIdx.x) < num_blocks() * min(1, values_.patches)) prefetch(values_.patch(first_block() + threadIdx.x, 0));
-    if (warp_ == 0) prefetch(queries_.q + (static_cast<long long>(blockIdx.y) * queries_.rows + first_row_) * queries_.dim + min(32 * lane(), queries_.dim - 1));
+    if (static_cast<int>(threadIdx.x) < num_blocks() * min(1, values_.patches))
+      prefetch(values_.patch(first_block() + threadIdx.x, 0));
+    if (warp_ == 0)
+      prefetch(queries_.q + (static_cast<long long>(blockIdx.y) * queries_.rows + first_row_) * queries_.dim +
+               min(32 * lane(), queries_.dim - 1));
     wait_for_copies<1>();
     __syncthreads();
 #pragma unroll 1
@@ -304,8 +161,9 @@ class CodeAttention {
         const float2 angle = cosine_and_sine(memory_.key_units[unit].turns[plane], token);
         c[plane] = queries_.magnitude * angle.x, s[plane] = queries_.magnitude * angle.y;
       }
-      memory_.angles[token][unit ^ (token >> 2 & 1) << 2] = {bits_of(__floats2half2_rn(c[0], c[1])), bits_of(__floats2half2_rn(s[0], s[1])),
-                                                             bits_of(__floats2half2_rn(c[2], c[3])), bits_of(__floats2half2_rn(s[2], s[3]))};
+      memory_.angles[token][unit ^ (token >> 2 & 1) << 2] = {
+          bits_of(__floats2half2_rn(c[0], c[1])), bits_of(__floats2half2_rn(s[0], s[1])), bits_of(__floats2half2_rn(c[2], c[3])),
+          bits_of(__floats2half2_rn(s[2], s[3]))};
     }
 #pragma unroll 1
     for (int unit = threadIdx.x; unit < kKeyUnits; unit += kThreads) {
@@ -313,7 +171,8 @@ class CodeAttention {
       memory_.offsets[unit] = *reinterpret_cast<const uint4*>(of.offsets);
       memory_.key_codes[unit] = of.codes[0] | of.codes[1] << 16;
       for (int both = 0; both < 2; ++both) {
-        const float2 a = cosine_and_sine(of.turns[2 * both], kTileTokens * kWarps), b = cosine_and_sine(of.turns[2 * both + 1], kTileTokens * kWarps);
+        const float2 a = cosine_and_sine(of.turns[2 * both], kTileTokens * kWarps),
+                     b = cosine_and_sine(of.turns[2 * both + 1], kTileTokens * kWarps);
         memory_.phases[unit][both] = {a.x, a.y, b.x, b.y};
       }
     }
@@ -322,7 +181,8 @@ class CodeAttention {
       memory_.value_codes[unit] = memory_.value_units[unit].codes[0] | memory_.value_units[unit].codes[1] << 16;
   }
 
-  // A lane's column is a query and a class: its query, turned back to the begin of its first tile, in the order of units of its class.
+  // A lane's column is a query and a class: its query, turned back to the begin of its first tile, in the order of units of its
+  // class.
   __device__ void load_queries() {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -331,22 +191,31 @@ class CodeAttention {
       for (int plane = 0; plane < 4; ++plane) {
         float &x = q_[step][2 * plane], &y = q_[step][2 * plane + 1];
         x = memory_.queries[group_ & 3][unit][2 * plane], y = memory_.queries[group_ & 3][unit][2 * plane + 1];
-        const float2 angle = cosine_and_sine(memory_.key_units[unit].turns[plane], queries_.position + (first_tile_ + warp_) * kTileTokens);
+        const float2 angle =
+            cosine_and_sine(memory_.key_units[unit].turns[plane], queries_.position + (first_tile_ + warp_) * kTileTokens);
         turn_back(x, y, angle.x, angle.y);
       }
     }
   }
 
-  __device__ static int lane() { return threadIdx.x % 32; }
-  __device__ int first_block() const { return first_tile_ / kTilesOfBlock; }
-  __device__ int num_blocks() const { return (last_tile_ + kTilesOfBlock - 1) / kTilesOfBlock - first_block(); }
+  __device__ static int lane() {
+    return threadIdx.x % 32;
+  }
+  __device__ int first_block() const {
+    return first_tile_ / kTilesOfBlock;
+  }
+  __device__ int num_blocks() const {
+    return (last_tile_ + kTilesOfBlock - 1) / kTilesOfBlock - first_block();
+  }
 
   // Which patches are of which tile: those of a block ascend in place.
   __device__ void place_patches() {
 #pragma unroll 1
     for (int i = threadIdx.x; i < num_blocks() * keys_.patches; i += kThreads) {
       const int block = i / keys_.patches, p = i % keys_.patches;
-      memory_.key_places[i] = p < keys_.patches_of(first_block() + block, tokens_) ? patches()[block * patch_stride(keys_) + p * keys_.patch_bytes] : 255;
+      memory_.key_places[i] = p < keys_.patches_of(first_block() + block, tokens_)
+                                  ? patches()[block * patch_stride(keys_) + p * keys_.patch_bytes]
+                                  : 255;
     }
 #pragma unroll 1
     for (int i = threadIdx.x; i < num_blocks() * values_.patches; i += kThreads) {
@@ -365,13 +234,14 @@ class CodeAttention {
         return static_cast<unsigned char>(count);
       };
       const int begin = tile % kTilesOfBlock * kTileTokens, end = begin + kTileTokens;
-      memory_.patches_of_tile[tile - first_tile_] = {before(keys_, memory_.key_places, begin), before(keys_, memory_.key_places, end),
-                                                    before(values_, memory_.value_places, begin), before(values_, memory_.value_places, end)};
+      memory_.patches_of_tile[tile - first_tile_] = {
+          before(keys_, memory_.key_places, begin), before(keys_, memory_.key_places, end),
+          before(values_, memory_.value_places, begin), before(values_, memory_.value_places, end)};
     }
   }
 
-  // What the patches of keys add to scores: a warp takes sixteen, as rows of products.  Rests become units of a key, which are turned
-  // and multiplied with the queries.
+  // What the patches of keys add to scores: a warp takes sixteen, as rows of products.  Rests become units of a key, which are
+  // turned and multiplied with the queries.
   __device__ void score_patches() {
     const int count = num_blocks() * keys_.patches;
 #pragma unroll 1
@@ -438,8 +308,12 @@ class CodeAttention {
   }
 
   // Units that a lane looks up.
-  __device__ __forceinline__ int key_unit(int step) const { return 4 * (step ^ class_of_row_) + column_; }
-  __device__ __forceinline__ int value_unit(int of_group, int slot) const { return 16 * of_group + group_ + 8 * (slot ^ (column_ & 1)); }
+  __device__ __forceinline__ int key_unit(int step) const {
+    return 4 * (step ^ class_of_row_) + column_;
+  }
+  __device__ __forceinline__ int value_unit(int of_group, int slot) const {
+    return 16 * of_group + group_ + 8 * (slot ^ (column_ & 1));
+  }
 
   // The bytes of a unit, of tokens first … first + 3.
   template <int kUnits>
@@ -450,7 +324,8 @@ class CodeAttention {
     constexpr unsigned kRow = 2 * kUnits * kUnitDims, kPlaces = kRow == 256 ? 0x6504 : 0x4440, kShift = kRow == 256 ? 16 : 1;
     const unsigned first_place = kPlaces + kShift * (first_code & 3), second_place = kPlaces + kShift * (second_code & 3);
     const auto entry = [&](unsigned word, unsigned place, int stage) {
-      const unsigned at = kRow == 256 ? __byte_perm(word, unit * kUnitDims, place) : __byte_perm(word, 0, place) * kRow + unit * kUnitDims;
+      const unsigned at =
+          kRow == 256 ? __byte_perm(word, unit * kUnitDims, place) : __byte_perm(word, 0, place) * kRow + unit * kUnitDims;
       return *reinterpret_cast<const uint2*>(tables + stage * kUnits * kUnitDims + at);
     };
     const uint4 words = tile.words<kWhole>(first_code, first),
@@ -500,7 +375,8 @@ class CodeAttention {
 
   // For each patch of a tile on one side: use(index in the list, i and k of the scores) on the lanes that have its token's scores.
   template <class Use>
-  __device__ __forceinline__ void for_patches(int block, int begin, int end, int patches, const unsigned char* places, Use use) const {
+  __device__ __forceinline__ void for_patches(int block, int begin, int end, int patches, const unsigned char* places,
+                                              Use use) const {
 #pragma unroll 1
     for (int p = begin; p < end; ++p) {
       const int at = (block - first_block()) * patches + p, token = places[at] % kTileTokens;
@@ -576,7 +452,9 @@ class CodeAttention {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           // Where nothing is seen yet, the maximum is that of hidden scores.
-          const auto weight = [&](int k) { return scores[i][2 * half + k] > kHidden ? power_of_two(scores[i][2 * half + k] - maximum_[k] + kWeightShift) : 0.0f; };
+          const auto weight = [&](int k) {
+            return scores[i][2 * half + k] > kHidden ? power_of_two(scores[i][2 * half + k] - maximum_[k] + kWeightShift) : 0.0f;
+          };
           const __half2 own = __floats2half2_rn(weight(0), weight(1));
           // What is summed is what the product sees.
           const float2 seen = __half22float2(own);
@@ -614,13 +492,15 @@ class CodeAttention {
             for (int t = 0; t < 4; ++t) entries[slot][some][t] = {0, 0};
             continue;
           }
-          look_up<kValueUnits>(tile, kValuesHere ? memory_.values[0][0][0] : values_of_table(), unit, memory_.value_codes[unit], 8 * column_ + 4 * some, entries[slot][some]);
+          look_up<kValueUnits>(tile, kValuesHere ? memory_.values[0][0][0] : values_of_table(), unit, memory_.value_codes[unit],
+                               8 * column_ + 4 * some, entries[slot][some]);
         }
 #pragma unroll
       for (int j = 0; j < 2; ++j)
 #pragma unroll
         for (int quarter = 0; quarter < 2; ++quarter) {
-          // Rows 2·column and 2·column + 1 of product j are tokens 8·column + 2j and four later, eight rows on the tokens after those.
+          // Rows 2·column and 2·column + 1 of product j are tokens 8·column + 2j and four later, eight rows on the tokens after
+          // those.
           unsigned pairs[2][2][2];  // [slot][which rows][two dimensions]
 #pragma unroll
           for (int slot = 0; slot < 2; ++slot)
@@ -634,7 +514,8 @@ class CodeAttention {
           for (int dim = 0; dim < 4; ++dim) {
             const unsigned select = dim & 1 ? 0x4342 : 0x4140;
             const auto half_of = [&](int slot, int later) { return __byte_perm(pairs[slot][later][dim >> 1], 0x64646464, select); };
-            multiply(sums_[i][4 * quarter + dim], half_of(0, 0), half_of(1, 0), half_of(0, 1), half_of(1, 1), weights[j][0], weights[j][1]);
+            multiply(sums_[i][4 * quarter + dim], half_of(0, 0), half_of(1, 0), half_of(0, 1), half_of(1, 1), weights[j][0],
+                     weights[j][1]);
           }
         }
     }
@@ -668,13 +549,15 @@ class CodeAttention {
       for (int other = 0; other < kWarps; ++other)
         top = fmaxf(top, fmaxf(memory_.results[other].maxima[query], memory_.results[other].maxima[query + 4]));
       memory_.tops[query] = top;
-      memory_.weights[i / kQueriesAtOnce][query] = power_of_two(column_of(i / kQueriesAtOnce, query).maximum() - top - kWeightShift);
+      memory_.weights[i / kQueriesAtOnce][query] =
+          power_of_two(column_of(i / kQueriesAtOnce, query).maximum() - top - kWeightShift);
     }
     wait_for_copies<0>();
     __syncthreads();
 #pragma unroll 1
     for (int i = threadIdx.x; i < num_blocks() * values_.patches; i += kThreads) {
-      const int block = i / values_.patches, p = i % values_.patches, tile = (first_block() + block) * kTilesOfBlock + memory_.value_places[i] / kTileTokens;
+      const int block = i / values_.patches, p = i % values_.patches,
+                tile = (first_block() + block) * kTilesOfBlock + memory_.value_places[i] / kTileTokens;
       const bool seen = tile >= first_tile_ && tile < last_tile_ && p < values_.patches_of(first_block() + block, tokens_);
       const float scale = patch_scale(patch_at(i));
       for (int query = 0; query < kQueriesAtOnce; ++query)
@@ -714,7 +597,8 @@ class CodeAttention {
       const float4 weights = *reinterpret_cast<const float4*>(memory_.value_patches[i]);
       const float of_query[kQueriesAtOnce] = {weights.x, weights.y, weights.z, weights.w};
 #pragma unroll
-      for (int query = 0; query < kQueriesAtOnce; ++query) sums[query][0] += of_query[query] * rests.x, sums[query][1] += of_query[query] * rests.y;
+      for (int query = 0; query < kQueriesAtOnce; ++query)
+        sums[query][0] += of_query[query] * rests.x, sums[query][1] += of_query[query] * rests.y;
     }
 #pragma unroll
     for (int query = 0; query < kQueriesAtOnce; ++query)
@@ -741,53 +625,28 @@ class CodeAttention {
   const QueryRows& queries_;
   const AttentionTables& tables_;
   Memory& memory_;
-  const int head_, warp_ = threadIdx.x / 32, group_ = threadIdx.x % 32 / 4, column_ = threadIdx.x % 4, first_row_ = blockIdx.z * kQueriesAtOnce;
+  const int head_, warp_ = threadIdx.x / 32, group_ = threadIdx.x % 32 / 4, column_ = threadIdx.x % 4,
+                   first_row_ = blockIdx.z * kQueriesAtOnce;
   const int class_of_row_ = group_ >> 1 & 1, class_of_column_ = group_ >> 2;
   int first_tile_, last_tile_, table_;
   HeadCodes keys_, values_;
-  unsigned char *tiles_of_all_, *tiles_;  // codes on their way, kStages tiles of this warp; before and after patches take their place
+  unsigned char *tiles_of_all_,
+      *tiles_;  // codes on their way, kStages tiles of this warp; before and after patches take their place
   float q_[kSteps][kUnitDims];
   float maximum_[2] = {kHidden, kHidden}, total_[2] = {0, 0};  // of the columns of a lane's scores
   float sums_[kGroups][kUnitDims][4];
 };
 
-// Tokens that are 8 bits: sinks, then the window in a ring.  A token: for each 64 dimensions scale and bias as half, then its codes.
-struct ExactTokens {
-  const unsigned char* bytes;  // [batch, kv_heads, 2, sinks + window, exact_token_bytes(dim)]
-  int sinks, window, coded, offset;  // the last two: tokens that are codes, which follow the sinks, and all
-  const unsigned* turns;       // [turned], of the pairs (i, i + turned) of keys, as KeyUnit has them
-  int turned;                  // 0: keys are stored turned
-};
-
-constexpr int kExactGroup = 64;
-
-__device__ __forceinline__ int exact_groups(int dim) {
-  return (dim + kExactGroup - 1) / kExactGroup;
-}
-__device__ __forceinline__ int exact_token_bytes(int dim) {
-  return 4 * exact_groups(dim) + dim;
-}
-__device__ __forceinline__ float exact_value(const unsigned char* token, int dim, int i) {
-  const unsigned char* scale = token + 4 * (i / kExactGroup);
-  const auto half_at = [](const unsigned char* at) { return __half2float(__ushort_as_half(static_cast<unsigned short>(at[0] | at[1] << 8))); };
-  return half_at(scale) * static_cast<float>(token[4 * exact_groups(dim) + i]) + half_at(scale + 2);
-}
-
-// What brings sums of values back from the rotated space.
-struct ValueSpace {
-  const float *inverse, *mean;  // [heads, dim, dim], [heads, dim]
-  int num_heads;
-};
-
-// A block of threads for each KV head and four rows, exact_floats() floats of shared memory: the part of the exact tokens, at `splits` of the parts.
+// A block of threads for each KV head and four rows, exact_floats() floats of shared memory: the part of the exact tokens, at
+// `splits` of the parts.
 __host__ __device__ constexpr int exact_floats(int dim, int tokens) {
   return tokens * (dim + kQueriesAtOnce);
 }
 
-__device__ __forceinline__ void attend_exact(const ExactTokens& exact, const QueryRows& queries, const AttentionParts& parts, int splits,
-                                             int sequence_head, int first_row, void* shared) {
-  const int sinks = min(exact.sinks, exact.offset), oldest = min(exact.offset, exact.sinks + exact.coded), tokens = sinks + exact.offset - oldest,
-            dim = queries.dim, lane = threadIdx.x % 32;
+__device__ __forceinline__ void attend_exact(const ExactTokens& exact, const QueryRows& queries, const AttentionParts& parts,
+                                             int splits, int sequence_head, int first_row, void* shared) {
+  const int sinks = min(exact.sinks, exact.offset), oldest = min(exact.offset, exact.sinks + exact.coded),
+            tokens = sinks + exact.offset - oldest, dim = queries.dim, lane = threadIdx.x % 32;
   float* values = static_cast<float*>(shared);  // [tokens, dim]
   float* scores = values + tokens * dim;        // [tokens, kQueriesAtOnce], then weights
   const float* q = queries.q + (static_cast<long long>(sequence_head) * queries.rows + first_row) * dim;
@@ -843,92 +702,20 @@ __device__ __forceinline__ void attend_exact(const ExactTokens& exact, const Que
   }
 }
 
-// Both: blocks beyond the heads are those of the exact tokens, which the last ones of the grid run beside others.  The grid is splits ×
-// (batch · kv_heads + blocks_of_exact) × rows / 4.
+// Both: blocks beyond the heads are those of the exact tokens, which the last ones of the grid run beside others.  The grid is
+// splits × (batch · kv_heads + blocks_of_exact) × rows / 4.
 __host__ __device__ constexpr int blocks_of_exact(int sequence_heads, int splits) {
   return (sequence_heads + splits - 1) / splits;
 }
 
 template <int kKeyUnits, int kValueUnits, int kWarps, bool kWhole, bool kValuesHere>
 __device__ __forceinline__ void attend_packed(const AttentionCodes& stored, const QueryRows& queries, const AttentionTables& tables,
-                                              const ExactTokens& exact, int sequence_heads, const AttentionParts& parts, void* shared) {
+                                              const ExactTokens& exact, int sequence_heads, const AttentionParts& parts,
+                                              void* shared) {
   if (static_cast<int>(blockIdx.y) < sequence_heads)
     return CodeAttention<kKeyUnits, kValueUnits, kWarps, kWhole, kValuesHere>(stored, queries, tables, shared).run(parts);
   const int of_exact = (blockIdx.y - sequence_heads) * gridDim.x + blockIdx.x;
   if (of_exact < sequence_heads) attend_exact(exact, queries, parts, gridDim.x, of_exact, blockIdx.z * kQueriesAtOnce, shared);
-}
-
-// Adds up the parts → out [batch · kv_heads, rows, dim].  A block of kFinishThreads for each KV head, four rows and kColumnsAtOnce
-// columns, finish_floats() floats of shared memory.
-constexpr int kFinishThreads = 256, kColumnsAtOnce = 32;
-
-__host__ __device__ constexpr int finish_floats(int dim, int splits) {
-  return kQueriesAtOnce * (dim + splits + 2 + kFinishThreads);
-}
-
-__device__ __forceinline__ void finish_attention(const AttentionParts& parts, int splits, int kv_heads, const QueryRows& queries,
-                                                 const ValueSpace& space, float* out, void* shared) {
-  const int sequence_head = blockIdx.x, column = blockIdx.y * kColumnsAtOnce + threadIdx.x % kColumnsAtOnce, first_row = blockIdx.z * kQueriesAtOnce,
-            rows = min(kQueriesAtOnce, queries.rows - first_row), dim = queries.dim, lane = threadIdx.x % 32;
-  float* sums = static_cast<float*>(shared);             // [rows, dim], in the rotated space
-  float* weights = sums + kQueriesAtOnce * dim;          // [rows, splits + 1]
-  float* totals = weights + kQueriesAtOnce * (splits + 1);  // [rows]: of codes; then, by all, of what is left
-  float* pieces = totals + kQueriesAtOnce;               // [shares, rows, columns]
-  const long long first = static_cast<long long>(sequence_head) * (splits + 1) * queries.rows + first_row;
-  const int head = space.num_heads == 1 ? 0 : sequence_head % kv_heads, share = threadIdx.x / kColumnsAtOnce;
-  constexpr int kShares = kFinishThreads / kColumnsAtOnce, kAhead = 16;
-  // What is needed last is on its way first.
-  const float* inverse = space.inverse + static_cast<long long>(head) * dim * dim + column;
-  float entries[kAhead];
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i) entries[i] = column < dim && share + i * kShares < dim ? inverse[(share + i * kShares) * dim] : 0.0f;
-  if (const int row = threadIdx.x / 32; row < rows) {
-    float top = kHidden, coded = 0, all = 0;
-    for (int i = lane; i <= splits; i += 32) top = fmaxf(top, parts.maxima[first + i * queries.rows + row]);
-    for (int other = 16; other > 0; other /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, other));
-    for (int i = lane; i <= splits; i += 32) {
-      const float weight = power_of_two(parts.maxima[first + i * queries.rows + row] - top), total = weight * parts.totals[first + i * queries.rows + row];
-      weights[row * (splits + 1) + i] = weight;
-      all += total;
-      if (i < splits) coded += total;
-    }
-    for (int other = 16; other > 0; other /= 2) coded += __shfl_xor_sync(~0u, coded, other), all += __shfl_xor_sync(~0u, all, other);
-    for (int i = lane; i <= splits; i += 32) weights[row * (splits + 1) + i] /= all;
-    if (lane == 0) totals[row] = coded / all;
-  }
-  for (int begin = 0; begin < rows * dim; begin += kFinishThreads) {
-    const int i = begin + threadIdx.x;
-    float sum = 0;
-    for (int some = 0; some < splits; some += kAhead) {
-      float parts_of[kAhead];
-#pragma unroll
-      for (int split = 0; split < kAhead; ++split)
-        parts_of[split] = i < rows * dim && some + split < splits ? parts.sums[(first + (some + split) * queries.rows) * dim + i] : 0.0f;
-      if (begin + some == 0) __syncthreads();
-#pragma unroll
-      for (int split = 0; split < kAhead; ++split)
-        if (some + split < splits && i < rows * dim) sum += weights[i / dim * (splits + 1) + some + split] * parts_of[split];
-    }
-    if (i < rows * dim) sums[i] = sum;
-  }
-  __syncthreads();
-  float results[kQueriesAtOnce] = {};
-  const auto add = [&](float entry, int i) {
-#pragma unroll
-    for (int row = 0; row < kQueriesAtOnce; ++row) results[row] += row < rows && i < dim ? entry * sums[row * dim + i] : 0.0f;
-  };
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i) add(entries[i], share + i * kShares);
-  for (int i = share + kAhead * kShares; i < dim && column < dim; i += kShares) add(inverse[i * dim], i);
-#pragma unroll
-  for (int row = 0; row < kQueriesAtOnce; ++row) pieces[(share * kQueriesAtOnce + row) * kColumnsAtOnce + threadIdx.x % kColumnsAtOnce] = results[row];
-  __syncthreads();
-  if (const int row = share; row < rows && column < dim) {
-    float sum = space.mean[head * dim + column] * totals[row] +
-                weights[row * (splits + 1) + splits] * parts.sums[(first + splits * queries.rows + row) * dim + column];
-    for (int piece = 0; piece < kShares; ++piece) sum += pieces[(piece * kQueriesAtOnce + row) * kColumnsAtOnce + threadIdx.x % kColumnsAtOnce];
-    out[(static_cast<long long>(sequence_head) * queries.rows + first_row + row) * dim + column] = sum;
-  }
 }
 
 }  // namespace veloxquant

@@ -1,19 +1,21 @@
 // One new token for PackedArrays (cache/packed_arrays.h) by one kernel: the token is rounded to 8 bits and takes its place in the
 // window, and the one that leaves it is encoded as RotatedPqQuantizer does, with what that means for the patches of the block that
 // grows.  Nothing is changed in place: what was stored is copied on the way, which is little.
-// Compiled by MLX at run time, after packed_attention.cuh.
 #pragma once
+
+#include "veloxquant/kernels/cuda/packed_common.cuh"
+#include "veloxquant/kernels/cuda/packed_units.h"
 
 namespace veloxquant {
 
 constexpr int kEncodingThreads = 512, kBeam = 8, kMostPatches = 64, kMostWidth = 32;  // of a sub-space
 
 struct EncodingTables {
-  const float *transform, *mean;        // [2, heads, dim, dim], [2, heads, dim]
-  const float* tables;                  // of all sub-spaces
-  const EncodingSubspace* subspaces;    // [2, heads, most_subspaces]
-  const EncodingHead* heads;            // [2, kv_heads]
-  int num_heads, most_subspaces;        // heads: 1, where all KV heads share tables
+  const float *transform, *mean;      // [2, heads, dim, dim], [2, heads, dim]
+  const float* tables;                // of all sub-spaces
+  const EncodingSubspace* subspaces;  // [2, heads, most_subspaces]
+  const EncodingHead* heads;          // [2, kv_heads]
+  int num_heads, most_subspaces;      // heads: 1, where all KV heads share tables
 };
 
 // As they are before and after, each whole.
@@ -36,7 +38,9 @@ struct EncodingPlaces {
 
   __device__ explicit EncodingPlaces(const EncodingState& state)
       : leaves(state.counts.offset + 1 - state.window - state.sinks > state.counts.coded),
-        exact(state.counts.offset < state.sinks ? state.counts.offset : state.window > 0 ? state.sinks + state.counts.offset % state.window : -1),
+        exact(state.counts.offset < state.sinks ? state.counts.offset
+              : state.window > 0                ? state.sinks + state.counts.offset % state.window
+                                                : -1),
         leaving(state.window > 0 ? state.sinks + (state.sinks + state.counts.coded) % state.window : -1),
         at(state.counts.coded % (kTileTokens * kTilesOfBlock)) {}
 };
@@ -72,11 +76,13 @@ __device__ __forceinline__ void round_token(const float* x, int dim, unsigned ch
     const bool low_is_larger = fabsf(low) > fabsf(high);
     const float width = fmaxf(__fdiv_rn(high - low, 255.0f), 1e-7f), signed_width = low_is_larger ? width : -width,
                 edge = low_is_larger ? low : high, zero_code = rintf(__fdiv_rn(edge, signed_width));
-    const unsigned scale_bits = half_of(zero_code == 0 ? signed_width : __fdiv_rn(edge, zero_code)), bias_bits = half_of(zero_code == 0 ? 0.0f : edge);
+    const unsigned scale_bits = half_of(zero_code == 0 ? signed_width : __fdiv_rn(edge, zero_code)),
+                   bias_bits = half_of(zero_code == 0 ? 0.0f : edge);
     const float scale = from_half(scale_bits), bias = from_half(bias_bits);
     if (lane < 4) bytes[4 * group + lane] = static_cast<unsigned char>((lane < 2 ? scale_bits : bias_bits) >> 8 * (lane % 2));
     for (int i = begin + lane; i < end; i += 32)
-      bytes[4 * groups + i] = static_cast<unsigned char>(rintf(fminf(fmaxf(scale == 0 ? 0.0f : __fdiv_rn(x[i] - bias, scale), 0.0f), 255.0f)));
+      bytes[4 * groups + i] =
+          static_cast<unsigned char>(rintf(fminf(fmaxf(scale == 0 ? 0.0f : __fdiv_rn(x[i] - bias, scale), 0.0f), 255.0f)));
   }
 }
 
@@ -90,8 +96,8 @@ __device__ __forceinline__ void least_of_warp(float& value, int& index) {
 }
 
 // A warp: codes of z, and what they leave of it.  Pairs are sought from the kBeam entries of the first table that are nearest.
-__device__ __forceinline__ void encode_subspace(const EncodingSubspace& of, const float* tables, const float* z, float (*tried)[kBeam],
-                                                int* codes, float* rest) {
+__device__ __forceinline__ void encode_subspace(const EncodingSubspace& of, const float* tables, const float* z,
+                                                float (*tried)[kBeam], int* codes, float* rest) {
   constexpr int kOfLane = kEntries / 32;
   const int lane = threadIdx.x % 32, width = of.width, size = (width + 1) * kEntries;
   const float *first = tables + of.table, *second = first + size;
@@ -163,12 +169,14 @@ __device__ __forceinline__ void encode_subspace(const EncodingSubspace& of, cons
   __syncwarp();
 }
 
-// A block of kEncodingThreads for each side of each KV head; the grid is 2 × batch · kv_heads.  x [batch, kv_heads, dim] of both sides.
+// A block of kEncodingThreads for each side of each KV head; the grid is 2 × batch · kv_heads.  x [batch, kv_heads, dim] of both
+// sides.
 template <int kDim>
-__device__ __forceinline__ void encode_token(const float* new_keys, const float* new_values, const EncodingTables& tables, const EncodingState& state,
-                                             int kv_heads) {
+__device__ __forceinline__ void encode_token(const float* new_keys, const float* new_values, const EncodingTables& tables,
+                                             const EncodingState& state, int kv_heads) {
   constexpr int kWarps = kEncodingThreads / 32;
-  __shared__ float x[kDim], z[kDim], rest[kDim], tried[kWarps][kMostWidth][kBeam], scratch[kWarps], errors[kMostPatches], pieces[kEncodingThreads];
+  __shared__ float x[kDim], z[kDim], rest[kDim], tried[kWarps][kMostWidth][kBeam], scratch[kWarps], errors[kMostPatches],
+      pieces[kEncodingThreads];
   __shared__ int codes[kDim];
   __shared__ unsigned char token[kDim + 4 * ((kDim + kExactGroup - 1) / kExactGroup)];
   const int side = blockIdx.x, sequence_head = blockIdx.y, head = sequence_head % kv_heads, sequence = sequence_head / kv_heads,
@@ -176,7 +184,8 @@ __device__ __forceinline__ void encode_token(const float* new_keys, const float*
   const EncodingHead of = tables.heads[side * kv_heads + head];
   const EncodingPlaces places(state);
   const int exact_tokens = state.sinks + state.window;
-  if (threadIdx.x == 0 && blockIdx.x == 0 && blockIdx.y == 0) *state.new_counts = {state.counts.coded + places.leaves, state.counts.offset + 1};
+  if (threadIdx.x == 0 && blockIdx.x == 0 && blockIdx.y == 0)
+    *state.new_counts = {state.counts.coded + places.leaves, state.counts.offset + 1};
   const float* arrived = (side == 0 ? new_keys : new_values) + static_cast<long long>(sequence_head) * kDim;
   for (int i = threadIdx.x; i < kDim; i += kEncodingThreads) x[i] = arrived[i];
   __syncthreads();
@@ -243,7 +252,8 @@ __device__ __forceinline__ void encode_token(const float* new_keys, const float*
   // The tokens that lose most have the patches: one that loses more takes the place of the one that loses least, of equal ones the
   // last.
   float square = 0, magnitude = 0;
-  for (int i = threadIdx.x; i < kDim; i += kEncodingThreads) square += rest[i] * rest[i], magnitude = fmaxf(magnitude, fabsf(rest[i]));
+  for (int i = threadIdx.x; i < kDim; i += kEncodingThreads)
+    square += rest[i] * rest[i], magnitude = fmaxf(magnitude, fabsf(rest[i]));
   const float error = over_block(square, scratch, [](float a, float b) { return a + b; });
   magnitude = over_block(magnitude, scratch, [](float a, float b) { return fmaxf(a, b); });
   int place = held;
@@ -262,9 +272,13 @@ __device__ __forceinline__ void encode_token(const float* new_keys, const float*
   const float scale = from_half(scale_bits);
   for (int i = threadIdx.x; i < patch_bytes; i += kEncodingThreads) {
     const auto code = [&](int column) {
-      return column < kDim && scale > 0 ? static_cast<unsigned>(rintf(fminf(fmaxf(__fdiv_rn(rest[column], scale) + kPatchCentre, 0.0f), 2 * kPatchCentre))) : 0u;
+      return column < kDim && scale > 0
+                 ? static_cast<unsigned>(rintf(fminf(fmaxf(__fdiv_rn(rest[column], scale) + kPatchCentre, 0.0f), 2 * kPatchCentre)))
+                 : 0u;
     };
-    patch[i] = static_cast<unsigned char>(i == 0 ? places.at : i < 3 ? scale_bits >> 8 * (i - 1) : code(2 * (i - 3)) | code(2 * (i - 3) + 1) << 4);
+    patch[i] = static_cast<unsigned char>(i == 0  ? places.at
+                                          : i < 3 ? scale_bits >> 8 * (i - 1)
+                                                  : code(2 * (i - 3)) | code(2 * (i - 3) + 1) << 4);
   }
   if (threadIdx.x == 0) state.new_errors[first_error + place] = error;
 }

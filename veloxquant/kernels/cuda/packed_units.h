@@ -3,15 +3,15 @@
 
 namespace veloxquant {
 
-/// Eight dimensions of a key that one entry of each of two tables makes up: four planes that RoPE turns, as (x, y) after one another.
-/// Entries are bytes: dimension i is scale · (first + second − offset), the sum of the bytes at most 255.
+/// Eight dimensions of a key that one entry of each of two tables makes up: four planes that RoPE turns, as (x, y) after one
+/// another. Entries are bytes: dimension i is scale · (first + second − offset), the sum of the bytes at most 255.
 struct alignas(16) KeyUnit {
-  unsigned short offsets[8];   // IEEE half, 1024 + offset: x of planes 0 and 1, y of both, x of planes 2 and 3, y of both
-  int codes[2];              // which of a token's codes; twice the same one, and a second table of zeros, where there is one table
+  unsigned short offsets[8];  // IEEE half, 1024 + offset: x of planes 0 and 1, y of both, x of planes 2 and 3, y of both
+  int codes[2];               // which of a token's codes; twice the same one, and a second table of zeros, where there is one table
   float scale;
   int rest_begin, rest_count;  // columns of the rotated space that patches of it are made of, …
-  unsigned turns[4];         // a plane turns by turns / 2³² of a circle a position
-  int columns[8];            // of the query; −1: none
+  unsigned turns[4];           // a plane turns by turns / 2³² of a circle a position
+  int columns[8];              // of the query; −1: none
 };
 
 /// Eight dimensions of a value, from `column` of the rotated space on: scale · (first + second) + low.
@@ -38,8 +38,8 @@ struct PackedCounts {
   int coded, offset;
 };
 
-/// A sub-space of a side of a head, as tokens are encoded.  Its tables stand by dimension [width + 1, 256] for each stage, the last row
-/// half the squared norms, huge for entries that are not there.
+/// A sub-space of a side of a head, as tokens are encoded.  Its tables stand by dimension [width + 1, 256] for each stage, the last
+/// row half the squared norms, huge for entries that are not there.
 struct EncodingSubspace {
   int column, width, first_code, stages, table;  // table: where its first one begins, in floats
 };

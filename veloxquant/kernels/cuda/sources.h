@@ -3,6 +3,9 @@
 
 namespace veloxquant {
 
-extern const char* const kCudaSource;  // packed_units.h, packed_attention.cuh, packed_encoding.cuh
+// Each with packed_units.h and packed_common.cuh before it.
+extern const char* const kAttentionSource;     // packed_tiles.cuh, packed_attention.cuh
+extern const char* const kAttentionEndSource;  // packed_attention_end.cuh
+extern const char* const kEncodingSource;      // packed_encoding.cuh
 
 }  // namespace veloxquant

@@ -1,0 +1,94 @@
+// The end of attention over packed codes: the parts that packed_attention.cuh left, together and out of the rotated space.
+#pragma once
+
+#include "veloxquant/kernels/cuda/packed_common.cuh"
+
+namespace veloxquant {
+
+// What brings sums of values back from the rotated space.
+struct ValueSpace {
+  const float *inverse, *mean;  // [heads, dim, dim], [heads, dim]
+  int num_heads;
+};
+
+// Adds up the parts → out [batch · kv_heads, rows, dim].  A block of kFinishThreads for each KV head, four rows and kColumnsAtOnce
+// columns, finish_floats() floats of shared memory.
+constexpr int kFinishThreads = 256, kColumnsAtOnce = 32;
+
+__host__ __device__ constexpr int finish_floats(int dim, int splits) {
+  return kQueriesAtOnce * (dim + splits + 2 + kFinishThreads);
+}
+
+__device__ __forceinline__ void finish_attention(const AttentionParts& parts, int splits, int kv_heads, const QueryRows& queries,
+                                                 const ValueSpace& space, float* out, void* shared) {
+  const int sequence_head = blockIdx.x, column = blockIdx.y * kColumnsAtOnce + threadIdx.x % kColumnsAtOnce,
+            first_row = blockIdx.z * kQueriesAtOnce, rows = min(kQueriesAtOnce, queries.rows - first_row), dim = queries.dim,
+            lane = threadIdx.x % 32;
+  float* sums = static_cast<float*>(shared);                // [rows, dim], in the rotated space
+  float* weights = sums + kQueriesAtOnce * dim;             // [rows, splits + 1]
+  float* totals = weights + kQueriesAtOnce * (splits + 1);  // [rows]: of codes; then, by all, of what is left
+  float* pieces = totals + kQueriesAtOnce;                  // [shares, rows, columns]
+  const long long first = static_cast<long long>(sequence_head) * (splits + 1) * queries.rows + first_row;
+  const int head = space.num_heads == 1 ? 0 : sequence_head % kv_heads, share = threadIdx.x / kColumnsAtOnce;
+  constexpr int kShares = kFinishThreads / kColumnsAtOnce, kAhead = 16;
+  // What is needed last is on its way first.
+  const float* inverse = space.inverse + static_cast<long long>(head) * dim * dim + column;
+  float entries[kAhead];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i)
+    entries[i] = column < dim && share + i * kShares < dim ? inverse[(share + i * kShares) * dim] : 0.0f;
+  if (const int row = threadIdx.x / 32; row < rows) {
+    float top = kHidden, coded = 0, all = 0;
+    for (int i = lane; i <= splits; i += 32) top = fmaxf(top, parts.maxima[first + i * queries.rows + row]);
+    for (int other = 16; other > 0; other /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, other));
+    for (int i = lane; i <= splits; i += 32) {
+      const float weight = power_of_two(parts.maxima[first + i * queries.rows + row] - top),
+                  total = weight * parts.totals[first + i * queries.rows + row];
+      weights[row * (splits + 1) + i] = weight;
+      all += total;
+      if (i < splits) coded += total;
+    }
+    for (int other = 16; other > 0; other /= 2)
+      coded += __shfl_xor_sync(~0u, coded, other), all += __shfl_xor_sync(~0u, all, other);
+    for (int i = lane; i <= splits; i += 32) weights[row * (splits + 1) + i] /= all;
+    if (lane == 0) totals[row] = coded / all;
+  }
+  for (int begin = 0; begin < rows * dim; begin += kFinishThreads) {
+    const int i = begin + threadIdx.x;
+    float sum = 0;
+    for (int some = 0; some < splits; some += kAhead) {
+      float parts_of[kAhead];
+#pragma unroll
+      for (int split = 0; split < kAhead; ++split)
+        parts_of[split] =
+            i < rows * dim && some + split < splits ? parts.sums[(first + (some + split) * queries.rows) * dim + i] : 0.0f;
+      if (begin + some == 0) __syncthreads();
+#pragma unroll
+      for (int split = 0; split < kAhead; ++split)
+        if (some + split < splits && i < rows * dim) sum += weights[i / dim * (splits + 1) + some + split] * parts_of[split];
+    }
+    if (i < rows * dim) sums[i] = sum;
+  }
+  __syncthreads();
+  float results[kQueriesAtOnce] = {};
+  const auto add = [&](float entry, int i) {
+#pragma unroll
+    for (int row = 0; row < kQueriesAtOnce; ++row) results[row] += row < rows && i < dim ? entry * sums[row * dim + i] : 0.0f;
+  };
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) add(entries[i], share + i * kShares);
+  for (int i = share + kAhead * kShares; i < dim && column < dim; i += kShares) add(inverse[i * dim], i);
+#pragma unroll
+  for (int row = 0; row < kQueriesAtOnce; ++row)
+    pieces[(share * kQueriesAtOnce + row) * kColumnsAtOnce + threadIdx.x % kColumnsAtOnce] = results[row];
+  __syncthreads();
+  if (const int row = share; row < rows && column < dim) {
+    float sum = space.mean[head * dim + column] * totals[row] +
+                weights[row * (splits + 1) + splits] * parts.sums[(first + splits * queries.rows + row) * dim + column];
+    for (int piece = 0; piece < kShares; ++piece)
+      sum += pieces[(piece * kQueriesAtOnce + row) * kColumnsAtOnce + threadIdx.x % kColumnsAtOnce];
+    out[(static_cast<long long>(sequence_head) * queries.rows + first_row + row) * dim + column] = sum;
+  }
+}
+
+}  // namespace veloxquant
