@@ -3,70 +3,14 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <thread>
-
 #include "mlx/ops.h"
-#include "mlx/random.h"
-#include "mlx/transforms.h"
+#include "tests/cache/sequences.h"
 #include "veloxquant/cache/restoring_cache.h"
-#include "veloxquant/quantize/rotated_pq.h"
 
 namespace veloxquant {
 namespace {
 
-constexpr int kHeads = 2, kQueryHeads = 4;
-
-mx::array random_array(const mx::Shape& shape, std::uint64_t seed) {
-  const auto x = mx::random::normal(shape, mx::float32, mx::random::key(seed));
-  mx::eval(x);
-  return x;
-}
-
-mx::array cut(const mx::array& x, int begin, int end) {
-  return mx::slice(x, {0, 0, begin, 0}, {x.shape(0), x.shape(1), end, x.shape(3)});
-}
-
-struct Sequence {
-  mx::array q, k, v;
-
-  Sequence(int batch, int tokens, int dim, std::uint64_t seed = 0)
-      : q(random_array({batch, kQueryHeads, tokens, dim}, seed + 1)),
-        k(random_array({batch, kHeads, tokens, dim}, seed + 2)),
-        v(random_array({batch, kHeads, tokens, dim}, seed + 3)) {}
-};
-
-struct Stored {
-  std::vector<QuantizerParameters> keys, values;  // of each head
-
-  std::vector<std::optional<QuantizerParameters>> optional(Side side) const {
-    const auto& units = side == Side::kKeys ? keys : values;
-    return {units.begin(), units.end()};
-  }
-};
-
-// Heads of different widths.
-Stored rotated(const Sequence& x, int dim, Rotation rotation, int patches) {
-  Stored stored;
-  for (int head = 0; head < kHeads; ++head)
-    for (const Side side : {Side::kKeys, Side::kValues}) {
-      const auto& vectors = side == Side::kKeys ? x.k : x.v;
-      const RotatedPqFitter fitter({vectors.data<float>(), vectors.size()}, dim, {},
-                                   side == Side::kKeys ? rotation : Rotation::kFull);
-      (side == Side::kKeys ? stored.keys : stored.values)
-          .push_back(fitter.fit(side, {.codes = 9 + 5 * head, .stages = 2, .patches = patches, .max_iter = 2}));
-    }
-  return stored;
-}
-
-Stored of_method(const Sequence& x, int dim, const char* method, double width) {
-  Stored stored;
-  for (const Side side : {Side::kKeys, Side::kValues}) {
-    const auto& vectors = side == Side::kKeys ? x.k : x.v;
-    (side == Side::kKeys ? stored.keys : stored.values)
-        .push_back(quantizer_method(method).fit({vectors.data<float>(), vectors.size()}, dim, {.side = side, .width = width}));
-  }
-  return stored;
-}
+using namespace veloxquant::testing;
 
 // The largest difference of what both caches give, relative to the largest value, over all chunks.
 double largest_difference(const Sequence& x, const Stored& stored, ExactTokens exact, const std::vector<int>& chunks,
@@ -94,7 +38,6 @@ double largest_difference(const Sequence& x, const Stored& stored, ExactTokens e
 
 const std::vector<int> kChunks = {1, 1, 7, 100, 1, 160, 1, 1, 300, 2, 5, 1};  // 580 tokens
 constexpr int kTokens = 580;
-constexpr double kRounding = 2e-5;
 
 TEST(PackedCache, AttendsAsTheRestoringCacheDoes) {
   for (const int dim : {64, 32}) {

@@ -1,0 +1,70 @@
+// Random keys and values, and how they are stored.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "mlx/ops.h"
+#include "mlx/random.h"
+#include "mlx/transforms.h"
+#include "veloxquant/quantize/rotated_pq.h"
+
+namespace veloxquant::testing {
+
+inline constexpr int kHeads = 2, kQueryHeads = 4;
+
+inline mx::array random_array(const mx::Shape& shape, std::uint64_t seed) {
+  const auto x = mx::random::normal(shape, mx::float32, mx::random::key(seed));
+  mx::eval(x);
+  return x;
+}
+
+inline mx::array cut(const mx::array& x, int begin, int end) {
+  return mx::slice(x, {0, 0, begin, 0}, {x.shape(0), x.shape(1), end, x.shape(3)});
+}
+
+struct Sequence {
+  mx::array q, k, v;
+
+  Sequence(int batch, int tokens, int dim, std::uint64_t seed = 0)
+      : q(random_array({batch, kQueryHeads, tokens, dim}, seed + 1)),
+        k(random_array({batch, kHeads, tokens, dim}, seed + 2)),
+        v(random_array({batch, kHeads, tokens, dim}, seed + 3)) {}
+};
+
+struct Stored {
+  std::vector<QuantizerParameters> keys, values;  // of each head
+
+  std::vector<std::optional<QuantizerParameters>> optional(Side side) const {
+    const auto& units = side == Side::kKeys ? keys : values;
+    return {units.begin(), units.end()};
+  }
+};
+
+// Heads of different widths.
+inline Stored rotated(const Sequence& x, int dim, Rotation rotation, int patches) {
+  Stored stored;
+  for (int head = 0; head < kHeads; ++head)
+    for (const Side side : {Side::kKeys, Side::kValues}) {
+      const auto& vectors = side == Side::kKeys ? x.k : x.v;
+      const RotatedPqFitter fitter({vectors.data<float>(), vectors.size()}, dim, {},
+                                   side == Side::kKeys ? rotation : Rotation::kFull);
+      (side == Side::kKeys ? stored.keys : stored.values)
+          .push_back(fitter.fit(side, {.codes = 9 + 5 * head, .stages = 2, .patches = patches, .max_iter = 2}));
+    }
+  return stored;
+}
+
+inline Stored of_method(const Sequence& x, int dim, const char* method, double width) {
+  Stored stored;
+  for (const Side side : {Side::kKeys, Side::kValues}) {
+    const auto& vectors = side == Side::kKeys ? x.k : x.v;
+    (side == Side::kKeys ? stored.keys : stored.values)
+        .push_back(quantizer_method(method).fit({vectors.data<float>(), vectors.size()}, dim, {.side = side, .width = width}));
+  }
+  return stored;
+}
+
+inline constexpr double kRounding = 2e-5;  // of sums in another order, relative to the largest value
+
+}  // namespace veloxquant::testing
