@@ -86,7 +86,7 @@ struct Range {
 // Queries over everything that is stored, in the order: codes, sinks, window.
 class PackedCache::Attention {
  public:
-  // q and out [batch, query_heads, tokens, dim].
+  // q and out [batch, kv_heads, tokens, queries of a KV head, dim]: those of some tokens after one another are one matrix.
   Attention(const PackedCache& cache, const std::vector<Step>& steps, const AttentionSpec& spec, const mx::array& q, float* out)
       : cache_(cache),
         layer_(*cache.layer_),
@@ -94,10 +94,11 @@ class PackedCache::Attention {
         steps_(steps),
         spec_(spec),
         q_(q.data<float>()),
-        kv_heads_(cache.sequences_[0].heads.size()),
+        kv_heads_(static_cast<std::size_t>(q.shape(1))),
         tokens_(static_cast<std::size_t>(q.shape(2))),
-        rows_(static_cast<std::size_t>(q.shape(1)) / kv_heads_ * tokens_),
-        dim_(static_cast<std::size_t>(q.shape(3))),
+        group_(static_cast<std::size_t>(q.shape(3))),
+        rows_(tokens_ * group_),
+        dim_(static_cast<std::size_t>(q.shape(4))),
         out_(out) {}
 
   // recent: keys and values [tokens behind the codes, dim] of each head, not turned where they are stored so.
@@ -129,10 +130,10 @@ class PackedCache::Attention {
   const PackedHead& head_at(std::size_t head) const { return sequence_of(head).heads[head % kv_heads_]; }
   const Step& step_of(std::size_t head) const { return steps_[head / kv_heads_]; }
 
-  // Positions that a query sees, as far as attention goes; none for one that is not its sequence's.
-  Range seen(std::size_t head, std::size_t row) const {
+  // Positions that the queries of a token see, as far as attention goes; none for one that is not its sequence's.
+  Range seen(std::size_t head, std::size_t token) const {
     const Step& step = step_of(head);
-    const std::size_t token = row % tokens_, window = static_cast<std::size_t>(spec_.sliding_window);
+    const std::size_t window = static_cast<std::size_t>(spec_.sliding_window);
     if (token < step.skipped) return {0, 0};
     const std::size_t end = step.position(token) + 1;
     return {window > 0 && end > window ? end - window : 0, end};
@@ -150,44 +151,56 @@ class PackedCache::Attention {
     return {from - begin, to - begin};
   }
 
-  // Scores become weights, those outside the rows' ranges zero.  Whether any row sees anything.
-  template <class RangeOf>
-  bool weigh(std::vector<float>& scores, std::size_t count, RangeOf range_of, Partial& partial) const {
-    bool any = false;
-    for (std::size_t row = 0; row < rows_; ++row) {
+  // Attention to `count` tokens, of which the queries of a token read range_of(token): an interval that moves on from token to
+  // token.  score(queries, scores [queries, count]) and add(weights [queries, count], queries, sums [queries, dim]) are called for
+  // the queries that read any.
+  template <class RangeOf, class Score, class Add>
+  void attend(std::size_t head, std::size_t count, RangeOf range_of, Score score, Add add, Partial& partial) const {
+    const auto reads = [&](std::size_t token) {
+      const auto [from, to] = range_of(token);
+      return from < to;
+    };
+    std::size_t begin = 0, end = tokens_;
+    while (begin < end && !reads(begin)) ++begin;
+    while (begin < end && !reads(end - 1)) --end;
+    if (begin == end) return;
+    const std::size_t first_row = begin * group_, rows = (end - begin) * group_;
+    thread_local std::vector<float> scores;
+    scores.resize(rows * count);
+    score(BlockQueries{q_ + (head * rows_ + first_row) * dim_, rows, spec_.scale}, scores.data());
+    for (std::size_t row = 0; row < rows; ++row) {
       float* of_row = scores.data() + row * count;
-      const auto [from, to] = range_of(row);
+      const auto [from, to] = range_of(begin + row / group_);
       std::fill(of_row, of_row + from, 0.0f);
       std::fill(of_row + to, of_row + count, 0.0f);
-      if (from == to) continue;
-      any = true;
-      const float shrink = running_softmax(of_row + from, to - from, spec_.soft_cap, partial.maximum[row], partial.sum[row]);
+      const std::size_t at = first_row + row;
+      const float shrink = running_softmax(of_row + from, to - from, spec_.soft_cap, partial.maximum[at], partial.sum[at]);
       if (shrink != 1.0f)
-        for (std::size_t i = row * dim_; i < (row + 1) * dim_; ++i) partial.values[i] *= shrink;
+        for (std::size_t i = at * dim_; i < (at + 1) * dim_; ++i) partial.values[i] *= shrink;
     }
-    return any;
+    add(scores.data(), rows, partial.values.data() + first_row * dim_);
   }
 
   const BlockCodec& codec(Side side, std::size_t head) const { return codecs_.of(side, head % kv_heads_); }
-  BlockQueries queries(std::size_t head) const { return {q_ + head * rows_ * dim_, rows_, spec_.scale}; }
 
   void attend_block(std::size_t head, std::size_t block, Partial& partial) const {
     const PackedHead& of = head_at(head);
-    const std::size_t first = block * kPackedBlockTokens,
-                      count = std::min(kPackedBlockTokens, sequence_of(head).coded - first), begin = layer_.sinks() + first;
-    const auto range = [&](std::size_t row) {
-      auto sees = seen(head, row);
-      sees.end = std::min(sees.end, exact_begin(head, sees.end));
-      return within(sees, begin, begin + count);
-    };
-    const Range most = range(rows_ - 1);  // the last position sees most, but for a sliding window
-    if (most.begin == most.end && spec_.sliding_window == 0) return;
-    thread_local std::vector<float> scores;
-    scores.resize(rows_ * count);
-    codec(Side::kKeys, head).score(of.keys.blocks[block].data(), count, begin, queries(head), scores.data(), count);
-    if (weigh(scores, count, range, partial))
-      codec(Side::kValues, head)
-          .add(of.values.blocks[block].data(), count, scores.data(), rows_, count, partial.values.data());
+    const std::size_t first = block * kPackedBlockTokens, count = std::min(kPackedBlockTokens, sequence_of(head).coded - first),
+                      begin = layer_.sinks() + first;
+    attend(
+        head, count,
+        [&](std::size_t token) {
+          auto sees = seen(head, token);
+          sees.end = std::min(sees.end, exact_begin(head, sees.end));
+          return within(sees, begin, begin + count);
+        },
+        [&](const BlockQueries& queries, float* scores) {
+          codec(Side::kKeys, head).score(of.keys.blocks[block].data(), count, begin, queries, scores, count);
+        },
+        [&](const float* weights, std::size_t queries, float* sums) {
+          codec(Side::kValues, head).add(of.values.blocks[block].data(), count, weights, queries, count, sums);
+        },
+        partial);
   }
 
   // Sinks, then the window and the tokens that have just come.
@@ -201,31 +214,40 @@ class PackedCache::Attention {
       of.values.exact.read(p, v.data() + p * dim_);
     }
     attend_vectors(
-        head, k, v, 0, [&](std::size_t row) { return within(seen(head, row), 0, sinks); }, partial);
-    const std::size_t begin = layer_.sinks() + step_of(head).coded_before, end = begin + recent_keys.size() / dim_;
+        head, k, v, 0, [&](std::size_t token) { return seen(head, token); }, partial);
     attend_vectors(
-        head, recent_keys, recent_values, begin,
-        [&](std::size_t row) {
-          auto sees = seen(head, row);
+        head, recent_keys, recent_values, layer_.sinks() + step_of(head).coded_before,
+        [&](std::size_t token) {
+          auto sees = seen(head, token);
           sees.begin = std::max(sees.begin, exact_begin(head, sees.end));
-          return within(sees, begin, end);
+          return sees;
         },
         partial);
   }
 
-  template <class RangeOf>
-  void attend_vectors(std::size_t head, std::vector<float> k, const std::vector<float>& v, std::size_t begin, RangeOf range,
+  // In stretches, since a query reads few of many.  sees(token): positions.
+  template <class Sees>
+  void attend_vectors(std::size_t head, std::vector<float> k, const std::vector<float>& v, std::size_t first, Sees sees,
                       Partial& partial) const {
-    const std::size_t count = k.size() / dim_;
-    if (count == 0) return;
+    constexpr std::size_t kStretch = 64;
+    const std::size_t all = k.size() / dim_;
+    if (all == 0) return;
     const auto stride = static_cast<std::ptrdiff_t>(dim_);
     if (const Rope& rope = *spec_.rope; layer_.keys_before_rope() && !rope.frequencies().empty())
-      veloxquant::rope({1, 1, count, dim_}, {k.data(), 0, 0, stride}, rope.frequencies(), rope.magnitude(),
-                       static_cast<std::ptrdiff_t>(begin), {k.data(), 0, 0, stride});
-    std::vector<float> scores(rows_ * count);
-    score_vectors(queries(head), k.data(), count, dim_, dim_, scores.data(), count);
-    if (weigh(scores, count, range, partial))
-      add_vectors(scores.data(), rows_, count, v.data(), count, dim_, dim_, partial.values.data());
+      veloxquant::rope({1, 1, all, dim_}, {k.data(), 0, 0, stride}, rope.frequencies(), rope.magnitude(),
+                       static_cast<std::ptrdiff_t>(first), {k.data(), 0, 0, stride});
+    for (std::size_t at = 0; at < all; at += kStretch) {
+      const std::size_t count = std::min(kStretch, all - at), begin = first + at;
+      attend(
+          head, count, [&](std::size_t token) { return within(sees(token), begin, begin + count); },
+          [&](const BlockQueries& queries, float* scores) {
+            score_vectors(queries, k.data() + at * dim_, count, dim_, dim_, scores, count);
+          },
+          [&](const float* weights, std::size_t queries, float* sums) {
+            add_vectors(weights, queries, count, v.data() + at * dim_, count, dim_, dim_, sums);
+          },
+          partial);
+    }
   }
 
   // The last part is of exact tokens, the others are sums in the space of the codes.
@@ -235,6 +257,7 @@ class PackedCache::Attention {
       float top = std::numeric_limits<float>::lowest();
       for (const auto& part : parts) top = std::max(top, part.maximum[row]);
       for (const auto& part : parts) {
+        if (part.sum[row] == 0) continue;
         const float weight = std::exp(part.maximum[row] - top);
         totals[row] += weight * part.sum[row];
         if (&part == &parts.back()) {
@@ -258,7 +281,7 @@ class PackedCache::Attention {
   const std::vector<Step>& steps_;
   const AttentionSpec& spec_;
   const float* q_;
-  std::size_t kv_heads_, tokens_, rows_, dim_;
+  std::size_t kv_heads_, tokens_, group_, rows_, dim_;
   float* out_;
 };
 
@@ -341,8 +364,9 @@ std::vector<PackedCache::Step> PackedCache::steps(int tokens, const AttentionSpe
       const std::int64_t after = std::max<std::int64_t>(0, offset() + tokens - std::int64_t{padding->data<std::int32_t>()[b]}),
                          held = static_cast<std::int64_t>(before);
       if (after < held || after > held + tokens)
-        throw_invalid("packed cache", "padding of sequence {}: expected one that leaves it {} to {} tokens, got {}, which leaves {}",
-                      b, held, held + tokens, padding->data<std::int32_t>()[b], after);
+        throw_invalid("packed cache",
+                      "padding of sequence {}: expected one that leaves it {} to {} tokens, got {}, which leaves {}", b, held,
+                      held + tokens, padding->data<std::int32_t>()[b], after);
       own = static_cast<std::size_t>(after - held);
     }
     steps.push_back({.first = before, .coded_before = sequences_[b].coded, .skipped = came - own, .tokens = own});
@@ -361,8 +385,11 @@ mx::array PackedCache::attend(const mx::array& q, const mx::array& k, const mx::
   begin(kv_heads);
   std::vector<int> positions;  // of the first token that comes, be it padding
   for (const auto& step : steps) positions.push_back(static_cast<int>(step.first) - static_cast<int>(step.skipped));
-  const auto queries = as_floats((*spec.rope)(q, positions)), values = as_floats(v),
-             keys = as_floats(layer_->keys_before_rope() ? k : (*spec.rope)(k, positions));
+  const int group = q.shape(1) / k.shape(1);
+  const auto by_token = [](const mx::array& x) { return mx::transpose(x, {0, 1, 3, 2, 4}); };
+  const auto queries = as_floats(
+                 by_token(mx::reshape((*spec.rope)(q, positions), {q.shape(0), k.shape(1), group, q.shape(2), q.shape(3)}))),
+             values = as_floats(v), keys = as_floats(layer_->keys_before_rope() ? k : (*spec.rope)(k, positions));
   mx::eval({queries, keys, values});
 
   offset_ += tokens;
@@ -402,7 +429,7 @@ mx::array PackedCache::attend(const mx::array& q, const mx::array& k, const mx::
 
   std::vector<float> out(queries.size());
   Attention(*this, steps, spec, queries, out.data()).run(recent_keys, recent_values);
-  return mx::astype(mx::array(out.data(), q.shape()), q.dtype());
+  return mx::astype(mx::reshape(by_token(mx::array(out.data(), queries.shape())), q.shape()), q.dtype());
 }
 
 int PackedCache::trim(int tokens) {
@@ -411,8 +438,7 @@ int PackedCache::trim(int tokens) {
   offset_ -= dropped;
   for (auto& sequence : sequences_) {
     sequence.tokens -= std::min(dropped, sequence.tokens);
-    const std::size_t coded =
-        std::min(sequence.coded, sequence.tokens > layer_->sinks() ? sequence.tokens - layer_->sinks() : 0);
+    const std::size_t coded = std::min(sequence.coded, sequence.tokens > layer_->sinks() ? sequence.tokens - layer_->sinks() : 0);
     for (auto& [keys, values] : sequence.heads)
       for (auto* side : {&keys, &values}) side->trim(sequence.coded, coded);
     sequence.coded = coded;
@@ -438,7 +464,9 @@ CacheState PackedCache::blank_state(std::span<const Sequence> sequences) const {
   for (const auto& [keys, values] : sequences[0].heads) bytes += keys.shape.bytes + values.shape.bytes;
   const int batch = size(sequences.size()), heads = size(sequences[0].heads.size()),
             exact_bytes = size(layer_->exact(Side::kKeys).encoded_bytes(1));
-  const auto add = [&](const char* name, const mx::Shape& shape, mx::Dtype type) { state.emplace(name, array_of_zeros(shape, type)); };
+  const auto add = [&](const char* name, const mx::Shape& shape, mx::Dtype type) {
+    state.emplace(name, array_of_zeros(shape, type));
+  };
   add("coded", {batch}, mx::int32);
   add("blocks", {batch, size(blocks), size(bytes)}, mx::uint8);
   add("patch_errors", {batch, heads, 2, size(layer_->most_patches())}, mx::float32);
@@ -506,7 +534,8 @@ CacheState PackedCache::state() const {
     if (state.contains("coded")) state.at("coded").data<std::int32_t>()[b] = static_cast<std::int32_t>(sequences_[b].coded);
   }
   if (state.contains("coded"))
-    each_part(sequences_, state, [](std::span<const std::uint8_t> held, std::span<std::uint8_t> to) { std::ranges::copy(held, to.begin()); });
+    each_part(sequences_, state,
+              [](std::span<const std::uint8_t> held, std::span<std::uint8_t> to) { std::ranges::copy(held, to.begin()); });
   return state;
 }
 
