@@ -174,6 +174,8 @@ class BatchPackedKVCache(PackedKVCache):
         own = [min(tokens - skipped, rest) for skipped, rest in zip(left, self._right or [tokens] * batch, strict=True)]
         if self._left:
             self._left = [skipped - some for skipped, some in zip(self._left, left, strict=True)]
+            if not any(self._left):
+                self._left = None
         if self._right:
             self._right = [rest - some for rest, some in zip(self._right, own, strict=True)]
         # The cache takes the last ones.
