@@ -246,7 +246,8 @@ void bind_live_model(nb::module_& module) {
       .def_prop_ro("tokens", &LiveCache::tokens, "Of each sequence, without padding; none before the first call.")
       .def_prop_ro("nbytes", &LiveCache::nbytes)
       .def("attend", &LiveCache::attend, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("scale"), nb::arg("own"),
-           WithoutInterpreter(), "Appends k and v, and attends: as LiveAttention.attend.  own: how many of the tokens, the last, are "
+           WithoutInterpreter(),
+           "Appends k and v, and attends: as LiveAttention.attend.  own: how many of the tokens, the last, are "
            "each sequence's; empty: all.")
       .def("trim", &LiveCache::trim, nb::arg("tokens"), WithoutInterpreter())
       .def("clone", &LiveCache::clone, WithoutInterpreter())

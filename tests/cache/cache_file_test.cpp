@@ -50,7 +50,8 @@ class CacheFile : public ::testing::Test {
   std::vector<mx::array> append(AttentionCaches& to, int begin, int end) {
     std::vector<mx::array> outs;
     for (auto& cache : to)
-      outs.push_back(cache->attend(cut(x.q, begin, end), cut(x.k, begin, end), cut(x.v, begin, end), {.scale = 0.3f, .rope = &rope}));
+      outs.push_back(
+          cache->attend(cut(x.q, begin, end), cut(x.k, begin, end), cut(x.v, begin, end), {.scale = 0.3f, .rope = &rope}));
     return outs;
   }
 
@@ -127,7 +128,8 @@ TEST_F(CacheFile, OtherFilesAreRefusedByWhatTheyAre) {
 TEST_F(CacheFile, AnotherPlanIsNamed) {
   save_caches(path, caches, plan);
   EXPECT_THAT([&] { load_caches(path, three_layers(1)); },
-              ThrowsMessage<std::runtime_error>(::testing::ContainsRegex("plan: expected llama rotated_pq .* bits [0-9a-f]+, got llama rotated_pq")));
+              ThrowsMessage<std::runtime_error>(
+                  ::testing::ContainsRegex("plan: expected llama rotated_pq .* bits [0-9a-f]+, got llama rotated_pq")));
 }
 
 TEST_F(CacheFile, OtherShapesAreRefusedWithTheirLayer) {
@@ -155,7 +157,8 @@ TEST_F(CacheFile, OtherShapesAreRefusedWithTheirLayer) {
 
 TEST_F(CacheFile, OtherCachesAreNotSaved) {
   caches.pop_back();
-  EXPECT_THAT([&] { save_caches(path, caches, plan); }, ThrowsMessage<std::invalid_argument>(HasSubstr("caches of 3 layers, got 2")));
+  EXPECT_THAT([&] { save_caches(path, caches, plan); },
+              ThrowsMessage<std::invalid_argument>(HasSubstr("caches of 3 layers, got 2")));
 }
 
 }  // namespace

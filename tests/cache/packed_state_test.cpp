@@ -74,7 +74,11 @@ TEST(PackedState, WhatIsTrimmedWasNeverThere) {
   for (const auto& stored : every_method(0))
     for (const auto& [window, sinks, kept, dropped] : {
              Case{300, 50, 120, 200},  // nothing is coded yet
-             {0, 4, 10, 1}, {0, 4, 257, 3}, {0, 0, 255, 40}, {0, 0, 300, 290}, {0, 4, 3, 300},  // no window
+             {0, 4, 10, 1},
+             {0, 4, 257, 3},
+             {0, 0, 255, 40},
+             {0, 0, 300, 290},
+             {0, 4, 3, 300},  // no window
          }) {
       SCOPED_TRACE(::testing::Message() << "window " << window << " kept " << kept << " dropped " << dropped);
       const Layer layer(stored, window, sinks, 640);
@@ -234,8 +238,11 @@ TEST(PackedState, RefusesPaddingThatTokensContradict) {
   const Layer layer(every_method(0)[2], 4, 0, 100, 2);
   PackedCache cache = layer.cache();
   layer.append(cache, 0, 10, {0, 3});
-  EXPECT_THAT([&] { layer.append(cache, 10, 12, {0, 6}); },
-              ThrowsMessage<std::invalid_argument>(HasSubstr("padding of sequence 1: expected one that leaves it 7 to 9 tokens")));
+  EXPECT_THAT(
+      [&] {
+        layer.append(cache, 10, 12, {0, 6});
+      },
+      ThrowsMessage<std::invalid_argument>(HasSubstr("padding of sequence 1: expected one that leaves it 7 to 9 tokens")));
   EXPECT_THAT([&] { layer.append(cache, 10, 12, {0}); }, ThrowsMessage<std::invalid_argument>(HasSubstr("expected [2], got [1]")));
   EXPECT_THAT(cache.tokens(), ::testing::ElementsAre(10, 7));
 }

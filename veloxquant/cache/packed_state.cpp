@@ -75,8 +75,7 @@ CacheState select_sequences(const CacheState& state, const std::vector<int>& seq
   const int batch = state.at("tokens").shape(0);
   std::vector<Place> places;
   for (const int sequence : sequences) {
-    if (sequence < 0 || sequence >= batch)
-      throw_invalid("packed cache", "sequence: expected 0 to {}, got {}", batch - 1, sequence);
+    if (sequence < 0 || sequence >= batch) throw_invalid("packed cache", "sequence: expected 0 to {}, got {}", batch - 1, sequence);
     places.push_back({&state, sequence});
   }
   return gather(places, state);
