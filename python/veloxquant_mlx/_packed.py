@@ -235,7 +235,7 @@ def make_cache(model, plan):
 def load_cache(file, model, plan, return_metadata=False):
     """The caches that mlx_lm's save_prompt_cache(file, caches, metadata) wrote, made by make_cache(model, plan).
 
-    Returns a list, or (list, metadata).  Raises RuntimeError that names the file and what is wrong: damage, another plan, another model.
+    Returns a list; with return_metadata (list, metadata).  Raises RuntimeError that names the file and what is wrong: damage, another plan, another model.
     Layers that the plan leaves as they are have no checksum.
     """
     path = os.fspath(file)

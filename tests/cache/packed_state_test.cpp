@@ -8,7 +8,6 @@
 
 #include "tests/cache/sequences.h"
 #include "veloxquant/cache/packed_cache.h"
-#include "veloxquant/quantize/vecinfer.h"
 
 namespace veloxquant {
 namespace {
@@ -253,11 +252,6 @@ TEST(PackedState, AnyBytesCanBeRead) {
   std::mt19937 random(0);
   auto methods = every_method(3);
   methods.push_back(of_method(Sequence(1, 400, kDim, 20), kDim, "turboquant", 2));
-  for (auto* side : {&methods[3].keys, &methods[3].values})  // vecinfer: codes of 8 bits, not all of which stand for something
-    for (auto& unit : *side) {
-      const std::vector<float> factors(unit.side == Side::kKeys ? kDim : 0, 1.0f);
-      unit = vecinfer_parameters(unit.side, kDim, factors, {{2, 200, 16}, std::vector<float>(6400, 0.5f)});
-    }
   for (const auto& stored : methods) {
     const Layer layer(stored, 32, 4, 400);
     PackedCache cache = layer.cache();

@@ -21,6 +21,8 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
+from veloxquant_mlx._attention import know_our_caches
+
 from conftest import MODULE
 from live_models import live_model
 
@@ -34,6 +36,13 @@ def on_cpu():
     mx.set_default_device(mx.cpu)
     yield
     mx.set_default_device(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def attention_is_put_back(demo):
+    undo = know_our_caches(demo[0])
+    yield
+    undo()
 
 
 @pytest.fixture(scope="module")

@@ -141,9 +141,8 @@ void ProductCodebook::encode(std::span<const float> vectors, std::span<std::uint
 void ProductCodebook::decode(std::span<const std::uint16_t> codes, std::span<float> vectors) const {
   const auto width = static_cast<std::size_t>(subspace_dim_), centroids = static_cast<std::size_t>(num_centroids_);
   for (std::size_t i = 0; i < codes.size(); ++i) {
-    // Bits of a damaged file may be a code beyond the centroids.
-    const std::size_t subspace = i % nearest_.size(), code = std::min<std::size_t>(codes[i], centroids - 1);
-    std::copy_n(codebook_.values.begin() + static_cast<std::ptrdiff_t>((subspace * centroids + code) * width), width,
+    const std::size_t subspace = i % nearest_.size();
+    std::copy_n(codebook_.values.begin() + static_cast<std::ptrdiff_t>((subspace * centroids + codes[i]) * width), width,
                 vectors.begin() + static_cast<std::ptrdiff_t>(i * width));
   }
 }
