@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <random>
 
 #include "tests/cache/packed_inputs.h"
@@ -245,6 +246,29 @@ TEST(PackedState, RefusesPaddingThatTokensContradict) {
       ThrowsMessage<std::invalid_argument>(HasSubstr("padding of sequence 1: expected one that leaves it 7 to 9 tokens")));
   EXPECT_THAT([&] { layer.append(cache, 10, 12, {0}); }, ThrowsMessage<std::invalid_argument>(HasSubstr("expected [2], got [1]")));
   EXPECT_THAT(cache.tokens(), ::testing::ElementsAre(10, 7));
+}
+
+TEST(PackedState, AnyBytesCanBeRead) {
+  std::mt19937 random(0);
+  auto methods = every_method(3);
+  methods.push_back(of_method(Sequence(1, 400, kDim, 20), kDim, "turboquant", 2));
+  for (const auto& stored : methods) {
+    const Layer layer(stored, 32, 4, 400);
+    PackedCache cache = layer.cache();
+    layer.append(cache, 0, 300);
+    const auto state = cache.state();
+    for (const char* name : {"blocks", "patch_errors", "sinks", "window"}) {
+      auto& array = const_cast<mx::array&>(state.at(name));
+      std::generate_n(array.data<std::uint8_t>(), array.nbytes(), [&] { return static_cast<std::uint8_t>(random()); });
+    }
+    cache.restore(state);
+    for (const int dropped : {0, 40, 3, 240}) {
+      cache.trim(dropped);
+      const auto some = [&](const mx::array& x) { return cut(x, 0, 30); };
+      cache.attend(some(layer.x.q), some(layer.x.k), some(layer.x.v), {.rope = &layer.rope});
+    }
+    EXPECT_EQ(cache.offset(), 137);
+  }
 }
 
 TEST(PackedState, RefusesStatesThatDoNotFit) {

@@ -152,7 +152,8 @@ class RotatedPqCodec : public BlockCodec {
   void patch(const std::uint8_t* block, std::size_t begin, std::size_t tokens, std::size_t held, float* z) const {
     const std::uint8_t* bytes = block + codes_.block_bytes();
     for (std::size_t p = 0; p < held_patches(held); ++p, bytes += shape_.patch_bytes)
-      if (bytes[0] >= begin && bytes[0] < begin + tokens) RotatedPqQuantizer::add_patch(bytes, {z + (bytes[0] - begin) * stride_, dim_});
+      if (bytes[0] >= begin && bytes[0] < begin + tokens)
+        RotatedPqQuantizer::add_patch(bytes, {z + (bytes[0] - begin) * stride_, dim_});
   }
 
   RotatedPqQuantizer quantizer_;
@@ -396,6 +397,7 @@ void trim_block(const BlockShape& shape, std::size_t held, std::size_t tokens, s
     at = std::copy(patch.begin(), patch.end(), at);
     open.patch_errors.push_back(error);
   }
+  std::fill(at, block + shape.patches_at + shape.patches * bytes, std::uint8_t{0});
 }
 
 std::shared_ptr<const BlockCodec> make_block_codec(const QuantizerParameters& parameters, const Rope* rope) {

@@ -50,8 +50,8 @@ void save_caches(const std::filesystem::path& path, std::span<const std::unique_
   std::map<std::string, SafetensorsEntry> entries;
   for (const auto& [name, array] : arrays) entries.emplace(name, as_entry(array));
   const std::string identity = plan_identity(plan);
-  write_entries(
-      path, entries, {{"format", kFormat}, {"version", kVersion}, {"plan", identity}, {"checksum", checksum(identity, arrays)}});
+  write_entries(path, entries,
+                {{"format", kFormat}, {"version", kVersion}, {"plan", identity}, {"checksum", checksum(identity, arrays)}});
 }
 
 AttentionCaches load_caches(const std::filesystem::path& path, const Plan& plan) {

@@ -407,7 +407,9 @@ std::optional<PackedArrays::Partial> PackedArrays::attend_exact(const Queries& q
 mx::array PackedArrays::attend_apart(const mx::array& q, const mx::array& k, const mx::array& v, const std::vector<int>& own,
                                      const AttentionSpec& spec) {
   if (sequences_.empty()) {
-    for (int b = 0; b < batch_; ++b) sequences_.push_back(sequence(b));
+    std::vector<PackedArrays> sequences;
+    for (int b = 0; b < batch_; ++b) sequences.push_back(sequence(b));
+    sequences_ = std::move(sequences);
     for (auto* array : {&closed_, &open_, &errors_, &exact_}) array->reset();
   }
   AttentionSpec alone = spec;

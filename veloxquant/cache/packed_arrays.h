@@ -43,7 +43,8 @@ class PackedArrays : public PackedAttentionCache {
   /// Allocated for tokens: blocks, window and sinks; codebooks are the layer's.
   std::size_t nbytes() const override;
 
-  std::vector<mx::array> pending() const override;
+  /// What is stored, which may still have to be evaluated.
+  std::vector<mx::array> pending() const;
 
   int trim(int tokens) override;
   std::unique_ptr<SavableCache> clone() const override;

@@ -6,6 +6,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <stdexcept>
 #include <vector>
 
 #include "mlx/array.h"
@@ -89,6 +90,20 @@ class PackedCache : public PackedAttentionCache {
     std::size_t tokens = 0, coded = 0;
     std::vector<PackedHead> heads = {};  // none before the first token
   };
+  // Held while the cache is in use.
+  class InUse {
+   public:
+    explicit InUse(std::atomic<bool>& busy) : busy_(busy) {
+      if (busy_.exchange(true)) throw std::logic_error("[packed cache] used from two threads at once");
+    }
+    ~InUse() { busy_ = false; }
+    InUse(const InUse&) = delete;
+    InUse& operator=(const InUse&) = delete;
+
+   private:
+    std::atomic<bool>& busy_;
+  };
+
   struct Step;
   class Attention;
 

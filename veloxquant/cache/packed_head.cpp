@@ -5,11 +5,7 @@
 namespace veloxquant {
 
 ExactStore::ExactStore(const Quantizer& quantizer, std::size_t window, std::size_t sinks)
-    : quantizer_(&quantizer),
-      bytes_(quantizer.encoded_bytes(1)),
-      window_(window),
-      sinks_(sinks * bytes_),
-      ring_(window * bytes_) {}
+    : quantizer_(&quantizer), bytes_(quantizer.encoded_bytes(1)), window_(window), sinks_(sinks * bytes_), ring_(window * bytes_) {}
 
 void ExactStore::append(const std::uint8_t* encoded, std::size_t first, std::size_t tokens) {
   for (std::size_t t = 0; t < tokens; ++t, encoded += bytes_) {

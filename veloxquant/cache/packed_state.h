@@ -15,16 +15,15 @@ namespace veloxquant {
 ///
 /// Its state, with B sequences and H KV heads:
 ///
-/// | name         | type and shape                     | |
-/// |--------------|------------------------------------|-|
-/// | offset       | int32 []                           | offset(): tokens appended, padding included |
-/// | tokens       | int32 [B]                          | of each sequence, without padding |
-/// | coded        | int32 [B]                          | of these, those that are codes: they follow the sinks |
-/// | blocks       | uint8 [B, blocks, bytes]           | packed_layout.h: for each KV head the block of its keys, then that of its
-/// values | | patch_errors | float32 [B, H, 2, patches]         | keys, values: what the tokens patched in the last block have
-/// lost, in the order of the patches; as many as the unit with most patches has, zeros behind | | sinks        | uint8 [B, H, 2,
-/// sinks, bytes]      | 8-bit codes of the first tokens | | window       | uint8 [B, H, 2, window, bytes]     | 8-bit codes of the
-/// tokens behind those that are codes, the one at position p in slot p % window |
+/// - offset, int32 []: offset(), the tokens appended, padding included;
+/// - tokens, int32 [B]: of each sequence, without padding;
+/// - coded, int32 [B]: how many of these are codes, behind the sinks;
+/// - blocks, uint8 [B, blocks, bytes]: of each KV head a block of its keys, then one of its values (packed_layout.h; patches
+///   behind the codes);
+/// - patch_errors, float32 [B, H, 2, patches]: of keys and values, what the tokens patched in the last block have lost, in the
+///   order of the patches; as many as the unit with most patches has, zeros behind;
+/// - sinks, uint8 [B, H, 2, sinks, bytes]: 8-bit codes of the first tokens;
+/// - window, uint8 [B, H, 2, window, bytes]: 8-bit codes of the tokens behind the codes, that at position p in slot p % window.
 ///
 /// Sequences with fewer blocks than others have blocks that nobody reads.  A cache that no token has come to knows offset and
 /// tokens only.

@@ -37,10 +37,6 @@ class AttentionCache {
 
   /// Bytes that the stored tokens take.
   virtual std::size_t nbytes() const = 0;
-
-  /// Arrays in which tokens are stored and that may still have to be evaluated, for whoever does not evaluate what attend()
-  /// returns.
-  virtual std::vector<mx::array> pending() const { return {}; }
 };
 
 /// Arrays that say, by name, all that a cache holds.

@@ -418,9 +418,8 @@ void RotatedPqQuantizer::add_patches(const std::uint8_t* bytes, std::size_t toke
 
 std::size_t rotated_pq_bytes(int dim, int codes, int patches, std::size_t tokens) {
   const auto of_block = [&](std::size_t block) {
-    return block * static_cast<std::size_t>(codes) +
-           RotatedPqQuantizer::patches_of(static_cast<std::size_t>(patches), block) *
-               RotatedPqQuantizer::patch_bytes(static_cast<std::size_t>(dim));
+    return block * static_cast<std::size_t>(codes) + RotatedPqQuantizer::patches_of(static_cast<std::size_t>(patches), block) *
+                                                         RotatedPqQuantizer::patch_bytes(static_cast<std::size_t>(dim));
   };
   constexpr std::size_t kBlock = RotatedPqQuantizer::kBlockTokens;
   return tokens / kBlock * of_block(kBlock) + of_block(tokens % kBlock);
