@@ -169,6 +169,7 @@ void PackedArrays::set_up(int batch, int kv_heads) {
 }
 
 mx::array PackedArrays::attend(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) {
+  const InUse in_use(busy_);
   if (heads_.empty()) begin(k);
   check_chunk(q, k, v, {batch_, kv_heads_, k.shape(2), layer_->dim});
   if (const auto own = own_tokens(this->tokens(), offset_, k.shape(2), spec);
@@ -438,6 +439,7 @@ PackedArrays PackedArrays::sequence(int index) const {
 }
 
 int PackedArrays::trim(int tokens) {
+  const InUse in_use(busy_);
   const int dropped = std::clamp(tokens, 0, offset_);
   offset_ -= dropped;
   for (auto& sequence : sequences_) sequence.trim(dropped);
@@ -472,10 +474,12 @@ void PackedArrays::keep_coded(int kept) {
 }
 
 std::unique_ptr<SavableCache> PackedArrays::clone() const {
+  const InUse in_use(busy_);
   return std::make_unique<PackedArrays>(*this);
 }
 
 CacheState PackedArrays::state() const {
+  const InUse in_use(busy_);
   if (!sequences_.empty()) {
     std::vector<CacheState> states;
     for (const auto& sequence : sequences_) states.push_back(sequence.state());
@@ -507,6 +511,7 @@ CacheState PackedArrays::state() const {
 }
 
 void PackedArrays::restore(const CacheState& state) {
+  const InUse in_use(busy_);
   StateSizes sizes{};
   const auto counts = check_state(state, [&](int heads) { return sizes = layer_->state_sizes(heads); });
   const auto& [offset, tokens, coded] = counts;

@@ -116,6 +116,7 @@ class PackedArrays : public PackedAttentionCache {
   static void extend(std::optional<Partial>& partial, const Queries& queries, const mx::array& k, const mx::array& v,
                      const std::optional<mx::array>& seen, float soft_cap);
 
+  mutable Busy busy_;
   std::shared_ptr<const PackedArraysLayer> layer_;
   std::vector<PackedArrays> sequences_;  // one for each, where their tokens are not as many; what follows `offset_` is then theirs
   int batch_ = 0, kv_heads_ = 0, offset_ = 0;

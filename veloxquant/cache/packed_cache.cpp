@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <stdexcept>
 
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
@@ -125,12 +124,16 @@ class PackedCache::Attention {
           attend_block(head, block, partials[i]);
       }
     });
-    parallel_for(heads, 1, [&](std::size_t head, std::size_t) { merge(head, {partials.data() + head * (parts + 1), parts + 1}); });
+    // A few rows are merged before another thread is awake.
+    parallel_for(heads, rows_ < kFewRows ? heads : 1, [&](std::size_t begin, std::size_t end) {
+      for (std::size_t head = begin; head < end; ++head) merge(head, {partials.data() + head * (parts + 1), parts + 1});
+    });
   }
 
  private:
   // Even out the threads, the same on every machine.
   static constexpr std::size_t kTasks = 16;
+  static constexpr std::size_t kFewRows = 32;
 
   const Sequence& sequence_of(std::size_t head) const { return cache_.sequences_[head / kv_heads_]; }
   const PackedHead& head_at(std::size_t head) const { return sequence_of(head).heads[head % kv_heads_]; }

@@ -1,12 +1,10 @@
 // A cache that really is that small: codes of the tokens, 8 bits of the window and the sinks, and attention over them.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <stdexcept>
 #include <vector>
 
 #include "mlx/array.h"
@@ -64,8 +62,6 @@ class PackedLayer {
 /// encoded, from what the window held.  Memory grows by blocks of kPackedBlockTokens tokens.  Attention reads the codes: nothing is
 /// restored but a tile at a time.  It sees what RestoringCache does, but for the block that still grows: its patches are chosen
 /// among the tokens that have left the window.
-///
-/// Not to be used from two threads at once: std::logic_error where that is seen.
 class PackedCache : public PackedAttentionCache {
  public:
   explicit PackedCache(std::shared_ptr<const PackedLayer> layer);
@@ -90,20 +86,6 @@ class PackedCache : public PackedAttentionCache {
     std::size_t tokens = 0, coded = 0;
     std::vector<PackedHead> heads = {};  // none before the first token
   };
-  // Held while the cache is in use.
-  class InUse {
-   public:
-    explicit InUse(std::atomic<bool>& busy) : busy_(busy) {
-      if (busy_.exchange(true)) throw std::logic_error("[packed cache] used from two threads at once");
-    }
-    ~InUse() { busy_ = false; }
-    InUse(const InUse&) = delete;
-    InUse& operator=(const InUse&) = delete;
-
-   private:
-    std::atomic<bool>& busy_;
-  };
-
   struct Step;
   class Attention;
 
@@ -115,7 +97,7 @@ class PackedCache : public PackedAttentionCache {
   std::shared_ptr<const PackedLayer> layer_;
   std::vector<Sequence> sequences_;
   std::size_t offset_ = 0;
-  mutable std::atomic<bool> busy_ = false;
+  mutable Busy busy_;
 };
 
 /// Packed caches for every layer of a plan, full ones for those that slide: PackedCache on the CPU, PackedArrays elsewhere.  Throws

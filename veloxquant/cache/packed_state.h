@@ -1,8 +1,10 @@
 // What a packed cache holds, as arrays: the same for every kind of packed cache, in memory, in files and in Python.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -41,6 +43,32 @@ class PackedAttentionCache : public SavableCache {
 };
 
 // What kinds of packed caches share.
+
+/// Whether a cache is in use; a copy of it is not.
+class Busy {
+ public:
+  Busy() = default;
+  Busy(const Busy&) noexcept {}
+  Busy& operator=(const Busy&) noexcept { return *this; }
+
+ private:
+  friend class InUse;
+  std::atomic<bool> now_ = false;
+};
+
+/// Held while it is.  Throws std::logic_error if it is already.
+class InUse {
+ public:
+  explicit InUse(Busy& busy) : busy_(busy) {
+    if (busy_.now_.exchange(true)) throw std::logic_error("[packed cache] used from two threads at once");
+  }
+  ~InUse() { busy_.now_ = false; }
+  InUse(const InUse&) = delete;
+  InUse& operator=(const InUse&) = delete;
+
+ private:
+  Busy& busy_;
+};
 
 /// Throws std::invalid_argument unless there are as many units of keys and of values as KV heads, or one of each; …
 void check_units(int kv_heads, std::size_t key_units, std::size_t value_units);

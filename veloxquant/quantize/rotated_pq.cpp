@@ -7,6 +7,7 @@
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/random.h"
 #include "veloxquant/kernels/gemm.h"
+#include "veloxquant/kernels/packed_lookup.h"
 #include "veloxquant/quantize/half.h"
 #include "veloxquant/quantize/parameters.h"
 
@@ -89,13 +90,13 @@ std::vector<int> balance(const std::vector<double>& variances, const std::vector
   return places;
 }
 
-// y [rows, dim] = (x − mean) · matrix.
+// y [rows, dim] = (x − mean) · matrix, the same to the last bit for any number of rows.
 void rotate(const float* x, std::size_t rows, std::span<const float> mean, std::span<const float> matrix, float* y) {
   const std::size_t dim = mean.size();
   std::vector<float> centred(rows * dim);
   for (std::size_t i = 0; i < centred.size(); ++i) centred[i] = x[i] - mean[i % dim];
-  const int n = static_cast<int>(rows), d = static_cast<int>(dim);
-  gemm(false, false, n, d, d, 1.0f, centred.data(), d, matrix.data(), d, 0.0f, y, d);
+  std::fill_n(y, rows * dim, 0.0f);
+  add_rows(centred.data(), rows, dim, matrix.data(), dim, dim, dim, y);
 }
 
 std::vector<float> to_float(std::span<const double> x) {
