@@ -32,7 +32,7 @@ MODELS ?= $(wildcard ../shared/models/mid)
 
 bench: build
 	bash scripts/setup.sh --bench
-	cmake --build $(BUILD) --parallel $(JOBS) --target engine_bench kernels_bench packed_bench
+	cmake --build $(BUILD) --parallel $(JOBS) --target engine_bench kernels_bench packed_bench prefill_bench
 	.venv-bench/bin/python bench/run.py $(BUILD) $(MODELS)
 
 # With the libraries of this machine that it needs, for any of the same age or newer.

@@ -153,6 +153,14 @@ def packed_attention_rows(table, packed_bench):
                 table.add(work, ours, theirs, "mx.fast.scaled_dot_product_attention, float32, OpenBLAS", theirs / ours, ">= 5")
 
 
+def prefill_rows(table, prefill_bench, folder):
+    runs = google_benchmark(prefill_bench, folder, "--benchmark_filter=^prefill/")
+    full = runs["prefill/float32/process_time"]["seconds"]
+    for keys in ("plane", "full"):
+        ours = runs[f"prefill/{keys}/process_time"]["seconds"]
+        table.add(f"reading 2048 tokens in chunks of 512, {folder.name}, 2 bits, {keys}", ours, full, "our full precision", ours / full, "<= 1.4")
+
+
 def float32_bytes(folder):
     """Of all weights."""
     total = 0
@@ -193,6 +201,7 @@ def main(build, models):
     table = Table()
     product_quantisation_rows(table, programs / "kernels_bench")
     packed_attention_rows(table, programs / "packed_bench")
+    prefill_rows(table, programs / "prefill_bench", models[0])
     for folder in models:
         engine_rows(table, programs / "engine_bench", folder, slow_peers=folder == models[0])
     sampling_and_probe_rows(table, programs / "engine_bench", models[0])

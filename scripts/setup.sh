@@ -34,6 +34,7 @@ install() {
   cp "$list" "$stamp"
 }
 install .venv scripts/requirements.txt
+cmake -P cmake/jinja.cmake
 case "${1:-}" in
   --test) install .venv scripts/requirements-test.txt ;;
   --bench) install .venv-bench scripts/requirements-bench.txt ;;

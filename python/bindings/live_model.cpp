@@ -1,4 +1,6 @@
+#include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/function.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -7,12 +9,17 @@
 
 #include <algorithm>
 #include <memory>
+#include <set>
 
 #include "bindings.h"
 #include "mlx/ops.h"
 #include "veloxquant/cache/packed_cache.h"
+#include "veloxquant/core/error.h"
+#include "veloxquant/core/safetensors.h"
+#include "veloxquant/model/array_entry.h"
 #include "veloxquant/model/language_model.h"
 #include "veloxquant/model/rope.h"
+#include "veloxquant/plan/plan_file.h"
 
 namespace veloxquant::python {
 namespace {
@@ -26,18 +33,23 @@ class LiveAttention {
 
   int offset() const { return cache_.offset(); }
 
-  mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, float scale) {
-    return cache_.attend(turned_back(q), turned_back(k), v, {.scale = scale, .rope = &rope_, .sliding_window = sliding_window_});
+  // padding, of each sequence, as AttentionSpec has it, or none; q and k are turned by positions behind it.
+  mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, float scale, const std::vector<int>& padding = {}) {
+    AttentionSpec spec{.scale = scale, .rope = &rope_, .sliding_window = sliding_window_};
+    if (!padding.empty()) spec.padding = mx::array(padding.begin(), {static_cast<int>(padding.size())}, mx::int32);
+    std::vector<int> positions(std::max<std::size_t>(1, padding.size()), offset());
+    for (std::size_t b = 0; b < padding.size(); ++b) positions[b] -= padding[b];
+    return cache_.attend(turned_back(q, positions), turned_back(k, positions), v, spec);
   }
 
  private:
   // Turning by the opposite angles is turning the mirror image.
-  mx::array turned_back(const mx::array& x) const {
+  mx::array turned_back(const mx::array& x, const std::vector<int>& positions) const {
     if (turned_dims_ == 0) return x;
     std::vector<float> signs(static_cast<std::size_t>(x.shape(-1)), 1.0f);
     std::fill(signs.begin() + turned_dims_ / 2, signs.begin() + turned_dims_, -1.0f);
     const mx::array mirror(signs.data(), {x.shape(-1)});
-    return mx::multiply(rope_(mx::multiply(x, mirror), offset()), mirror);
+    return mx::multiply(rope_(mx::multiply(x, mirror), positions), mirror);
   }
 
   AttentionCache& cache_;
@@ -125,39 +137,98 @@ LiveModel* make_live_model(nb::object walk, const std::string& architecture, con
   return new LiveModel(std::move(walk), std::move(config), identity);
 }
 
+// Makes the packed cache of a layer.
+using MakePacked = std::function<std::unique_ptr<PackedAttentionCache>()>;
+
+std::unique_ptr<PackedAttentionCache> as_packed(std::unique_ptr<AttentionCache> cache) {
+  return std::unique_ptr<PackedAttentionCache>(dynamic_cast<PackedAttentionCache*>(cache.release()));
+}
+
 // A cache of its own for a layer of a live model.
 class LiveCache {
  public:
-  LiveCache(std::unique_ptr<AttentionCache> cache, const LiveLayer& layer, int head_dim)
-      : cache_(std::move(cache)),
+  // The cache itself is made if none is given.
+  LiveCache(MakePacked make, const LiveLayer& layer, int head_dim, std::unique_ptr<PackedAttentionCache> cache = nullptr)
+      : make_(std::move(make)),
+        layer_(layer),
+        head_dim_(head_dim),
+        cache_(cache ? std::move(cache) : make_()),
         rope_(rope_of(layer), head_dim),
         attention_(*cache_, rope_, 2 * static_cast<int>(layer.radians.size()), layer.sliding_window) {}
 
   int offset() const { return cache_->offset(); }
+  std::vector<int> tokens() const { return cache_->tokens(); }
   std::size_t nbytes() const { return cache_->nbytes(); }
-  std::vector<mx::array> pending() const { return cache_->pending(); }
-  mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, float scale) {
-    return attention_.attend(q, k, v, scale);
+  int trim(int tokens) { return cache_->trim(tokens); }
+
+  // own: how many of the tokens, the last, are each sequence's; none given: all.
+  mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, float scale, const std::vector<int>& own) {
+    std::vector<int> padding = tokens();
+    if (padding.size() != own.size() && !own.empty())
+      throw_invalid("packed cache", "expected tokens of {} sequences, got {}", padding.size(), own.size());
+    for (std::size_t b = 0; b < padding.size(); ++b)
+      padding[b] = offset() + k.shape(2) - padding[b] - (own.empty() ? k.shape(2) : own[b]);
+    if (std::all_of(padding.begin(), padding.end(), [](int skipped) { return skipped == 0; })) padding.clear();
+    return attention_.attend(q, k, v, scale, padding);
+  }
+
+  // A cache that no token has come to is that of one sequence, unless it is known to be of more.
+  CacheState state() const { return tokens().empty() ? empty_state(1) : cache_->state(); }
+  void restore(const CacheState& state) {
+    CacheState held;
+    for (const auto& [name, array] : state) held.emplace(name, on_cpu(array));
+    cache_->restore(held);
+  }
+
+  std::unique_ptr<LiveCache> clone() const {
+    return std::make_unique<LiveCache>(make_, layer_, head_dim_, as_packed(cache_->clone()));
+  }
+  std::unique_ptr<LiveCache> select(const std::vector<int>& sequences) const { return with(select_sequences(state(), sequences)); }
+  std::unique_ptr<LiveCache> join(const std::vector<const LiveCache*>& others) const {
+    std::vector<CacheState> states{state()};
+    for (const auto* other : others) states.push_back(other->state());
+    return with(join_sequences(states));
   }
 
  private:
-  std::unique_ptr<AttentionCache> cache_;
+  std::unique_ptr<LiveCache> with(const CacheState& state) const {
+    auto cache = std::make_unique<LiveCache>(make_, layer_, head_dim_);
+    cache->cache_->restore(state);
+    return cache;
+  }
+
+  MakePacked make_;
+  LiveLayer layer_;
+  int head_dim_;
+  std::unique_ptr<PackedAttentionCache> cache_;
   Rope rope_;
   LiveAttention attention_;
 };
 
-// None for layers that the plan leaves as they are.
-std::vector<std::unique_ptr<LiveCache>> packed_caches(const Plan& plan, const std::vector<LiveLayer>& layers) {
-  const auto factory = packed_factory(plan);
-  std::vector<std::unique_ptr<LiveCache>> caches;
-  for (int i = 0; i < plan.model.num_layers; ++i) {
-    const bool slides =
-        std::any_of(plan.sliding.begin(), plan.sliding.end(), [i](const SlidingLayer& some) { return some.layer == i; });
-    caches.push_back(slides ? nullptr
-                            : std::make_unique<LiveCache>(factory(i), layers.at(static_cast<std::size_t>(i)), plan.model.head_dim));
+// Caches of a live model, as a plan stores them: codebooks are theirs together.
+class LiveCaches {
+ public:
+  LiveCaches(const Plan& plan, std::vector<LiveLayer> layers)
+      : identity_(plan_identity(plan)), head_dim_(plan.model.head_dim), layers_(std::move(layers)), factory_(packed_factory(plan)) {
+    for (const auto& slides : plan.sliding) sliding_.insert(slides.layer);
   }
-  return caches;
-}
+
+  const std::string& identity() const { return identity_; }
+
+  // None for a layer that the plan leaves as it is.
+  std::unique_ptr<LiveCache> cache(int layer) const {
+    const LiveLayer& of = layers_.at(static_cast<std::size_t>(layer));
+    if (sliding_.contains(layer)) return nullptr;
+    return std::make_unique<LiveCache>([factory = factory_, layer] { return as_packed(factory(layer)); }, of, head_dim_);
+  }
+
+ private:
+  std::string identity_;
+  int head_dim_;
+  std::vector<LiveLayer> layers_;
+  CacheFactory factory_;
+  std::set<int> sliding_;
+};
 
 }  // namespace
 
@@ -165,6 +236,7 @@ void bind_live_model(nb::module_& module) {
   nb::class_<LiveAttention>(module, "LiveAttention", "Attention of one layer, while it runs.")
       .def_prop_ro("offset", &LiveAttention::offset)
       .def("attend", &LiveAttention::attend, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("scale"),
+           nb::arg("padding") = std::vector<int>{},
            "q [B, Hq, T, D], k and v [B, Hkv, T, D], float32, turned as the layer does → [B, Hq, T, D].");
   nb::class_<LiveLayer>(module, "LiveLayer")
       .def(
@@ -173,13 +245,35 @@ void bind_live_model(nb::module_& module) {
             new (self) LiveLayer{std::move(radians), sliding_window};
           },
           nb::arg("radians"), nb::arg("sliding_window"));
-  nb::class_<LiveCache>(module, "LiveCache", "Keys and values of one layer, as a plan stores them.")
+  nb::class_<LiveCache>(module, "LiveCache", "Keys and values of one layer, as a plan stores them: docs of PackedAttentionCache.")
       .def_prop_ro("offset", &LiveCache::offset)
+      .def_prop_ro("tokens", &LiveCache::tokens, "Of each sequence, without padding; none before the first call.")
       .def_prop_ro("nbytes", &LiveCache::nbytes)
-      .def_prop_ro("pending", &LiveCache::pending, "Arrays that may still have to be evaluated.")
-      .def("attend", &LiveCache::attend, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("scale"), WithoutInterpreter(),
-           "Appends k and v, and attends: as LiveAttention.attend.");
-  module.def("packed_caches", &packed_caches, nb::arg("plan"), nb::arg("layers"), "One for each layer, None for those that slide.");
+      .def("attend", &LiveCache::attend, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("scale"), nb::arg("own"),
+           WithoutInterpreter(),
+           "Appends k and v, and attends: as LiveAttention.attend.  own: how many of the tokens, the last, are "
+           "each sequence's; empty: all.")
+      .def("trim", &LiveCache::trim, nb::arg("tokens"), WithoutInterpreter())
+      .def("clone", &LiveCache::clone, WithoutInterpreter())
+      .def("state", &LiveCache::state, WithoutInterpreter())
+      .def("restore", &LiveCache::restore, nb::arg("state"), WithoutInterpreter())
+      .def("select", &LiveCache::select, nb::arg("sequences"), WithoutInterpreter(), "A cache of these sequences.")
+      .def("join", &LiveCache::join, nb::arg("others"), WithoutInterpreter(), "A cache of its sequences and theirs.");
+  nb::class_<LiveCaches>(module, "LiveCaches", "Packed caches of a live model.")
+      .def(nb::init<const Plan&, std::vector<LiveLayer>>(), nb::arg("plan"), nb::arg("layers"), WithoutInterpreter())
+      .def_prop_ro("identity", &LiveCaches::identity, "Of the plan.")
+      .def("cache", &LiveCaches::cache, nb::arg("layer"), "An empty one; None for a layer that the plan leaves as it is.");
+  module.def(
+      "state_checksum",
+      [](const std::string& text, const CacheState& state) {
+        CacheState held;
+        for (const auto& [name, array] : state) held.emplace(name, on_cpu(array));
+        return checksum(text, held);
+      },
+      nb::arg("text"), nb::arg("state"), WithoutInterpreter());
+  module.def(
+      "check_safetensors", [](const std::filesystem::path& path) { SafetensorsFile file(path); }, nb::arg("path"),
+      WithoutInterpreter(), "RuntimeError that names what is wrong with the file as such.");
   nb::class_<LiveModel, LanguageModel>(module, "LiveModel", "A model that a Python object runs, layer by layer.");
   module.def("make_live_model", &make_live_model, nb::arg("walk"), nb::arg("architecture"), nb::arg("layers"),
              nb::arg("hidden_size"), nb::arg("intermediate_size"), nb::arg("num_heads"), nb::arg("num_kv_heads"),

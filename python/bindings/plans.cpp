@@ -85,6 +85,7 @@ void bind_plans(nb::module_& module) {
           nb::arg("tokens") = nb::none())
       .def("cache_bytes", &cache_bytes, nb::arg("tokens"))
       .def("constant_bytes", &constant_bytes)
+      .def("identity", &plan_identity, WithoutInterpreter())
       .def(
           "check",
           [](const Plan& plan, const std::string& architecture, int num_layers, int num_kv_heads, int head_dim) {

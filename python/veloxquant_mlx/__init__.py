@@ -11,9 +11,9 @@ allocators.ratequant and allocators.vecinfer are the documented API.  On the CPU
 
 from . import allocators
 from ._load import core
-from ._packed import PackedKVCache, make_cache
+from ._packed import BatchPackedKVCache, PackedKVCache, load_cache, make_cache
 from .plans import Plan, calibrate
 
 Tokenizer = core.Tokenizer
 __version__ = core.__version__
-__all__ = ["PackedKVCache", "Plan", "Tokenizer", "allocators", "calibrate", "make_cache"]
+__all__ = ["BatchPackedKVCache", "PackedKVCache", "Plan", "Tokenizer", "allocators", "calibrate", "load_cache", "make_cache"]

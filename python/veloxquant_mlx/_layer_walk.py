@@ -8,9 +8,10 @@ import contextlib
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from ._attention import OurAttention, know_our_caches
+from ._live import own_caches
 from ._load import core
 from ._own_forward import layer_name
 
@@ -86,7 +87,7 @@ class LayerWalk:
 
     def __init__(self, model):
         self._model = model
-        self._caches = make_prompt_cache(model)
+        self._caches = own_caches(model)
         self._held = self._find_layers()
         self._layers = list(self._held)
         self._arguments = self._read_arguments()

@@ -9,6 +9,7 @@ import warnings
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache
 
 from ._load import core
 from ._tokenizers import folder_of, special_token
@@ -21,6 +22,12 @@ _NO_WINDOW = 1 << 30
 
 # Mean KL, in nats, that rounding to bfloat16 does not reach and another architecture does not stay below.
 _SAME_MODEL_KL = 0.05
+
+
+def own_caches(model):
+    """The caches that a model makes by its own code: model.make_cache may be set to make ours."""
+    make = getattr(type(model), "make_cache", None)
+    return make(model) if make else [KVCache() for _ in model.layers]
 
 
 def engine_model(model, tokenizer, device):

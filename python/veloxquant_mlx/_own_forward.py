@@ -6,9 +6,9 @@ import tempfile
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
-from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
-from ._live import first_token
+from ._live import first_token, own_caches
 from ._load import core
 from ._tokenizers import encoder, vocabulary_size
 
@@ -42,7 +42,7 @@ class OwnForward:
         if not hasattr(model, "layers") or not callable(model):
             raise TypeError(f"model: expected an mlx_lm model or the folder of one, got {type(model).__name__}")
         self._check_caches()
-        self.num_layers = len(make_prompt_cache(model))
+        self.num_layers = len(own_caches(model))
         keys = self._first_keys()
         self.num_kv_heads, self.head_dim = keys.shape[1], keys.shape[-1]
 
@@ -55,7 +55,7 @@ class OwnForward:
         self._stack.close()
 
     def _check_caches(self):
-        for i, cache in enumerate(make_prompt_cache(self.model)):
+        for i, cache in enumerate(own_caches(self.model)):
             # Sliding layers see their window by the mask, as long as a sequence is read in one go.
             if type(cache) not in (KVCache, RotatingKVCache):
                 held = [type(part).__name__ for part in cache.caches] if isinstance(cache, CacheList) else [type(cache).__name__]
@@ -98,7 +98,7 @@ class OwnForward:
         if first is None:
             raise ValueError("tokenizer: it names no bos_token_id and no eos_token_id to begin the model's own text with: pass text=")
         key = mx.random.key(seed)
-        caches = make_prompt_cache(self.model)
+        caches = own_caches(self.model)
         tokens = [mx.full((num_samples, 1), first, mx.int32)]
         for i in range(1, length):
             logits = self.forward(tokens[-1], caches)[:, -1].astype(mx.float32)

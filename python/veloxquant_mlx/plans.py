@@ -1,6 +1,7 @@
 """Plans: how every head's keys and values are stored, and how they are made."""
 
 import contextlib
+import functools
 import json
 import os
 
@@ -46,6 +47,11 @@ class Plan:
     def cache_bytes(self, tokens):
         """Bytes of the keys and values of one sequence of so many tokens, in the layers that the plan stores."""
         return self._plan.cache_bytes(_inputs.integer("tokens", tokens))
+
+    @functools.cached_property
+    def identity(self):
+        """Names this plan among all others."""
+        return self._plan.identity()
 
     @property
     def bits(self):

@@ -52,8 +52,6 @@ Difference compare(const Sequence& x, const Stored& stored, Exact exact, const s
   return result;
 }
 
-constexpr float kRounding = 2e-5f;
-
 // A vector within rounding of a boundary may get another code, which those that see much of it show.  turboquant has a boundary at
 // zero, where sums of 8-bit values often are.
 constexpr Difference kOtherCodes = {1e-3f, 0.15f};

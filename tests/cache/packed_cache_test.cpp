@@ -3,8 +3,6 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <thread>
-
 #include "mlx/ops.h"
 #include "tests/cache/packed_inputs.h"
 #include "veloxquant/cache/restoring_cache.h"
@@ -13,8 +11,6 @@ namespace veloxquant {
 namespace {
 
 using namespace testing;
-
-constexpr double kRounding = 2e-5;
 
 // The largest difference of what both caches give, relative to the largest value, over all chunks.
 double largest_difference(const Sequence& x, const Stored& stored, ExactTokens exact, const std::vector<int>& chunks,

@@ -69,4 +69,6 @@ inline Stored of_method(const Sequence& x, int dim, const char* method, double w
 inline const std::vector<int> kChunks = {1, 1, 7, 100, 1, 160, 1, 1, 300, 2, 5, 1};  // 580 tokens
 inline constexpr int kTokens = 580;
 
+inline constexpr double kRounding = 2e-5;  // of sums in another order, relative to the largest value
+
 }  // namespace veloxquant::testing

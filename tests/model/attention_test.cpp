@@ -77,5 +77,28 @@ TEST(AttentionOperation, RefusesNearTokensOutsideTheirRange) {
   EXPECT_THROW(attend(8, 31, 31), std::invalid_argument);
 }
 
+TEST(FullCache, IsTrimmedCopiedAndRestored) {
+  const Rope rope({}, 16);
+  const AttentionSpec spec{.scale = 0.25f, .rope = &rope};
+  const auto q = normal({2, 4, 90, 16}, 1), k = normal({2, 2, 90, 16}, 2), v = normal({2, 2, 90, 16}, 3);
+  const auto append = [&](AttentionCache& cache, int begin, int end) {
+    const auto cut = [&](const mx::array& x) { return mx::slice(x, {0, 0, begin, 0}, {2, x.shape(1), end, 16}); };
+    return cache.attend(cut(q), cut(k), cut(v), spec);
+  };
+  FullCache cache, never, restored;
+  append(cache, 0, 50), append(never, 0, 50);
+  append(cache, 80, 90);
+  EXPECT_EQ(cache.trim(10), 10);
+  EXPECT_EQ(cache.offset(), 50);
+  restored.restore(cache.state());
+  const auto copy = cache.clone();
+  const auto expected = append(never, 50, 60);
+  for (auto* other : {static_cast<SavableCache*>(&cache), static_cast<SavableCache*>(&restored), copy.get()})
+    EXPECT_TRUE(mx::array_equal(append(*other, 50, 60), expected).item<bool>());
+  EXPECT_EQ(cache.trim(1000), 60);
+  EXPECT_EQ(copy->offset(), 60);
+  EXPECT_THROW(cache.restore({{"keys", k}}), std::invalid_argument);
+}
+
 }  // namespace
 }  // namespace veloxquant

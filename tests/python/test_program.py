@@ -725,6 +725,26 @@ def test_generate_refuses(run, demo_model, tiny, plan, tmp_path):
     fails(run("generate", tiny, "--plan", plan, "--prompt", "a"), "another model")
     assert run("generate", demo_model).returncode == 2
     assert run("generate", demo_model, "--prompt", "a", "--max-tokens", 0).returncode == 2
+    assert run("generate", demo_model, "--prompt", "a", "--top-p", 0).returncode == 2
+    fails(run("generate", demo_model, "--prompt", "a", "--top-p", 1.5), "top_p", "1.5")
+    fails(run("generate", demo_model, "--chat", "--prompt", "a"), "chat template", "the model has none")
     kivi = tmp_path / "kivi.plan"
     assert run("calibrate", demo_model, "--method", "kivi", "--units", "uniform", "--bits", 3, "-o", kivi).returncode == 0
     fails(run("generate", demo_model, "--plan", kivi, "--prompt", "a"), "kivi groups 32 tokens")
+
+
+def test_generate_refuses_a_plan_of_other_heads(run, tiny, text, tmp_path):
+    path = tmp_path / "made.plan"
+    assert run("calibrate", tiny, "--method", "affine", "--units", "uniform", "--bits", 4.5, "--text", text, "--length", 16, "--samples", 2, "-o", path).returncode == 0
+    assert run("generate", tiny, "--plan", path, "--prompt", "a", "--max-tokens", 2).returncode == 0
+    heads = json.loads((tiny / "config.json").read_text())["num_key_value_heads"]
+    other = write_model(tmp_path / "other", "llama", vocab_size=8192, num_key_value_heads=1 if heads > 1 else 2)
+    shutil.copy(tiny / "tokenizer.json", other)
+    fails(run("generate", other, "--plan", path, "--prompt", "a"), "another model", "kv_heads")
+
+
+def test_generate_goes_on_beyond_what_the_model_was_made_for(run, tiny):
+    change_config(tiny, max_position_embeddings=8)
+    done = run("generate", tiny, "--prompt", "It was a cold evening", "--max-tokens", 12, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["tokens"] > 0
+    assert "made for 8" in done.stderr and done.stderr.count("\n") == 1

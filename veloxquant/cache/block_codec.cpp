@@ -43,10 +43,8 @@ float* scratch(std::size_t size) {
 // Any quantizer that stores tokens one by one: token after token.
 class PlainCodec : public BlockCodec {
  public:
-  explicit PlainCodec(std::unique_ptr<const Quantizer> quantizer)
-      : BlockCodec(quantizer->dim(), nullptr), quantizer_(std::move(quantizer)), token_bytes_(quantizer_->encoded_bytes(1)) {}
-
-  std::size_t block_bytes() const override { return token_bytes_ * kPackedBlockTokens; }
+  explicit PlainCodec(const QuantizerParameters& parameters)
+      : BlockCodec(parameters, nullptr), quantizer_(make_quantizer(parameters)), token_bytes_(quantizer_->encoded_bytes(1)) {}
 
   void append(std::span<const float> vectors, std::size_t at, std::uint8_t* block, OpenBlock&) const override {
     quantizer_->encode(vectors, {block + at * token_bytes_, vectors.size() / dim_ * token_bytes_});
@@ -65,10 +63,10 @@ class PlainCodec : public BlockCodec {
 class RotatedPqCodec : public BlockCodec {
  public:
   RotatedPqCodec(const QuantizerParameters& parameters, const Rope* rope)
-      : BlockCodec(parameters.dim, rope),
+      : BlockCodec(parameters, rope),
         quantizer_(parameters),
-        codes_{static_cast<std::size_t>(parameters.numbers.at("codes"))},
-        patches_(static_cast<std::size_t>(quantizer_.patches())),
+        codes_{shape_.patches_at / kPackedBlockTokens},
+        patches_(shape_.patches),
         stride_(dim_ + kLookupPadding) {
     tables_.reserve(2 * quantizer_.subspaces().size());
     std::size_t column = 0, code = 0;
@@ -82,8 +80,6 @@ class RotatedPqCodec : public BlockCodec {
       column += piece.width;
     }
   }
-
-  std::size_t block_bytes() const override { return codes_.block_bytes() + patches_ * quantizer_.patch_bytes(); }
 
   void append(std::span<const float> vectors, std::size_t at, std::uint8_t* block, OpenBlock& open) const override {
     const std::size_t tokens = vectors.size() / dim_, count = codes_.codes;
@@ -155,8 +151,9 @@ class RotatedPqCodec : public BlockCodec {
   // Adds the patches of these tokens; `held` tokens are in the block.
   void patch(const std::uint8_t* block, std::size_t begin, std::size_t tokens, std::size_t held, float* z) const {
     const std::uint8_t* bytes = block + codes_.block_bytes();
-    for (std::size_t p = 0; p < held_patches(held); ++p, bytes += quantizer_.patch_bytes())
-      if (bytes[0] >= begin && bytes[0] < begin + tokens) quantizer_.add_patch(bytes, z + (bytes[0] - begin) * stride_);
+    for (std::size_t p = 0; p < held_patches(held); ++p, bytes += shape_.patch_bytes)
+      if (bytes[0] >= begin && bytes[0] < begin + tokens)
+        RotatedPqQuantizer::add_patch(bytes, {z + (bytes[0] - begin) * stride_, dim_});
   }
 
   RotatedPqQuantizer quantizer_;
@@ -170,7 +167,7 @@ class RotatedPqCodec : public BlockCodec {
     if (place == 0) open.patch_errors.clear();
     const float error = RotatedPqQuantizer::patch_error(rest);
     auto& errors = open.patch_errors;
-    const std::size_t bytes = quantizer_.patch_bytes();
+    const std::size_t bytes = shape_.patch_bytes;
     if (errors.size() == patches_) {
       // Of equal ones the later goes.
       std::size_t least = 0;
@@ -301,10 +298,10 @@ class RotatedKeysCodec : public RotatedPqCodec {
     }
     sum_entries(block + begin / kPackedTileTokens * codes_.tile_bytes(), tokens, folded_, keys, stride_);
     const std::uint8_t* bytes = block + codes_.block_bytes();
-    for (std::size_t p = 0; p < held_patches(held); ++p, bytes += quantizer_.patch_bytes()) {
+    for (std::size_t p = 0; p < held_patches(held); ++p, bytes += shape_.patch_bytes) {
       if (bytes[0] < begin || bytes[0] >= begin + tokens) continue;
       std::vector<float> rest(dim_);
-      quantizer_.add_patch(bytes, rest.data());
+      RotatedPqQuantizer::add_patch(bytes, rest);
       gemm(false, false, 1, d, d, 1.0f, rest.data(), d, inverse_.data(), d, 1.0f, keys + (bytes[0] - begin) * stride_, d);
     }
   }
@@ -361,6 +358,48 @@ void check_packable(const QuantizerParameters& parameters) {
     throw_invalid("packed cache", "{} groups {} tokens: expected a method that stores tokens one by one", parameters.method, group);
 }
 
+BlockShape block_shape(const QuantizerParameters& parameters) {
+  BlockShape shape{.bytes = 0, .patches_at = 0, .patches = 0, .patch_bytes = 0, .dim = parameters.dim};
+  if (parameters.method != rotated_pq_method().name) {
+    check_packable(parameters);
+    shape.bytes = shape.patches_at = make_quantizer(parameters)->encoded_bytes(1) * kPackedBlockTokens;
+    return shape;
+  }
+  shape.patches_at = PackedCodes{static_cast<std::size_t>(parameters.numbers.at("codes"))}.block_bytes();
+  shape.patches = static_cast<std::size_t>(parameters.numbers.at("patches"));
+  shape.patch_bytes = RotatedPqQuantizer::patch_bytes(static_cast<std::size_t>(parameters.dim));
+  shape.bytes = shape.patches_at + shape.patches * shape.patch_bytes;
+  return shape;
+}
+
+void trim_block(const BlockShape& shape, std::size_t held, std::size_t tokens, std::uint8_t* block, OpenBlock& open) {
+  if (shape.patches == 0) return;
+  struct Patch {
+    std::vector<std::uint8_t> bytes;
+    float error;
+  };
+  const std::size_t wanted = RotatedPqQuantizer::patches_of(shape.patches, tokens), bytes = shape.patch_bytes;
+  std::uint8_t* at = block + shape.patches_at;
+  std::vector<Patch> kept;
+  for (std::size_t p = 0; p < RotatedPqQuantizer::patches_of(shape.patches, held); ++p) {
+    const std::uint8_t* patch = at + p * bytes;
+    if (patch[0] >= tokens) continue;
+    std::vector<float> rest(static_cast<std::size_t>(shape.dim));
+    RotatedPqQuantizer::add_patch(patch, rest);
+    kept.push_back(
+        {{patch, patch + bytes}, p < open.patch_errors.size() ? open.patch_errors[p] : RotatedPqQuantizer::patch_error(rest)});
+  }
+  // Those of zeros stand first, at place 0.
+  while (kept.size() > wanted) kept.erase(kept.begin());
+  kept.insert(kept.begin(), wanted - kept.size(), {std::vector<std::uint8_t>(bytes), 0.0f});
+  open.patch_errors.clear();
+  for (const auto& [patch, error] : kept) {
+    at = std::copy(patch.begin(), patch.end(), at);
+    open.patch_errors.push_back(error);
+  }
+  std::fill(at, block + shape.patches_at + shape.patches * bytes, std::uint8_t{0});
+}
+
 std::shared_ptr<const BlockCodec> make_block_codec(const QuantizerParameters& parameters, const Rope* rope) {
   const bool keys = parameters.side == Side::kKeys;
   if (parameters.method == rotated_pq_method().name) {
@@ -368,7 +407,7 @@ std::shared_ptr<const BlockCodec> make_block_codec(const QuantizerParameters& pa
     return std::make_shared<RotatedPqCodec>(parameters, nullptr);
   }
   check_packable(parameters);
-  return std::make_shared<PlainCodec>(make_quantizer(parameters));
+  return std::make_shared<PlainCodec>(parameters);
 }
 
 }  // namespace veloxquant

@@ -13,10 +13,25 @@
 
 namespace veloxquant {
 
-/// What a block that still grows needs beside its bytes.
+/// Where the parts of a block stand, and how large it is: codes, then (rotated_pq) patches.
+struct BlockShape {
+  std::size_t bytes, patches_at, patches, patch_bytes;
+  int dim;
+};
+
+/// Throws as check_packable does.
+BlockShape block_shape(const QuantizerParameters& parameters);
+
+/// What the last block, which grows, needs beside its bytes.
 struct OpenBlock {
   std::vector<float> patch_errors;  // rotated_pq: of the tokens patched, in the order of the patches
 };
+
+/// Cuts a block that holds `held` tokens back to the first `tokens` ≥ 1.  `open` is of this block, or empty.
+///
+/// Patches of tokens that go are gone, and those that they had displaced do not come back: patches of zeros, which any other
+/// displaces, stand in their place.  What a token lost is taken from its patch where `open` does not know it.
+void trim_block(const BlockShape& shape, std::size_t held, std::size_t tokens, std::uint8_t* block, OpenBlock& open);
 
 /// Queries of one KV head [num_queries, dim] at work on a block.
 struct BlockQueries {
@@ -38,7 +53,7 @@ class BlockCodec {
  public:
   virtual ~BlockCodec() = default;
 
-  virtual std::size_t block_bytes() const = 0;
+  std::size_t block_bytes() const { return shape_.bytes; }
 
   /// Appends vectors [n, dim] as tokens at … at + n − 1 of a block; at + n ≤ kPackedBlockTokens.
   virtual void append(std::span<const float> vectors, std::size_t at, std::uint8_t* block, OpenBlock& open) const = 0;
@@ -59,9 +74,11 @@ class BlockCodec {
 
  protected:
   /// rope: what turns stored keys; null for values, and for keys that are stored turned.
-  BlockCodec(int dim, const Rope* rope) : dim_(static_cast<std::size_t>(dim)), rope_(rope) {}
+  BlockCodec(const QuantizerParameters& parameters, const Rope* rope)
+      : dim_(static_cast<std::size_t>(parameters.dim)), shape_(block_shape(parameters)), rope_(rope) {}
 
   const std::size_t dim_;
+  const BlockShape shape_;
   const Rope* const rope_;
 };
 

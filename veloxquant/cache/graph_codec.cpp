@@ -79,7 +79,8 @@ GraphCodec::GraphCodec(const QuantizerParameters& parameters) : dim_(parameters.
   token_bytes_ = packed_bytes(graph_.layout);
   tiled_ = parameters.method == rotated_pq_method().name;
   patches_ = tiled_ ? static_cast<const RotatedPqQuantizer&>(*quantizer).patches() : 0;
-  block_bytes_ = (kBlock * token_bytes_ + patches_ * patch_bytes(dim_) + kLoad - 1) / kLoad * kLoad;
+  filled_bytes_ = kBlock * token_bytes_ + patches_ * patch_bytes(dim_);
+  block_bytes_ = (filled_bytes_ + kLoad - 1) / kLoad * kLoad;
 }
 
 mx::array GraphCodec::as_block(const mx::array& tokens) const {
@@ -132,6 +133,23 @@ GraphCodec::Blocks GraphCodec::offer_patches(const Blocks& blocks, int at, const
     errors = mx::take_along_axis(errors, stay, -1);
   }
   return {mx::flatten(filled_up(bytes, -2, patches_), -2, -1), filled_up(errors, -1, patches_)};
+}
+
+GraphCodec::Blocks GraphCodec::trim(const mx::array& bytes, const std::optional<mx::array>& errors, int held, int tokens) const {
+  if (patches_ == 0) return {bytes, mx::zeros({bytes.shape(0), 0})};
+  const int count = std::min(patches_, held), kept = std::min(patches_, tokens);
+  const auto patches = part(patches_of(bytes), -2, 0, count), index = mx::arange(count);
+  const auto stays = mx::less(part(patches, -1, 0, 1), mx::array(tokens)), one = mx::squeeze(stays, -1);
+  auto fields = unpack_fields(patches, placed_patch_layout(dim_));
+  fields.erase(fields.begin());
+  const auto lost = errors ? part(*errors, -1, 0, count) : mx::sum(mx::square(look_up_patch(fields)), -1);
+  // Those that go come first, as zeros, and any other displaces them.
+  const auto order = part(mx::argsort(mx::where(one, mx::add(index, mx::array(count)), index), -1), -1, count - kept, count);
+  const auto bytes_kept = mx::take_along_axis(mx::where(stays, patches, mx::zeros_like(patches)), mx::expand_dims(order, -1), -2),
+             lost_kept = mx::take_along_axis(mx::where(one, lost, mx::zeros_like(lost)), order, -1);
+  const auto tail = mx::flatten(filled_up(bytes_kept, -2, patches_), -2, -1);
+  return {filled_up(mx::concatenate({part(bytes, -1, 0, kBlock * token_bytes_), tail}, -1), -1, block_bytes_),
+          filled_up(lost_kept, -1, patches_)};
 }
 
 mx::array GraphCodec::look_up(const mx::array& blocks, int tokens) const {

@@ -1,6 +1,8 @@
 // The tokens of heads in blocks of codes, as graphs of MLX's operations: what block_codec.h is to our CPU code.
 #pragma once
 
+#include <optional>
+
 #include "mlx/array.h"
 #include "veloxquant/cache/method_graph.h"
 #include "veloxquant/quantize/packed_layout.h"
@@ -16,6 +18,9 @@ class GraphCodec {
 
   int block_bytes() const { return block_bytes_; }
 
+  /// Of these, those of BlockCodec.
+  int filled_bytes() const { return filled_bytes_; }
+
   /// Of a block of kPackedBlockTokens tokens; 0 for methods that know none.
   int patches() const { return patches_; }
 
@@ -28,6 +33,10 @@ class GraphCodec {
   /// Blocks that hold `at` tokens, with vectors [rows, n, dim] appended as tokens at … at + n − 1; at + n ≤ kPackedBlockTokens.
   /// What is in `blocks` does not matter where at is 0.
   Blocks append(const Blocks& blocks, int at, const mx::array& vectors) const;
+
+  /// Blocks that hold `held` tokens, cut back to the first `tokens` ≥ 1 as trim_block does: what is lost is taken from the patches
+  /// where it is not known.
+  Blocks trim(const mx::array& bytes, const std::optional<mx::array>& errors, int held, int tokens) const;
 
   /// The first `tokens` tokens of blocks [rows, blocks, block_bytes] → [rows, tokens, dim], in a space of the codec's own, …
   mx::array look_up(const mx::array& blocks, int tokens) const;
@@ -45,7 +54,7 @@ class GraphCodec {
   Blocks offer_patches(const Blocks& blocks, int at, const mx::array& rest) const;
 
   MethodGraph graph_;
-  int dim_, token_bytes_, patches_, block_bytes_;
+  int dim_, token_bytes_, patches_, filled_bytes_, block_bytes_;
   bool tiled_;  // codes of tokens interleaved as packed_layout.h says
 };
 

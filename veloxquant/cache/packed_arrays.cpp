@@ -5,8 +5,10 @@
 #include <numeric>
 
 #include "mlx/ops.h"
-#include "veloxquant/cache/packed_cache.h"
+#include "veloxquant/cache/packed_head.h"
 #include "veloxquant/core/error.h"
+#include "veloxquant/model/array_entry.h"
+#include "veloxquant/plan/plan.h"
 
 namespace veloxquant {
 namespace {
@@ -54,10 +56,33 @@ mx::array as_rows(const mx::array& keys, const mx::array& values, int batch, int
   return mx::reshape(mx::swapaxes(mx::reshape(both, {batch, heads, blocks, size}), 1, 2), {batch, blocks, heads * size});
 }
 
-// Which keys the queries see: those that lie at least `least` and less than `reach` behind them.
-mx::array seen_keys(const mx::array& query_positions, const mx::array& key_positions, int least, const mx::array& reach) {
-  const auto distance = mx::subtract(query_positions, key_positions);
-  return mx::logical_and(mx::greater_equal(distance, mx::array(least)), mx::less(distance, reach));
+// Elements from `at` on, and then zeros up to `length`.
+struct Piece {
+  int at, size, length;
+};
+
+// Pieces of rows [B, n, …], one after another.
+mx::array pieced(const mx::array& rows, const std::vector<Piece>& pieces) {
+  std::vector<mx::array> parts;
+  for (const auto& [at, size, length] : pieces) {
+    if (size > 0) parts.push_back(part(rows, 2, at, at + size));
+    if (length > size) parts.push_back(mx::zeros({rows.shape(0), rows.shape(1), length - size}, rows.dtype()));
+  }
+  return joined(parts, 2);
+}
+
+// Which keys the queries see: those before `ends`, of each query, that lie less than `reach` behind them.
+mx::array seen_keys(const mx::array& query_positions, const mx::array& ends, const mx::array& key_positions,
+                    const mx::array& reach) {
+  return mx::logical_and(mx::less(key_positions, ends), mx::less(mx::subtract(query_positions, key_positions), reach));
+}
+
+const GraphCodec& unit(const std::vector<GraphCodec>& side, int head) {
+  return side[side.size() == 1 ? 0 : static_cast<std::size_t>(head)];
+}
+
+int blocks_of(int coded) {
+  return (coded + kBlock - 1) / kBlock;
 }
 
 int reach_of(const AttentionSpec& spec) {
@@ -90,12 +115,36 @@ const PackedKernels* PackedArraysLayer::kernels(const Rope& rope, int kv_heads) 
 
 PackedArrays::PackedArrays(std::shared_ptr<const PackedArraysLayer> layer) : layer_(std::move(layer)) {}
 
-int PackedArrays::coded() const {
-  return std::max(0, offset_ - layer_->window - layer_->sinks);
+StateSizes PackedArraysLayer::state_sizes(int kv_heads) const {
+  check_units(kv_heads, keys.size(), values.size());
+  StateSizes sizes{.heads = kv_heads,
+                   .block_bytes = 0,
+                   .patches = 0,
+                   .sinks = sinks,
+                   .window = window,
+                   .token_bytes = packed_bytes(exact.layout)};
+  for (const auto* side : {&keys, &values})
+    for (int head = 0; head < kv_heads; ++head) {
+      const GraphCodec& codec = unit(*side, head);
+      sizes.block_bytes += codec.filled_bytes();
+      sizes.patches = std::max(sizes.patches, codec.patches());
+    }
+  return sizes;
+}
+
+std::vector<int> PackedArrays::tokens() const {
+  std::vector<int> tokens(static_cast<std::size_t>(batch_), offset_);
+  for (std::size_t b = 0; b < sequences_.size(); ++b) tokens[b] = sequences_[b].offset_;
+  return tokens;
 }
 
 std::vector<mx::array> PackedArrays::pending() const {
   std::vector<mx::array> arrays;
+  for (const auto& sequence : sequences_) {
+    const auto more = sequence.pending();
+    arrays.insert(arrays.end(), more.begin(), more.end());
+  }
+  if (!sequences_.empty()) return arrays;
   for (const auto* array : {&closed_, &open_, &errors_, &exact_})
     if (*array) arrays.push_back(**array);
   return arrays;
@@ -109,13 +158,17 @@ std::size_t PackedArrays::nbytes() const {
 
 void PackedArrays::begin(const mx::array& k) {
   check_units(k, layer_->keys.size(), layer_->values.size(), layer_->dim);
-  batch_ = k.shape(0);
-  kv_heads_ = k.shape(1);
-  const auto of = [](const auto& side, int head) { return &side[side.size() == 1 ? 0 : static_cast<std::size_t>(head)]; };
+  set_up(batch_ > 0 ? batch_ : k.shape(0), k.shape(1));
+}
+
+void PackedArrays::set_up(int batch, int kv_heads) {
+  batch_ = batch;
+  kv_heads_ = kv_heads;
   const int alike = layer_->keys.size() == 1 && layer_->values.size() == 1 ? kv_heads_ : 1;
   int bytes = 0, errors = 0;
   for (int head = 0; head < kv_heads_; head += alike) {
-    const auto& some = heads_.emplace_back(Heads{head, alike, of(layer_->keys, head), of(layer_->values, head), bytes, errors});
+    const auto& some =
+        heads_.emplace_back(Heads{head, alike, &unit(layer_->keys, head), &unit(layer_->values, head), bytes, errors});
     bytes += alike * some.bytes_of_one();
     errors += alike * some.errors_of_one();
   }
@@ -126,17 +179,20 @@ void PackedArrays::begin(const mx::array& k) {
 }
 
 mx::array PackedArrays::attend(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) {
-  if (spec.padding) throw_invalid("packed cache", "padding: expected sequences without padding");
+  const InUse in_use(busy_);
   if (heads_.empty()) begin(k);
   check_chunk(q, k, v, {batch_, kv_heads_, k.shape(2), layer_->dim});
-  const int first = offset_, tokens = k.shape(2), group = q.shape(1) / kv_heads_, dim = layer_->dim;
+  if (const auto own = own_tokens(this->tokens(), offset_, k.shape(2), spec);
+      !sequences_.empty() || std::ranges::any_of(own, [&](int count) { return count < k.shape(2); }))
+    return attend_apart(q, k, v, own, spec);
+  const int first = offset_, coded_before = coded_, tokens = k.shape(2), group = q.shape(1) / kv_heads_, dim = layer_->dim;
   const auto as_floats = [](const mx::array& x) { return mx::astype(x, mx::float32); };
   const auto keys = as_floats(layer_->keys_before_rope ? k : (*spec.rope)(k, first)), values = as_floats(v);
   if (tokens == 1 && spec.sliding_window == 0)
     if (const auto* kernels = layer_->kernels(*spec.rope, kv_heads_)) {
       append_one(*kernels, keys, values);
       const auto out =
-          kernels->attend(as_floats((*spec.rope)(q, first)), closed_, {exact_, *open_, errors_, *counts_}, coded(), spec);
+          kernels->attend(as_floats((*spec.rope)(q, first)), closed_, {exact_, *open_, errors_, *counts_}, coded_, spec);
       return mx::depends({mx::astype(out, q.dtype())}, pending())[0];
     }
   const auto queries =
@@ -150,7 +206,7 @@ mx::array PackedArrays::attend(const mx::array& q, const mx::array& k, const mx:
     std::vector<int> positions(static_cast<std::size_t>(rows));
     for (int row = 0; row < rows; ++row) positions[static_cast<std::size_t>(row)] = first + begin + row % count;
     const Queries some{mx::reshape(part(queries, 3, begin, begin + count), {batch_, kv_heads_, rows, dim}), first + begin, count,
-                       mx::reshape(int_array(positions), {rows, 1})};
+                       mx::reshape(int_array(positions), {rows, 1}), coded_before};
     auto sums = attend_coded(some, spec);
     if (const auto exact = attend_exact(some, recent, spec); exact && sums) {
       const auto maximum = mx::maximum(sums->maximum, exact->maximum);
@@ -188,20 +244,22 @@ void PackedArrays::store_exact(const mx::array& bytes, int first, int begin, int
 }
 
 void PackedArrays::append_one(const PackedKernels& kernels, const mx::array& k, const mx::array& v) {
-  const int before = coded(), first = offset_++;
-  if (!counts_) counts_ = PackedKernels::counts(before, first);
+  if (!counts_) counts_ = PackedKernels::counts(coded_, offset_);
+  const int before = coded_, window = layer_->window, sinks = layer_->sinks;
+  coded_ = std::max(coded_, ++offset_ - window - sinks);
   const auto state = kernels.append({exact_, *open_, errors_, *counts_}, k, v);
   exact_ = state.exact, open_ = state.open, errors_ = state.errors, counts_ = state.counts;
-  if (coded() > before && coded() % kBlock == 0) closed_ = closed_ ? mx::concatenate({*closed_, *open_}, 1) : *open_;
+  if (coded_ > before && coded_ % kBlock == 0) closed_ = closed_ ? mx::concatenate({*closed_, *open_}, 1) : *open_;
 }
 
 PackedArrays::Recent PackedArrays::append(const mx::array& k, const mx::array& v) {
   const int tokens = k.shape(2), window = layer_->window, sinks = layer_->sinks, first = offset_, end = first + tokens,
-            coded_before = coded();
+            coded_before = coded_;
   offset_ = end;
+  coded_ = std::max(coded_, end - window - sinks);
   counts_.reset();
   const auto arrived = mx::stack({k, v}, 2), bytes = layer_->exact.encode(arrived);
-  const int begin = std::max(std::min(sinks, end), std::max(0, first - window)), skipped = std::max(begin, first) - first;
+  const int begin = std::min(sinks + coded_before, end), skipped = std::max(begin, first) - first;
   Recent recent{begin, part(arrived, 3, skipped, tokens)};
   if (window > 0) {
     auto all = part(bytes, 3, skipped, tokens);
@@ -215,10 +273,7 @@ PackedArrays::Recent PackedArrays::append(const mx::array& k, const mx::array& v
       store_exact(bytes, first, p, next);
       p = next;
     }
-  if (const int leaving = coded() - coded_before; leaving > 0) {
-    const int at = sinks + coded_before - begin;
-    append_coded(part(recent.vectors, 3, at, at + leaving), coded_before);
-  }
+  if (const int leaving = coded_ - coded_before; leaving > 0) append_coded(part(recent.vectors, 3, 0, leaving), coded_before);
   return recent;
 }
 
@@ -233,37 +288,58 @@ void PackedArrays::append_coded(const mx::array& vectors, int index) {
       open_ = mx::zeros_like(*open_);
     } else {
       open_ = grown.bytes;
-      if (errors_) errors_ = grown.errors;
     }
+    if (errors_) errors_ = part(grown.errors, 1, grown.errors.shape(1) - 1, grown.errors.shape(1));
     begin += count;
   }
+}
+
+template <class Each>
+void PackedArrays::each_unit(const Each& each) const {
+  for (const auto& some : heads_)
+    for (int i = 0; i < some.count; ++i) {
+      const int byte = some.bytes + i * some.bytes_of_one(), error = some.errors + i * some.errors_of_one();
+      each(*some.keys, byte, error);
+      each(*some.values, byte + some.keys->block_bytes(), error + some.keys->patches());
+    }
+}
+
+template <class Make>
+GraphCodec::Blocks PackedArrays::rows_of(const Make& make) const {
+  std::vector<mx::array> bytes, errors;
+  for (const auto& some : heads_) {
+    const auto keys = make(some, kKeys, *some.keys, 0, 0),
+               values = make(some, kValues, *some.values, some.keys->block_bytes(), some.keys->patches());
+    bytes.push_back(as_rows(keys.bytes, values.bytes, batch_, some.count));
+    if (errors_) errors.push_back(as_rows(keys.errors, values.errors, batch_, some.count));
+  }
+  return {joined(bytes, 2), errors_ ? joined(errors, 2) : *open_};
+}
+
+// Of one block [B, 1, …], those of a codec: [B · heads, …].
+mx::array PackedArrays::bytes_of(const Heads& some, const mx::array& block, int byte, const GraphCodec& codec) const {
+  return mx::reshape(of_heads(block, some.bytes, some.bytes_of_one(), some.count, byte, codec.block_bytes()),
+                     {batch_ * some.count, codec.block_bytes()});
+}
+
+mx::array PackedArrays::errors_of(const Heads& some, int error, const GraphCodec& codec) const {
+  return mx::reshape(of_heads(*errors_, some.errors, some.errors_of_one(), some.count, error, codec.patches()),
+                     {batch_ * some.count, codec.patches()});
 }
 
 // Vectors [B, H, 2, blocks · n, D] as tokens at … at + n − 1 of blocks: of the open one, or of `blocks` new ones.  Rows [B, blocks,
 // …] as closed_ and errors_ have them.
 GraphCodec::Blocks PackedArrays::encode(const mx::array& vectors, int at, int blocks) const {
-  const int tokens = vectors.shape(3) / blocks, dim = layer_->dim;
-  std::vector<mx::array> bytes, errors;
-  for (const auto& some : heads_) {
-    const int rows = batch_ * some.count * blocks;
-    const auto append = [&](int side, const GraphCodec& codec, int byte, int error) {
-      const auto x = side_of(part(vectors, 1, some.first, some.first + some.count), side);
-      GraphCodec::Blocks held{*open_, *open_};
-      if (at > 0) {
-        held.bytes =
-            mx::reshape(of_heads(*open_, some.bytes, some.bytes_of_one(), some.count, byte, codec.block_bytes()), {rows, -1});
-        if (codec.patches() > 0)
-          held.errors =
-              mx::reshape(of_heads(*errors_, some.errors, some.errors_of_one(), some.count, error, codec.patches()), {rows, -1});
-      }
-      return codec.append(held, at, mx::reshape(x, {rows, tokens, dim}));
-    };
-    const auto keys = append(kKeys, *some.keys, 0, 0),
-               values = append(kValues, *some.values, some.keys->block_bytes(), some.keys->patches());
-    bytes.push_back(as_rows(keys.bytes, values.bytes, batch_, some.count));
-    if (errors_) errors.push_back(as_rows(keys.errors, values.errors, batch_, some.count));
-  }
-  return {joined(bytes, 2), errors_ ? joined(errors, 2) : *open_};
+  const int tokens = vectors.shape(3) / blocks;
+  return rows_of([&](const Heads& some, int side, const GraphCodec& codec, int byte, int error) {
+    const auto x = side_of(part(vectors, 1, some.first, some.first + some.count), side);
+    GraphCodec::Blocks held{*open_, *open_};
+    if (at > 0) {
+      held.bytes = bytes_of(some, *open_, byte, codec);
+      if (codec.patches() > 0) held.errors = errors_of(some, error, codec);
+    }
+    return codec.append(held, at, mx::reshape(x, {batch_ * some.count * blocks, tokens, layer_->dim}));
+  });
 }
 
 mx::array PackedArrays::blocks(int begin, int end) const {
@@ -299,7 +375,8 @@ void PackedArrays::extend(std::optional<Partial>& partial, const Queries& querie
 std::optional<PackedArrays::Partial> PackedArrays::attend_coded(const Queries& queries, const AttentionSpec& spec) const {
   const int window = layer_->window, sinks = layer_->sinks, reach = reach_of(spec);
   // Coded tokens that some query sees, from the begin of a block on.
-  const int end = std::min(coded(), queries.first + queries.tokens - window - sinks),
+  const int all_see = std::max(queries.coded, queries.first + 1 - window - sinks),
+            end = std::min(coded_, std::max(queries.coded, queries.first + queries.tokens - window - sinks)),
             begin = spec.sliding_window > 0 ? std::max(0, queries.first + 1 - reach - sinks) / kBlock * kBlock : 0;
   std::optional<Partial> partial;
   for (int from = begin; from < end; from += kStretch * kBlock) {
@@ -317,8 +394,10 @@ std::optional<PackedArrays::Partial> PackedArrays::attend_coded(const Queries& q
       values.push_back(by_heads(some.values->look_up(bytes(key_bytes, some.values->block_bytes()), tokens)));
     }
     std::optional<mx::array> seen;
-    if (position + tokens + window > queries.first + 1 || spec.sliding_window > 0)
-      seen = seen_keys(queries.positions, mx::arange(position, position + tokens), window, mx::array(reach));
+    if (from + tokens > all_see || spec.sliding_window > 0) {
+      const auto ends = mx::maximum(mx::add(queries.positions, mx::array(1 - window)), mx::array(sinks + queries.coded));
+      seen = seen_keys(queries.positions, ends, mx::arange(position, position + tokens), mx::array(reach));
+    }
     extend(partial, queries, turned(joined(keys, 1), position, spec), joined(values, 1), seen, spec.soft_cap);
   }
   if (!partial) return partial;
@@ -349,9 +428,162 @@ std::optional<PackedArrays::Partial> PackedArrays::attend_exact(const Queries& q
   if (keys.empty()) return partial;
   std::optional<mx::array> seen;
   if (queries.tokens > 1 || spec.sliding_window > 0)
-    seen = seen_keys(queries.positions, int_array(positions), 0, int_array(reaches));
+    seen = seen_keys(queries.positions, mx::add(queries.positions, mx::array(1)), int_array(positions), int_array(reaches));
   extend(partial, queries, joined(keys, 2), joined(values, 2), seen, spec.soft_cap);
   return partial;
+}
+
+mx::array PackedArrays::attend_apart(const mx::array& q, const mx::array& k, const mx::array& v, const std::vector<int>& own,
+                                     const AttentionSpec& spec) {
+  if (sequences_.empty()) {
+    std::vector<PackedArrays> sequences;
+    for (int b = 0; b < batch_; ++b) sequences.push_back(sequence(b));
+    sequences_ = std::move(sequences);
+    for (auto* array : {&closed_, &open_, &errors_, &exact_}) array->reset();
+  }
+  AttentionSpec alone = spec;
+  alone.padding.reset();
+  const int tokens = k.shape(2);
+  std::vector<mx::array> results;
+  for (int b = 0; b < batch_; ++b) {
+    const int skipped = tokens - own[static_cast<std::size_t>(b)];
+    const auto of = [&](const mx::array& x) { return part(part(x, 0, b, b + 1), 2, skipped, tokens); };
+    // A query that is padding gives zeros.
+    std::vector<mx::array> parts;
+    if (skipped > 0) parts.push_back(mx::zeros({1, q.shape(1), skipped, q.shape(3)}, q.dtype()));
+    if (skipped < tokens) parts.push_back(sequences_[static_cast<std::size_t>(b)].attend(of(q), of(k), of(v), alone));
+    results.push_back(joined(parts, 2));
+  }
+  offset_ += tokens;
+  return joined(results, 0);
+}
+
+PackedArrays PackedArrays::sequence(int index) const {
+  PackedArrays one = *this;
+  one.batch_ = 1;
+  for (auto* array : {&one.closed_, &one.open_, &one.errors_, &one.exact_})
+    if (*array) *array = part(**array, 0, index, index + 1);
+  return one;
+}
+
+int PackedArrays::trim(int tokens) {
+  const InUse in_use(busy_);
+  const int dropped = std::clamp(tokens, 0, offset_);
+  offset_ -= dropped;
+  counts_.reset();
+  for (auto& sequence : sequences_) sequence.trim(dropped);
+  keep_coded(std::min(coded_, std::max(0, offset_ - layer_->sinks)));
+  return dropped;
+}
+
+void PackedArrays::keep_coded(int kept) {
+  if (kept == coded_) return;
+  const auto in_last_block = [](int coded) { return static_cast<int>(tokens_in_last_block(static_cast<std::size_t>(coded))); };
+  const bool reopened = blocks_of(kept) < blocks_of(coded_);
+  const int held = reopened ? kBlock : in_last_block(coded_), last = blocks_of(kept) - 1, tokens = in_last_block(kept);
+  if (kept > 0) {
+    GraphCodec::Blocks cut{blocks(last, last + 1), *open_};
+    if (errors_) {
+      cut = rows_of([&](const Heads& some, int, const GraphCodec& codec, int byte, int error) {
+        std::optional<mx::array> errors;
+        if (!reopened && codec.patches() > 0) errors = errors_of(some, error, codec);
+        return codec.trim(bytes_of(some, cut.bytes, byte, codec), errors, held, tokens);
+      });
+      errors_ = cut.errors;
+    }
+    open_ = cut.bytes;
+  }
+  const int whole = kept / kBlock;
+  if (kept % kBlock == 0) open_ = mx::zeros_like(*open_);
+  if (whole > 0)
+    closed_ = part(*closed_, 1, 0, whole);
+  else
+    closed_.reset();
+  coded_ = kept;
+}
+
+std::unique_ptr<SavableCache> PackedArrays::clone() const {
+  const InUse in_use(busy_);
+  return std::make_unique<PackedArrays>(*this);
+}
+
+CacheState PackedArrays::state() const {
+  const InUse in_use(busy_);
+  if (!sequences_.empty()) {
+    std::vector<CacheState> states;
+    for (const auto& sequence : sequences_) states.push_back(sequence.state());
+    auto state = join_sequences(states);
+    state.insert_or_assign("offset", mx::array(offset_));
+    return state;
+  }
+  StateCounts counts{.offset = offset_, .tokens = tokens(), .coded = {}};
+  if (heads_.empty()) return counting_state(counts);
+  counts.coded.assign(counts.tokens.size(), coded_);
+  const auto sizes = layer_->state_sizes(kv_heads_);
+  auto state = blank_state(counts, sizes);
+  std::vector<Piece> bytes, errors;
+  each_unit([&](const GraphCodec& codec, int byte, int error) {
+    bytes.push_back({byte, codec.filled_bytes(), codec.filled_bytes()});
+    errors.push_back({error, codec.patches(), sizes.patches});
+  });
+  const auto set = [&](const char* name, const mx::array& array) {
+    auto& held = state.at(name);
+    if (held.size() > 0) held = on_cpu(mx::reshape(array, held.shape()));
+  };
+  if (coded_ > 0) set("blocks", pieced(blocks(0, blocks_of(coded_)), bytes));
+  if (errors_ && coded_ > 0) set("patch_errors", pieced(*errors_, errors));
+  if (exact_) {
+    set("sinks", part(*exact_, 3, 0, sizes.sinks));
+    set("window", part(*exact_, 3, sizes.sinks, sizes.sinks + sizes.window));
+  }
+  return state;
+}
+
+void PackedArrays::restore(const CacheState& state) {
+  const InUse in_use(busy_);
+  StateSizes sizes{};
+  const auto counts = check_state(state, [&](int heads) { return sizes = layer_->state_sizes(heads); });
+  const auto& [offset, tokens, coded] = counts;
+  PackedArrays restored(layer_);
+  restored.offset_ = offset;
+  restored.batch_ = static_cast<int>(tokens.size());
+  if (sizes.heads > 0) restored.set_up(restored.batch_, sizes.heads);
+  const auto all = [](const std::vector<int>& counts, int count) {
+    return std::ranges::all_of(counts, [&](int other) { return other == count; });
+  };
+  if (!all(tokens, offset) || (!coded.empty() && !all(coded, coded[0]))) {
+    for (int b = 0; b < restored.batch_; ++b) {
+      restored.sequences_.emplace_back(layer_);
+      restored.sequences_.back().restore(select_sequences(state, {b}));
+    }
+  } else if (!coded.empty()) {
+    restored.take(state, sizes.patches, coded[0]);
+  }
+  *this = std::move(restored);
+}
+
+void PackedArrays::take(const CacheState& state, int patches, int coded) {
+  coded_ = coded;
+  std::vector<Piece> bytes, errors;
+  int at = 0;
+  each_unit([&](const GraphCodec& codec, int, int) {
+    bytes.push_back({at, codec.filled_bytes(), codec.block_bytes()});
+    errors.push_back({static_cast<int>(errors.size()) * patches, codec.patches(), codec.patches()});
+    at += codec.filled_bytes();
+  });
+  if (coded > 0) {
+    const auto rows = pieced(state.at("blocks"), bytes);
+    const int whole = coded / kBlock;
+    if (whole > 0) closed_ = part(rows, 1, 0, whole);
+    if (coded % kBlock > 0) open_ = part(rows, 1, whole, whole + 1);
+  }
+  if (errors_) errors_ = pieced(mx::reshape(state.at("patch_errors"), {batch_, 1, -1}), errors);
+  if (exact_) {
+    std::vector<mx::array> parts;
+    for (const char* name : {"sinks", "window"})
+      if (const auto& held = state.at(name); held.size() > 0) parts.push_back(held);
+    exact_ = joined(parts, 3);
+  }
 }
 
 }  // namespace veloxquant

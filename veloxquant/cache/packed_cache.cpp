@@ -1,11 +1,8 @@
 #include "veloxquant/cache/packed_cache.h"
 
-#include <fmt/ranges.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <stdexcept>
 
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
@@ -27,8 +24,32 @@ PackedLayer::PackedLayer(std::vector<QuantizerParameters> keys, std::vector<Quan
       keys_before_rope_(quantizer_method(keys_.at(0).method).keys_before_rope),
       window_(static_cast<std::size_t>(window)),
       sinks_(static_cast<std::size_t>(sinks)) {
-  for (const auto* side : {&keys_, &values_})
-    for (const auto& unit : *side) check_packable(unit);
+  for (const auto& unit : keys_) key_shapes_.push_back(block_shape(unit));
+  for (const auto& unit : values_) value_shapes_.push_back(block_shape(unit));
+}
+
+PackedHead PackedLayer::head(std::size_t head) const {
+  const auto side = [&](Side which, const std::vector<BlockShape>& shapes) {
+    return PackedSide{.exact = ExactStore(exact(which), window_, sinks_), .shape = unit(shapes, head)};
+  };
+  return {side(Side::kKeys, key_shapes_), side(Side::kValues, value_shapes_)};
+}
+
+StateSizes PackedLayer::state_sizes(std::size_t kv_heads) const {
+  std::size_t bytes = 0, patches = 0;
+  for (const auto* shapes : {&key_shapes_, &value_shapes_})
+    for (std::size_t head = 0; head < kv_heads; ++head) {
+      const BlockShape& shape = unit(*shapes, head);
+      bytes += shape.bytes;
+      patches = std::max(patches, shape.patches);
+    }
+  const auto size = [](std::size_t n) { return static_cast<int>(n); };
+  return {.heads = size(kv_heads),
+          .block_bytes = size(bytes),
+          .patches = size(patches),
+          .sinks = size(sinks_),
+          .window = size(window_),
+          .token_bytes = size(exact_keys_->encoded_bytes(1))};
 }
 
 const PackedLayer::Codecs& PackedLayer::codecs(const Rope& rope) const {
@@ -40,88 +61,13 @@ const PackedLayer::Codecs& PackedLayer::codecs(const Rope& rope) const {
   return codecs_;
 }
 
-namespace {
+// What a call does to a sequence.
+struct PackedCache::Step {
+  std::size_t first, coded_before;  // tokens, and codes, that it had
+  std::size_t skipped, tokens;      // of those that come, the first are not its own
 
-// 8-bit tokens of one side of one head: the sinks, and the last `window` in a ring.
-class ExactStore {
- public:
-  ExactStore(const Quantizer& quantizer, std::size_t window, std::size_t sinks)
-      : quantizer_(quantizer),
-        bytes_(quantizer.encoded_bytes(1)),
-        window_(window),
-        sinks_(sinks * bytes_),
-        ring_(window * bytes_) {}
-
-  // Tokens from position `first` on, bytes as they are encoded.
-  void append(const std::uint8_t* encoded, std::size_t first, std::size_t tokens) {
-    for (std::size_t t = 0; t < tokens; ++t, encoded += bytes_) {
-      const std::size_t position = first + t;
-      if (position * bytes_ < sinks_.size()) {
-        std::copy_n(encoded, bytes_, sinks_.data() + position * bytes_);
-      } else if (window_ > 0) {
-        std::copy_n(encoded, bytes_, ring_.data() + position % window_ * bytes_);
-      }
-    }
-  }
-
-  void read(std::size_t position, float* vector) const {
-    const bool sink = position * bytes_ < sinks_.size();
-    const std::uint8_t* from = sink ? sinks_.data() + position * bytes_ : ring_.data() + position % window_ * bytes_;
-    quantizer_.decode({from, bytes_}, {vector, static_cast<std::size_t>(quantizer_.dim())});
-  }
-
-  std::size_t nbytes() const { return sinks_.size() + ring_.size(); }
-
- private:
-  const Quantizer& quantizer_;
-  std::size_t bytes_, window_;
-  std::vector<std::uint8_t> sinks_, ring_;
+  std::size_t position(std::size_t token) const { return first + token - skipped; }
 };
-
-}  // namespace
-
-// One KV head of one sequence.
-struct PackedCache::Head {
-  ExactStore exact_keys, exact_values;
-  OpenBlock open_keys, open_values;
-  const BlockCodec *keys, *values;
-  std::vector<std::unique_ptr<std::uint8_t[]>> blocks;  // keys, then values
-
-  Head(const PackedLayer& layer, const BlockCodec* keys, const BlockCodec* values)
-      : exact_keys(layer.exact(Side::kKeys), layer.window(), layer.sinks()),
-        exact_values(layer.exact(Side::kValues), layer.window(), layer.sinks()),
-        keys(keys),
-        values(values) {}
-
-  std::size_t block_bytes() const { return keys->block_bytes() + values->block_bytes(); }
-  std::uint8_t* values_of(std::size_t block) const { return blocks[block].get() + keys->block_bytes(); }
-
-  // Tokens k and v [n, dim] as codes, the first of them the `index`-th coded token.
-  void encode(std::span<const float> k, std::span<const float> v, std::size_t index, std::size_t dim) {
-    for (std::size_t begin = 0, tokens = k.size() / dim; begin < tokens;) {
-      const std::size_t at = (index + begin) % kPackedBlockTokens, count = std::min(kPackedBlockTokens - at, tokens - begin);
-      if (at == 0) blocks.push_back(std::make_unique<std::uint8_t[]>(block_bytes()));
-      keys->append(k.subspan(begin * dim, count * dim), at, blocks.back().get(), open_keys);
-      values->append(v.subspan(begin * dim, count * dim), at, values_of(blocks.size() - 1), open_values);
-      begin += count;
-    }
-  }
-};
-
-PackedCache::PackedCache(std::shared_ptr<const PackedLayer> layer) : layer_(std::move(layer)) {}
-PackedCache::~PackedCache() = default;
-
-std::size_t PackedCache::coded() const {
-  const std::size_t exact = layer_->window() + layer_->sinks();
-  return offset_ > exact ? offset_ - exact : 0;
-}
-
-std::size_t PackedCache::nbytes() const {
-  std::size_t bytes = 0;
-  for (const auto& head : heads_)
-    bytes += head->exact_keys.nbytes() + head->exact_values.nbytes() + head->blocks.size() * head->block_bytes();
-  return bytes;
-}
 
 namespace {
 
@@ -142,51 +88,70 @@ struct Range {
 
 }  // namespace
 
-// Queries at positions first … first + tokens − 1 over everything that is stored, in the order: codes, sinks, window.
+// Queries over everything that is stored, in the order: codes, sinks, window.
 class PackedCache::Attention {
  public:
-  Attention(const PackedCache& cache, const AttentionSpec& spec, const float* q, std::size_t query_heads, std::size_t tokens,
-            float* out)
+  // q and out [batch, kv_heads, tokens, queries of a KV head, dim]: those of some tokens after one another are one matrix.
+  Attention(const PackedCache& cache, const std::vector<Step>& steps, const AttentionSpec& spec, const mx::array& q, float* out)
       : cache_(cache),
         layer_(*cache.layer_),
+        codecs_(layer_.codecs(*spec.rope)),
+        steps_(steps),
         spec_(spec),
-        q_(q),
-        group_(query_heads / cache.kv_heads_),
-        tokens_(tokens),
-        rows_(group_ * tokens),
-        dim_(cache.dim_),
-        first_(cache.offset_ - tokens),
+        q_(q.data<float>()),
+        kv_heads_(static_cast<std::size_t>(q.shape(1))),
+        tokens_(static_cast<std::size_t>(q.shape(2))),
+        group_(static_cast<std::size_t>(q.shape(3))),
+        rows_(tokens_ * group_),
+        dim_(static_cast<std::size_t>(q.shape(4))),
         out_(out) {}
 
-  // recent: keys and values [positions from recent_begin, dim] of each head, not turned where they are stored so.
-  void run(std::size_t recent_begin, const std::vector<std::vector<float>>& recent_keys,
-           const std::vector<std::vector<float>>& recent_values) {
-    const std::size_t heads = cache_.heads_.size(), blocks = cache_.heads_[0]->blocks.size(),
+  // recent: keys and values [tokens behind the codes, dim] of each head, not turned where they are stored so.
+  void run(const std::vector<std::vector<float>>& recent_keys, const std::vector<std::vector<float>>& recent_values) {
+    std::size_t blocks = 0;
+    for (const auto& sequence : cache_.sequences_) blocks = std::max(blocks, blocks_of(sequence.coded));
+    const std::size_t heads = cache_.sequences_.size() * kv_heads_,
                       parts = std::min(blocks, std::max<std::size_t>(1, (kTasks + heads - 1) / heads));
     std::vector<Partial> partials(heads * (parts + 1));
     parallel_for(partials.size(), 1, [&](std::size_t i, std::size_t) {
       const std::size_t head = i / (parts + 1), part = i % (parts + 1);
       partials[i].begin(rows_, dim_);
       if (part == parts) {
-        attend_exact(head, recent_begin, recent_keys[head], recent_values[head], partials[i]);
+        attend_exact(head, recent_keys[head], recent_values[head], partials[i]);
       } else {
-        for (std::size_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block)
+        const std::size_t held = blocks_of(sequence_of(head).coded);
+        for (std::size_t block = held * part / parts; block < held * (part + 1) / parts; ++block)
           attend_block(head, block, partials[i]);
       }
     });
-    parallel_for(heads, 1, [&](std::size_t head, std::size_t) { merge(head, {partials.data() + head * (parts + 1), parts + 1}); });
+    // A few rows are merged before another thread is awake.
+    parallel_for(heads, rows_ < kFewRows ? heads : 1, [&](std::size_t begin, std::size_t end) {
+      for (std::size_t head = begin; head < end; ++head) merge(head, {partials.data() + head * (parts + 1), parts + 1});
+    });
   }
 
  private:
   // Even out the threads, the same on every machine.
   static constexpr std::size_t kTasks = 16;
+  static constexpr std::size_t kFewRows = 32;
 
-  std::size_t position(std::size_t row) const { return first_ + row % tokens_; }
+  const Sequence& sequence_of(std::size_t head) const { return cache_.sequences_[head / kv_heads_]; }
+  const PackedHead& head_at(std::size_t head) const { return sequence_of(head).heads[head % kv_heads_]; }
+  const Step& step_of(std::size_t head) const { return steps_[head / kv_heads_]; }
 
-  // Positions that a query sees, as far as attention goes.
-  Range seen(std::size_t row) const {
-    const std::size_t p = position(row), window = static_cast<std::size_t>(spec_.sliding_window);
-    return {window > 0 && p + 1 > window ? p + 1 - window : 0, p + 1};
+  // Positions that the queries of a token see, as far as attention goes; none for one that is not its sequence's.
+  Range seen(std::size_t head, std::size_t token) const {
+    const Step& step = step_of(head);
+    const std::size_t window = static_cast<std::size_t>(spec_.sliding_window);
+    if (token < step.skipped) return {0, 0};
+    const std::size_t end = step.position(token) + 1;
+    return {window > 0 && end > window ? end - window : 0, end};
+  }
+
+  // Where a query that sees positions up to `end` begins to read the 8 bits of tokens: in front of its window, or behind the codes
+  // where those reach into it.
+  std::size_t exact_begin(std::size_t head, std::size_t end) const {
+    return std::max(end > layer_.window() ? end - layer_.window() : 0, layer_.sinks() + step_of(head).coded_before);
   }
 
   // Of the positions [begin, end): those that a query reads there.
@@ -195,79 +160,103 @@ class PackedCache::Attention {
     return {from - begin, to - begin};
   }
 
-  // Scores become weights, those outside the rows' ranges zero.  Whether any row sees anything.
-  template <class RangeOf>
-  bool weigh(std::vector<float>& scores, std::size_t count, RangeOf range_of, Partial& partial) const {
-    bool any = false;
-    for (std::size_t row = 0; row < rows_; ++row) {
+  // Attention to `count` tokens, of which the queries of a token read range_of(token): an interval that moves on from token to
+  // token.  score(queries, scores [queries, count]) and add(weights [queries, count], queries, sums [queries, dim]) are called for
+  // the queries that read any.
+  template <class RangeOf, class Score, class Add>
+  void attend(std::size_t head, std::size_t count, RangeOf range_of, Score score, Add add, Partial& partial) const {
+    const auto reads = [&](std::size_t token) {
+      const auto [from, to] = range_of(token);
+      return from < to;
+    };
+    std::size_t begin = 0, end = tokens_;
+    while (begin < end && !reads(begin)) ++begin;
+    while (begin < end && !reads(end - 1)) --end;
+    if (begin == end) return;
+    const std::size_t first_row = begin * group_, rows = (end - begin) * group_;
+    thread_local std::vector<float> scores;
+    scores.resize(rows * count);
+    score(BlockQueries{q_ + (head * rows_ + first_row) * dim_, rows, spec_.scale}, scores.data());
+    for (std::size_t row = 0; row < rows; ++row) {
       float* of_row = scores.data() + row * count;
-      const auto [from, to] = range_of(row);
+      const auto [from, to] = range_of(begin + row / group_);
       std::fill(of_row, of_row + from, 0.0f);
       std::fill(of_row + to, of_row + count, 0.0f);
-      if (from == to) continue;
-      any = true;
-      const float shrink = running_softmax(of_row + from, to - from, spec_.soft_cap, partial.maximum[row], partial.sum[row]);
+      const std::size_t at = first_row + row;
+      const float shrink = running_softmax(of_row + from, to - from, spec_.soft_cap, partial.maximum[at], partial.sum[at]);
       if (shrink != 1.0f)
-        for (std::size_t i = row * dim_; i < (row + 1) * dim_; ++i) partial.values[i] *= shrink;
+        for (std::size_t i = at * dim_; i < (at + 1) * dim_; ++i) partial.values[i] *= shrink;
     }
-    return any;
+    add(scores.data(), rows, partial.values.data() + first_row * dim_);
   }
 
-  BlockQueries queries(std::size_t head) const { return {q_ + head * rows_ * dim_, rows_, spec_.scale}; }
+  const BlockCodec& codec(Side side, std::size_t head) const { return codecs_.of(side, head % kv_heads_); }
 
   void attend_block(std::size_t head, std::size_t block, Partial& partial) const {
-    const Head& of = *cache_.heads_[head];
-    const std::size_t first = block * kPackedBlockTokens, count = std::min(kPackedBlockTokens, cache_.coded() - first),
+    const PackedHead& of = head_at(head);
+    const std::size_t first = block * kPackedBlockTokens, count = std::min(kPackedBlockTokens, sequence_of(head).coded - first),
                       begin = layer_.sinks() + first;
-    const auto range = [&](std::size_t row) {
-      auto sees = seen(row);
-      sees.end = sees.end > layer_.window() ? sees.end - layer_.window() : 0;  // the others are read from the window
-      return within(sees, begin, begin + count);
-    };
-    const Range most = range(rows_ - 1);  // the last position sees most, but for a sliding window
-    if (most.begin == most.end && spec_.sliding_window == 0) return;
-    thread_local std::vector<float> scores;
-    scores.resize(rows_ * count);
-    of.keys->score(of.blocks[block].get(), count, begin, queries(head), scores.data(), count);
-    if (weigh(scores, count, range, partial))
-      of.values->add(of.values_of(block), count, scores.data(), rows_, count, partial.values.data());
-  }
-
-  // Sinks, then the window and the tokens that have just come.
-  void attend_exact(std::size_t head, std::size_t recent_begin, const std::vector<float>& recent_keys,
-                    const std::vector<float>& recent_values, Partial& partial) const {
-    const std::size_t sinks = std::min(layer_.sinks(), cache_.offset_);
-    std::vector<float> k(sinks * dim_), v(sinks * dim_);
-    for (std::size_t p = 0; p < sinks; ++p) {
-      cache_.heads_[head]->exact_keys.read(p, k.data() + p * dim_);
-      cache_.heads_[head]->exact_values.read(p, v.data() + p * dim_);
-    }
-    attend_vectors(
-        head, k, v, 0, [&](std::size_t row) { return within(seen(row), 0, sinks); }, partial);
-    const std::size_t end = recent_begin + recent_keys.size() / dim_;
-    attend_vectors(
-        head, recent_keys, recent_values, recent_begin,
-        [&](std::size_t row) {
-          auto sees = seen(row);
-          if (sees.end > layer_.window()) sees.begin = std::max(sees.begin, sees.end - layer_.window());
-          return within(sees, recent_begin, end);
+    attend(
+        head, count,
+        [&](std::size_t token) {
+          auto sees = seen(head, token);
+          sees.end = std::min(sees.end, exact_begin(head, sees.end));
+          return within(sees, begin, begin + count);
+        },
+        [&](const BlockQueries& queries, float* scores) {
+          codec(Side::kKeys, head).score(of.keys.blocks[block].data(), count, begin, queries, scores, count);
+        },
+        [&](const float* weights, std::size_t queries, float* sums) {
+          codec(Side::kValues, head).add(of.values.blocks[block].data(), count, weights, queries, count, sums);
         },
         partial);
   }
 
-  template <class RangeOf>
-  void attend_vectors(std::size_t head, std::vector<float> k, const std::vector<float>& v, std::size_t begin, RangeOf range,
+  // Sinks, then the window and the tokens that have just come.
+  void attend_exact(std::size_t head, const std::vector<float>& recent_keys, const std::vector<float>& recent_values,
+                    Partial& partial) const {
+    const PackedHead& of = head_at(head);
+    const std::size_t sinks = std::min(layer_.sinks(), sequence_of(head).tokens);
+    std::vector<float> k(sinks * dim_), v(sinks * dim_);
+    for (std::size_t p = 0; p < sinks; ++p) {
+      of.keys.exact.read(p, k.data() + p * dim_);
+      of.values.exact.read(p, v.data() + p * dim_);
+    }
+    attend_vectors(
+        head, k, v, 0, [&](std::size_t token) { return seen(head, token); }, partial);
+    attend_vectors(
+        head, recent_keys, recent_values, layer_.sinks() + step_of(head).coded_before,
+        [&](std::size_t token) {
+          auto sees = seen(head, token);
+          sees.begin = std::max(sees.begin, exact_begin(head, sees.end));
+          return sees;
+        },
+        partial);
+  }
+
+  // In stretches, since a query reads few of many.  sees(token): positions.
+  template <class Sees>
+  void attend_vectors(std::size_t head, std::vector<float> k, const std::vector<float>& v, std::size_t first, Sees sees,
                       Partial& partial) const {
-    const std::size_t count = k.size() / dim_;
-    if (count == 0) return;
+    constexpr std::size_t kStretch = 64;
+    const std::size_t all = k.size() / dim_;
+    if (all == 0) return;
     const auto stride = static_cast<std::ptrdiff_t>(dim_);
     if (const Rope& rope = *spec_.rope; layer_.keys_before_rope() && !rope.frequencies().empty())
-      veloxquant::rope({1, 1, count, dim_}, {k.data(), 0, 0, stride}, rope.frequencies(), rope.magnitude(),
-                       static_cast<std::ptrdiff_t>(begin), {k.data(), 0, 0, stride});
-    std::vector<float> scores(rows_ * count);
-    score_vectors(queries(head), k.data(), count, dim_, dim_, scores.data(), count);
-    if (weigh(scores, count, range, partial))
-      add_vectors(scores.data(), rows_, count, v.data(), count, dim_, dim_, partial.values.data());
+      veloxquant::rope({1, 1, all, dim_}, {k.data(), 0, 0, stride}, rope.frequencies(), rope.magnitude(),
+                       static_cast<std::ptrdiff_t>(first), {k.data(), 0, 0, stride});
+    for (std::size_t at = 0; at < all; at += kStretch) {
+      const std::size_t count = std::min(kStretch, all - at), begin = first + at;
+      attend(
+          head, count, [&](std::size_t token) { return within(sees(token), begin, begin + count); },
+          [&](const BlockQueries& queries, float* scores) {
+            score_vectors(queries, k.data() + at * dim_, count, dim_, dim_, scores, count);
+          },
+          [&](const float* weights, std::size_t queries, float* sums) {
+            add_vectors(weights, queries, count, v.data() + at * dim_, count, dim_, dim_, sums);
+          },
+          partial);
+    }
   }
 
   // The last part is of exact tokens, the others are sums in the space of the codes.
@@ -277,6 +266,7 @@ class PackedCache::Attention {
       float top = std::numeric_limits<float>::lowest();
       for (const auto& part : parts) top = std::max(top, part.maximum[row]);
       for (const auto& part : parts) {
+        if (part.sum[row] == 0) continue;
         const float weight = std::exp(part.maximum[row] - top);
         totals[row] += weight * part.sum[row];
         if (&part == &parts.back()) {
@@ -287,7 +277,7 @@ class PackedCache::Attention {
         for (std::size_t i = 0; i < dim_; ++i) coded[row * dim_ + i] += weight * part.values[row * dim_ + i];
       }
     }
-    if (parts.size() > 1) cache_.heads_[head]->values->finish(coded, coded_sums);
+    if (parts.size() > 1) codec(Side::kValues, head).finish(coded, coded_sums);
     float* out = out_ + head * rows_ * dim_;
     for (std::size_t row = 0; row < rows_; ++row)
       for (std::size_t i = row * dim_; i < (row + 1) * dim_; ++i)
@@ -296,9 +286,11 @@ class PackedCache::Attention {
 
   const PackedCache& cache_;
   const PackedLayer& layer_;
+  const PackedLayer::Codecs& codecs_;
+  const std::vector<Step>& steps_;
   const AttentionSpec& spec_;
   const float* q_;
-  std::size_t group_, tokens_, rows_, dim_, first_;
+  std::size_t kv_heads_, tokens_, group_, rows_, dim_;
   float* out_;
 };
 
@@ -308,95 +300,133 @@ mx::array as_floats(const mx::array& x) {
   return mx::contiguous(mx::astype(x, mx::float32));
 }
 
-// Held while a cache is in use.
-class InUse {
- public:
-  explicit InUse(std::atomic<bool>& busy) : busy_(busy) {
-    if (busy_.exchange(true)) throw std::logic_error("[packed cache] used from two threads at once");
-  }
-  ~InUse() { busy_ = false; }
-  InUse(const InUse&) = delete;
-  InUse& operator=(const InUse&) = delete;
-
- private:
-  std::atomic<bool>& busy_;
-};
-
 }  // namespace
 
-void PackedCache::begin(const mx::array& k, const PackedLayer::Codecs& codecs) {
-  batch_ = static_cast<std::size_t>(k.shape(0));
-  kv_heads_ = static_cast<std::size_t>(k.shape(1));
-  dim_ = static_cast<std::size_t>(k.shape(3));
-  check_units(k, codecs.keys.size(), codecs.values.size(), layer_->exact(Side::kKeys).dim());
-  const auto of = [&](const auto& side, std::size_t head) { return side[side.size() == 1 ? 0 : head % kv_heads_].get(); };
-  for (std::size_t i = 0; i < batch_ * kv_heads_; ++i)
-    heads_.push_back(std::make_unique<Head>(*layer_, of(codecs.keys, i), of(codecs.values, i)));
+PackedCache::PackedCache(std::shared_ptr<const PackedLayer> layer) : layer_(std::move(layer)) {}
+PackedCache::~PackedCache() = default;
+
+std::vector<int> PackedCache::tokens() const {
+  std::vector<int> tokens;
+  for (const auto& sequence : sequences_) tokens.push_back(static_cast<int>(sequence.tokens));
+  return tokens;
+}
+
+std::size_t PackedCache::nbytes() const {
+  std::size_t bytes = 0;
+  for (const auto& sequence : sequences_)
+    for (const auto& [keys, values] : sequence.heads) bytes += keys.nbytes() + values.nbytes();
+  return bytes;
+}
+
+std::size_t PackedCache::coded_of(const Sequence& sequence) const {
+  const std::size_t exact = layer_->window() + layer_->sinks();
+  return std::max(sequence.coded, sequence.tokens > exact ? sequence.tokens - exact : 0);
+}
+
+void PackedCache::begin(std::size_t kv_heads) {
+  for (auto& sequence : sequences_)
+    for (std::size_t head = sequence.heads.size(); head < kv_heads; ++head) sequence.heads.push_back(layer_->head(head));
+}
+
+void PackedCache::check_shapes(const mx::array& q, const mx::array& k, const mx::array& v) const {
+  check_units(k, layer_->units(Side::kKeys), layer_->units(Side::kValues), layer_->exact(Side::kKeys).dim());
+  mx::Shape expected = k.shape();
+  if (!sequences_.empty()) {
+    expected[0] = static_cast<int>(sequences_.size());
+    if (!sequences_[0].heads.empty()) expected[1] = static_cast<int>(sequences_[0].heads.size());
+  }
+  check_chunk(q, k, v, expected);
+}
+
+std::vector<PackedCache::Step> PackedCache::steps(int tokens, const AttentionSpec& spec) const {
+  const auto own = own_tokens(this->tokens(), offset(), tokens, spec);
+  std::vector<Step> steps;
+  for (std::size_t b = 0; b < sequences_.size(); ++b)
+    steps.push_back({.first = sequences_[b].tokens,
+                     .coded_before = sequences_[b].coded,
+                     .skipped = static_cast<std::size_t>(tokens - own[b]),
+                     .tokens = static_cast<std::size_t>(own[b])});
+  return steps;
 }
 
 mx::array PackedCache::attend(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) {
   const InUse in_use(busy_);
-  if (spec.padding) throw_invalid("packed cache", "padding: expected sequences without padding");
-  if (heads_.empty()) begin(k, layer_->codecs(*spec.rope));
-  check_chunk(q, k, v, {static_cast<int>(batch_), static_cast<int>(kv_heads_), k.shape(2), static_cast<int>(dim_)});
-  const int before = offset();
-  const auto queries = as_floats((*spec.rope)(q, before)), values = as_floats(v),
-             keys = as_floats(layer_->keys_before_rope() ? k : (*spec.rope)(k, before));
+  check_shapes(q, k, v);
+  const auto batch = static_cast<std::size_t>(k.shape(0)), kv_heads = static_cast<std::size_t>(k.shape(1)),
+             tokens = static_cast<std::size_t>(k.shape(2)), dim = static_cast<std::size_t>(k.shape(3)), window = layer_->window(),
+             sinks = layer_->sinks();
+  if (sequences_.empty()) sequences_.resize(batch);
+  const auto steps = this->steps(k.shape(2), spec);
+  begin(kv_heads);
+  std::vector<int> positions;  // of the first token that comes, be it padding
+  for (const auto& step : steps) positions.push_back(static_cast<int>(step.first) - static_cast<int>(step.skipped));
+  const int group = q.shape(1) / k.shape(1);
+  const auto by_token = [](const mx::array& x) { return mx::transpose(x, {0, 1, 3, 2, 4}); };
+  const auto queries = as_floats(
+                 by_token(mx::reshape((*spec.rope)(q, positions), {q.shape(0), k.shape(1), group, q.shape(2), q.shape(3)}))),
+             values = as_floats(v), keys = as_floats(layer_->keys_before_rope() ? k : (*spec.rope)(k, positions));
   mx::eval({queries, keys, values});
 
-  const std::size_t tokens = static_cast<std::size_t>(k.shape(2)), window = layer_->window(), sinks = layer_->sinks(),
-                    first = offset_, coded_before = coded();
   offset_ += tokens;
-  // What was in the window and what has come: positions recent_begin … offset − 1.
-  const std::size_t recent_begin = std::max(std::min(sinks, offset_), first > window ? first - window : 0);
-  std::vector<std::vector<float>> recent_keys(heads_.size()), recent_values(heads_.size());
-  const float *k_data = keys.data<float>(), *v_data = values.data<float>();
-  parallel_for(heads_.size(), 1, [&](std::size_t i, std::size_t) {
-    Head& head = *heads_[i];
-    const auto take = [&](Side side, const float* from, ExactStore& exact, std::vector<float>& recent) {
-      const Quantizer& quantizer = layer_->exact(side);
-      const std::span<const float> arrived(from + i * tokens * dim_, tokens * dim_);
-      std::vector<std::uint8_t> encoded(quantizer.encoded_bytes(tokens));
+  for (std::size_t b = 0; b < batch; ++b) {
+    sequences_[b].tokens += steps[b].tokens;
+    sequences_[b].coded = coded_of(sequences_[b]);
+  }
+  // What was in the window and what has come.
+  std::vector<std::vector<float>> recent_keys(batch * kv_heads), recent_values(batch * kv_heads);
+  const auto& codecs = layer_->codecs(*spec.rope);
+  parallel_for(batch * kv_heads, 1, [&](std::size_t i, std::size_t) {
+    const std::size_t of_head = i % kv_heads;
+    Sequence& sequence = sequences_[i / kv_heads];
+    const auto& [first, coded_before, skipped, own] = steps[i / kv_heads];
+    const std::size_t recent_begin = std::min(sinks + coded_before, sequence.tokens);
+    const auto take = [&](Side which, const mx::array& from, PackedSide& side, std::vector<float>& recent) {
+      const Quantizer& quantizer = layer_->exact(which);
+      const std::span<const float> arrived(from.data<float>() + (i * tokens + skipped) * dim, own * dim);
+      std::vector<std::uint8_t> encoded(quantizer.encoded_bytes(own));
       quantizer.encode(arrived, encoded);
       for (std::size_t p = recent_begin; p < first; ++p) {
-        recent.resize(recent.size() + dim_);
-        exact.read(p, recent.data() + recent.size() - dim_);
+        recent.resize(recent.size() + dim);
+        side.exact.read(p, recent.data() + recent.size() - dim);
       }
       std::vector<float> rounded(arrived.begin(), arrived.end());
       if (window > 0) quantizer.decode(encoded, rounded);
-      const std::size_t skipped = std::max(recent_begin, first) - first;
-      recent.insert(recent.end(), rounded.begin() + static_cast<std::ptrdiff_t>(skipped * dim_), rounded.end());
-      exact.append(encoded.data(), first, tokens);
+      const std::size_t in_sinks = std::max(recent_begin, first) - first;
+      recent.insert(recent.end(), rounded.begin() + static_cast<std::ptrdiff_t>(in_sinks * dim), rounded.end());
+      side.exact.append(encoded.data(), first, own);
+      if (const std::size_t leaving = sequence.coded - coded_before; leaving > 0)
+        side.encode(codecs.of(which, of_head), std::span(recent).first(leaving * dim), coded_before);
+      if (window == 0) recent.clear();
     };
-    take(Side::kKeys, k_data, head.exact_keys, recent_keys[i]);
-    take(Side::kValues, v_data, head.exact_values, recent_values[i]);
-    const std::size_t leaving = coded() - coded_before;
-    if (leaving > 0) {
-      const std::size_t at = (sinks + coded_before - recent_begin) * dim_;
-      head.encode(std::span(recent_keys[i]).subspan(at, leaving * dim_), std::span(recent_values[i]).subspan(at, leaving * dim_),
-                  coded_before, dim_);
-    }
-    if (window == 0) recent_keys[i].clear(), recent_values[i].clear();
+    take(Side::kKeys, keys, sequence.heads[of_head].keys, recent_keys[i]);
+    take(Side::kValues, values, sequence.heads[of_head].values, recent_values[i]);
   });
 
   std::vector<float> out(queries.size());
-  Attention(*this, spec, queries.data<float>(), static_cast<std::size_t>(q.shape(1)), tokens, out.data())
-      .run(recent_begin, recent_keys, recent_values);
-  return mx::astype(mx::array(out.data(), q.shape()), q.dtype());
+  Attention(*this, steps, spec, queries, out.data()).run(recent_keys, recent_values);
+  return mx::astype(mx::reshape(by_token(mx::array(out.data(), queries.shape())), q.shape()), q.dtype());
 }
 
-void check_units(const mx::array& k, std::size_t key_units, std::size_t value_units, int dim) {
-  for (const std::size_t units : {key_units, value_units})
-    if (units != 1 && units != static_cast<std::size_t>(k.shape(1)))
-      throw_invalid("packed cache", "expected keys of {} KV heads, got {}", units, k.shape(1));
-  if (k.shape(3) != dim) throw_invalid("packed cache", "expected keys of {} dimensions, got {}", dim, k.shape(3));
+int PackedCache::trim(int tokens) {
+  const InUse in_use(busy_);
+  const auto dropped = std::min(static_cast<std::size_t>(std::max(tokens, 0)), offset_);
+  offset_ -= dropped;
+  for (auto& sequence : sequences_) {
+    sequence.tokens -= std::min(dropped, sequence.tokens);
+    const std::size_t coded = std::min(sequence.coded, sequence.tokens > layer_->sinks() ? sequence.tokens - layer_->sinks() : 0);
+    for (auto& [keys, values] : sequence.heads)
+      for (auto* side : {&keys, &values}) side->trim(sequence.coded, coded);
+    sequence.coded = coded;
+  }
+  return static_cast<int>(dropped);
 }
 
-void check_chunk(const mx::array& q, const mx::array& k, const mx::array& v, const mx::Shape& expected) {
-  if (k.shape() != expected || v.shape() != expected || q.shape(0) != k.shape(0) || q.shape(1) % k.shape(1) != 0 ||
-      q.shape(2) != k.shape(2) || q.shape(3) != k.shape(3))
-    throw_invalid("packed cache", "expected keys and values of shape [{}], got [{}] and [{}]", fmt::join(expected, ", "),
-                  fmt::join(k.shape(), ", "), fmt::join(v.shape(), ", "));
+std::unique_ptr<SavableCache> PackedCache::clone() const {
+  const InUse in_use(busy_);
+  auto copy = std::make_unique<PackedCache>(layer_);
+  copy->sequences_ = sequences_;
+  copy->offset_ = offset_;
+  return copy;
 }
 
 namespace {

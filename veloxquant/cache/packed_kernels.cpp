@@ -181,7 +181,7 @@ std::unique_ptr<const PackedKernels> PackedKernels::make(const std::vector<Quant
   std::vector<HeadBlocks> heads;
   bool whole = true;
   int word = 0, error = 0;
-  const int patch_bytes = static_cast<int>(key_quantizers[0].patch_bytes());
+  const int patch_bytes = static_cast<int>(RotatedPqQuantizer::patch_bytes(static_cast<std::size_t>(self.dim_)));
   std::vector<EncodingHead> encoding_values;
   for (std::size_t head = 0; head < static_cast<std::size_t>(kv_heads); ++head) {
     const std::size_t at = keys.size() == 1 ? 0 : head;

@@ -8,6 +8,7 @@
 #include "veloxquant/cli/commands.h"
 #include "veloxquant/cli/options.h"
 #include "veloxquant/cli/terminal.h"
+#include "veloxquant/generate/chat_prompt.h"
 #include "veloxquant/model/attention.h"
 
 namespace veloxquant::cli {
@@ -18,7 +19,7 @@ struct Options {
   std::optional<std::string> plan;
   GenerateOptions generate;
   RunOptions run;
-  bool json = false;
+  bool chat = false, json = false;
 };
 
 // Prints text as its tokens come; a character that is not complete yet waits for the next one.
@@ -53,7 +54,8 @@ void run(const Options& options) {
   const LoadedModel loaded = load_model(options.model);
   std::optional<Plan> plan;
   if (options.plan) plan = read_plan_for(loaded.model, options.model, *options.plan);
-  const auto prompt = loaded.tokenizer.encode(options.prompt, /* add_special_tokens= */ true);
+  const auto prompt = options.chat ? loaded.tokenizer.encode(chat_prompt(options.model, options.prompt))
+                                   : loaded.tokenizer.encode(options.prompt, /* add_special_tokens= */ true);
   GenerateOptions wanted = options.generate;
   wanted.seed = options.run.seed;
   wanted.stop_tokens = read_stop_tokens(options.model, loaded.model.config());
@@ -96,6 +98,7 @@ void add_generate(CLI::App& program) {
   command.add_option("model", options->model, "Model folder: config.json, *.safetensors, tokenizer.json")->required();
   command.add_option("--plan", options->plan, "Plan file (default: the cache in float32)");
   command.add_option("--prompt", options->prompt, "Text to go on from")->required();
+  command.add_flag("--chat", options->chat, "Hand the prompt over as a user's message, in the chat template of the model's folder");
   command.add_option("--max-tokens", options->generate.max_tokens, "Tokens to write at most")
       ->check(whole_number(1))
       ->capture_default_str();

@@ -34,18 +34,18 @@ struct Range {
   std::string name;
 };
 
-std::uint64_t type_bytes(const JsonObject& entry) {
-  const std::string dtype = entry.string("dtype");
+// 0 for a type that the format does not have.
+std::uint64_t type_bytes(std::string_view dtype) {
   const auto found = std::find_if(std::begin(kTypes), std::end(kTypes), [&](const TypeSize& type) { return type.dtype == dtype; });
-  if (found == std::end(kTypes)) entry.refuse("dtype", "a type of the safetensors format");
-  return found->bytes;
+  return found == std::end(kTypes) ? 0 : found->bytes;
 }
 
 // Product of the shape and the size of an element; sizes that overflow are refused.
 std::uint64_t read_shape(const JsonObject& entry, std::vector<std::int64_t>& shape) {
   const auto& list = entry.at("shape");
   if (!list.is_array() || list.size() > kMaxRank) entry.refuse("shape", fmt::format("a list of at most {} sizes", kMaxRank));
-  std::uint64_t bytes = type_bytes(entry);
+  std::uint64_t bytes = type_bytes(entry.string("dtype"));
+  if (bytes == 0) entry.refuse("dtype", "a type of the safetensors format");
   for (const auto& size : list) {
     if (!size.is_number_unsigned() || size.get<std::uint64_t>() > (std::uint64_t{1} << 62))
       entry.refuse("shape", "sizes from 0 to 2^62");
@@ -93,12 +93,14 @@ float from_bfloat(std::uint16_t bits) {
   return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
 }
 
-void check_tensor(const std::string& name, const Tensor& tensor) {
+void check_entry(const std::string& name, const SafetensorsEntry& entry) {
   if (name == kMetadata) throw_invalid("safetensors", "a tensor may not be named {}", kMetadata);
+  const std::uint64_t bytes = type_bytes(entry.dtype);
+  if (bytes == 0) throw_invalid("safetensors", "tensor {}: expected a type of the format, got {}", name, entry.dtype);
   const auto times = [](std::uint64_t a, std::int64_t b) { return a * static_cast<std::uint64_t>(b); };
-  const auto size = std::accumulate(tensor.shape.begin(), tensor.shape.end(), std::uint64_t{1}, times);
-  if (size != tensor.values.size())
-    throw_invalid("safetensors", "tensor {}: its shape takes {} values, got {}", name, size, tensor.values.size());
+  const auto size = std::accumulate(entry.shape.begin(), entry.shape.end(), std::uint64_t{1}, times);
+  if (size * bytes != entry.data.size())
+    throw_invalid("safetensors", "tensor {}: its shape takes {} values, got {}", name, size, entry.data.size() / bytes);
 }
 
 std::string dump(const nlohmann::json& header) try { return header.dump(); } catch (const nlohmann::json::exception&) {
@@ -166,15 +168,15 @@ Tensor to_float32(const SafetensorsEntry& entry, std::string_view tensor, std::s
   return result;
 }
 
-std::string serialize_safetensors(const std::map<std::string, Tensor>& tensors,
-                                  const std::map<std::string, std::string>& metadata) {
+std::string serialize_entries(const std::map<std::string, SafetensorsEntry>& entries,
+                              const std::map<std::string, std::string>& metadata) {
   nlohmann::json header = nlohmann::json::object();
   if (!metadata.empty()) header[kMetadata] = metadata;
   std::uint64_t offset = 0;
-  for (const auto& [name, tensor] : tensors) {
-    check_tensor(name, tensor);
-    const std::uint64_t end = offset + tensor.values.size() * sizeof(float);
-    header[name] = {{"dtype", "F32"}, {"shape", tensor.shape}, {"data_offsets", {offset, end}}};
+  for (const auto& [name, entry] : entries) {
+    check_entry(name, entry);
+    const std::uint64_t end = offset + entry.data.size();
+    header[name] = {{"dtype", entry.dtype}, {"shape", entry.shape}, {"data_offsets", {offset, end}}};
     offset = end;
   }
   std::string text = dump(header);
@@ -182,10 +184,23 @@ std::string serialize_safetensors(const std::map<std::string, Tensor>& tensors,
 
   const std::uint64_t length = text.size();
   std::string bytes(reinterpret_cast<const char*>(&length), kLengthBytes);
+  bytes.reserve(kLengthBytes + text.size() + offset);
   bytes += text;
-  for (const auto& [name, tensor] : tensors)
-    bytes.append(reinterpret_cast<const char*>(tensor.values.data()), tensor.values.size() * sizeof(float));
+  for (const auto& [name, entry] : entries) bytes.append(reinterpret_cast<const char*>(entry.data.data()), entry.data.size());
   return bytes;
+}
+
+std::string serialize_safetensors(const std::map<std::string, Tensor>& tensors,
+                                  const std::map<std::string, std::string>& metadata) {
+  std::map<std::string, SafetensorsEntry> entries;
+  for (const auto& [name, tensor] : tensors)
+    entries.emplace(name, SafetensorsEntry{"F32", tensor.shape, std::as_bytes(std::span(tensor.values))});
+  return serialize_entries(entries, metadata);
+}
+
+void write_entries(const std::filesystem::path& path, const std::map<std::string, SafetensorsEntry>& entries,
+                   const std::map<std::string, std::string>& metadata) {
+  write_file_atomically(path, serialize_entries(entries, metadata));
 }
 
 void write_safetensors(const std::filesystem::path& path, const std::map<std::string, Tensor>& tensors,

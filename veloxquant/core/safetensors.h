@@ -40,11 +40,18 @@ class SafetensorsFile {
 /// checked.
 Tensor to_float32(const SafetensorsEntry& entry, std::string_view tensor, std::string_view source);
 
-/// The bytes of a file with these tensors (F32, in order of name) and metadata: the same for the same content.  The data starts at
-/// a multiple of 64 bytes.  Throws std::invalid_argument for a shape that does not fit its values and for text that is not UTF-8.
+/// The bytes of a file with these entries, in order of name, and metadata: the same for the same content.  The data starts at a
+/// multiple of 64 bytes.  Throws std::invalid_argument for a type that files do not have, a shape that does not fit its data and
+/// text that is not UTF-8.
+std::string serialize_entries(const std::map<std::string, SafetensorsEntry>& entries,
+                              const std::map<std::string, std::string>& metadata);
+
+/// The same of tensors, as F32.
 std::string serialize_safetensors(const std::map<std::string, Tensor>& tensors, const std::map<std::string, std::string>& metadata);
 
-/// Writes that atomically.
+/// Write these atomically.
+void write_entries(const std::filesystem::path& path, const std::map<std::string, SafetensorsEntry>& entries,
+                   const std::map<std::string, std::string>& metadata);
 void write_safetensors(const std::filesystem::path& path, const std::map<std::string, Tensor>& tensors,
                        const std::map<std::string, std::string>& metadata);
 

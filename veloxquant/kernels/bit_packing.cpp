@@ -1,5 +1,7 @@
 #include "veloxquant/kernels/bit_packing.h"
 
+#include <algorithm>
+
 namespace veloxquant {
 
 void pack_bits(std::span<const std::uint16_t> codes, int bits, std::uint8_t* packed) {
@@ -13,6 +15,10 @@ void pack_bits(std::span<const std::uint16_t> codes, int bits, std::uint8_t* pac
 }
 
 void unpack_bits(const std::uint8_t* packed, int bits, std::span<std::uint16_t> codes) {
+  if (bits == 8) {
+    std::copy_n(packed, codes.size(), codes.begin());
+    return;
+  }
   const std::uint32_t mask = (1u << bits) - 1;
   std::uint32_t waiting = 0;
   int waiting_bits = 0;

@@ -58,14 +58,25 @@ struct Turn {
   }
 };
 
+// By 0, 1, … positions, at least `count`.  Those of the last frequencies are kept: trigonometry is slow, and layers turn alike.
+std::span<const Turn> turns(std::span<const float> frequencies, std::size_t count) {
+  thread_local std::vector<float> of;
+  thread_local std::vector<Turn> kept;
+  if (!std::equal(of.begin(), of.end(), frequencies.begin(), frequencies.end())) {
+    of.assign(frequencies.begin(), frequencies.end());
+    kept.clear();
+  }
+  while (kept.size() < count) kept.emplace_back(frequencies, static_cast<double>(kept.size()));
+  return kept;
+}
+
 }  // namespace
 
 void rope(const RopeShape& shape, StridedView x, std::span<const float> frequencies, float magnitude, std::ptrdiff_t offset,
           MutableStridedView out) {
   const std::size_t half = frequencies.size(), rest = shape.head_dim - 2 * half;
-  // Trigonometry is slow: a position is turned from the begin of its block by one of these, by the addition theorems.
-  std::vector<Turn> steps;
-  for (std::size_t i = 0; i < std::min(kBlockTokens, shape.tokens); ++i) steps.emplace_back(frequencies, static_cast<double>(i));
+  // A position is turned from the begin of its block by one of these, by the addition theorems.
+  const auto steps = turns(frequencies, std::min(kBlockTokens, shape.tokens));
   parallel_for(shape.tokens, kBlockTokens, [&](std::size_t begin, std::size_t end) {
     const Turn start(frequencies, static_cast<double>(offset + static_cast<std::ptrdiff_t>(begin)));
     std::vector<float> cosines(half), sines(half);

@@ -9,6 +9,7 @@
 #include "mlx/ops.h"
 #include "veloxquant/core/error.h"
 #include "veloxquant/kernels/attention.h"
+#include "veloxquant/model/array_entry.h"
 #include "veloxquant/model/cpu_operation.h"
 
 namespace veloxquant {
@@ -148,6 +149,38 @@ mx::array FullCache::attend(const mx::array& q, const mx::array& k, const mx::ar
   const auto queries = (*spec.rope)(q, position);
   const auto [keys, values] = store_.append((*spec.rope)(k, position), v);
   return causal_attention(queries, keys, values, spec);
+}
+
+int FullCache::trim(int tokens) {
+  const int dropped = std::clamp(tokens, 0, offset());
+  store_.keep(offset() - dropped);
+  return dropped;
+}
+
+std::unique_ptr<SavableCache> FullCache::clone() const {
+  // Arrays do not change: another is made for tokens that are appended.
+  return std::make_unique<FullCache>(*this);
+}
+
+CacheState FullCache::state() const {
+  const auto held = store_.tokens();
+  if (!held) return {};
+  return {{"keys", on_cpu(held->first)}, {"values", on_cpu(held->second)}};
+}
+
+void FullCache::restore(const CacheState& state) {
+  TokenStore restored;
+  if (!state.empty()) {
+    const auto keys = state.find("keys"), values = state.find("values");
+    if (keys == state.end() || values == state.end() || state.size() != 2)
+      throw_invalid("cache", "expected a state of keys and values, got {} arrays", state.size());
+    const auto &k = keys->second, &v = values->second;
+    if (k.ndim() != 4 || k.shape() != v.shape() || k.dtype() != v.dtype() || !mx::issubdtype(k.dtype(), mx::floating))
+      throw_invalid("cache", "expected keys and values of one shape [B, H, T, D] and type, got [{}] and [{}]",
+                    fmt::join(k.shape(), ", "), fmt::join(v.shape(), ", "));
+    restored.append(k, v);
+  }
+  store_ = std::move(restored);
 }
 
 CacheFactory FullCache::factory() {

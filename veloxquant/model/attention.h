@@ -23,12 +23,17 @@ struct NearTokens {
 mx::array causal_attention(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec,
                            const std::optional<NearTokens>& near = std::nullopt);
 
-/// A cache that stores keys (after RoPE) and values as they are.
-class FullCache : public AttentionCache {
+/// A cache that stores keys (after RoPE) and values as they are.  Its state: keys and values [B, H, offset, D], nothing before the
+/// first token.
+class FullCache : public SavableCache {
  public:
   mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) override;
   int offset() const override { return store_.size(); }
   std::size_t nbytes() const override { return store_.nbytes(); }
+  int trim(int tokens) override;
+  std::unique_ptr<SavableCache> clone() const override;
+  CacheState state() const override;
+  void restore(const CacheState& state) override;
 
   static CacheFactory factory();
 

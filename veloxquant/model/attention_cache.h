@@ -3,8 +3,10 @@
 
 #include <cstddef>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "mlx/array.h"
@@ -35,10 +37,26 @@ class AttentionCache {
 
   /// Bytes that the stored tokens take.
   virtual std::size_t nbytes() const = 0;
+};
 
-  /// Arrays in which tokens are stored and that may still have to be evaluated, for whoever does not evaluate what attend()
-  /// returns.
-  virtual std::vector<mx::array> pending() const { return {}; }
+/// Arrays that say, by name, all that a cache holds.
+using CacheState = std::map<std::string, mx::array>;
+
+/// A cache whose life is more than appending.
+class SavableCache : public AttentionCache {
+ public:
+  /// Forgets the last `tokens` ≥ 0 tokens of each sequence, or as many as it has.  Returns by how many offset() fell.
+  virtual int trim(int tokens) = 0;
+
+  /// A copy that shares nothing with this one that either may change.
+  virtual std::unique_ptr<SavableCache> clone() const = 0;
+
+  /// Evaluated, and on the CPU.
+  virtual CacheState state() const = 0;
+
+  /// Becomes the cache of that state, whatever it held.  Throws std::invalid_argument that names what does not fit, and then holds
+  /// what it did.
+  virtual void restore(const CacheState& state) = 0;
 };
 
 using AttentionCaches = std::vector<std::unique_ptr<AttentionCache>>;

@@ -95,4 +95,14 @@ mx::array Rope::operator()(const mx::array& x, int offset) const {
   return mx::multiply(turned, mx::array(scales.data(), {head_dim_}));
 }
 
+mx::array Rope::operator()(const mx::array& x, const std::vector<int>& offsets) const {
+  if (std::all_of(offsets.begin(), offsets.end(), [&](int offset) { return offset == offsets[0]; }))
+    return (*this)(x, offsets.at(0));
+  std::vector<mx::array> sequences;
+  for (int b = 0; b < x.shape(0); ++b)
+    sequences.push_back(
+        (*this)(mx::slice(x, {b, 0, 0, 0}, {b + 1, x.shape(1), x.shape(2), x.shape(3)}), offsets.at(static_cast<std::size_t>(b))));
+  return mx::concatenate(sequences, 0);
+}
+
 }  // namespace veloxquant

@@ -20,6 +20,9 @@ class Rope {
   /// x [B, H, T, D], token t at position offset + t → the same shape.
   mx::array operator()(const mx::array& x, int offset) const;
 
+  /// The same where token t of sequence b is at position offsets[b] + t.
+  mx::array operator()(const mx::array& x, const std::vector<int>& offsets) const;
+
   /// Radians per position of each pair that turns, [n/2], and by what the pairs are multiplied as well.
   const std::vector<float>& frequencies() const { return frequencies_; }
   float magnitude() const { return magnitude_; }

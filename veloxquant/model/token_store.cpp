@@ -36,6 +36,11 @@ std::pair<mx::array, mx::array> TokenStore::append(const mx::array& k, const mx:
   return {first_tokens(*keys_, end), first_tokens(*values_, end)};
 }
 
+std::optional<std::pair<mx::array, mx::array>> TokenStore::tokens() const {
+  if (!keys_) return std::nullopt;
+  return std::pair{first_tokens(*keys_, size_), first_tokens(*values_, size_)};
+}
+
 std::size_t TokenStore::nbytes() const {
   return keys_ ? keys_->nbytes() + values_->nbytes() : 0;
 }

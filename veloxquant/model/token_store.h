@@ -17,6 +17,12 @@ class TokenStore {
   /// store is copied.
   std::pair<mx::array, mx::array> append(const mx::array& k, const mx::array& v);
 
+  /// Keys and values of all tokens; none before the first.
+  std::optional<std::pair<mx::array, mx::array>> tokens() const;
+
+  /// Forgets all but the first `tokens`.
+  void keep(int tokens) { size_ = tokens; }
+
   /// Tokens held.
   int size() const { return size_; }
 

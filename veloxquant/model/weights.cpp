@@ -1,6 +1,5 @@
 #include "veloxquant/model/weights.h"
 
-#include <fmt/ostream.h>
 #include <fmt/ranges.h>
 
 #include <algorithm>
@@ -11,10 +10,10 @@
 #include <span>
 
 #include "mlx/ops.h"
-#include "mlx/utils.h"
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/hash.h"
 #include "veloxquant/core/json.h"
+#include "veloxquant/model/array_entry.h"
 #include "veloxquant/model/cpu_operation.h"
 
 namespace veloxquant {
@@ -57,16 +56,6 @@ bool is_aligned_float32(const SafetensorsEntry& entry) {
   return entry.dtype == "F32" && reinterpret_cast<std::uintptr_t>(entry.data.data()) % alignof(float) == 0;
 }
 
-const std::map<std::string, mx::Dtype> kTypes = {
-    {"F32", mx::float32}, {"F16", mx::float16}, {"BF16", mx::bfloat16}, {"U32", mx::uint32}, {"U8", mx::uint8}};
-
-// As safetensors names it; none of these: as MLX does.
-std::string type_name(mx::Dtype type) {
-  for (const auto& [name, known] : kTypes)
-    if (known == type) return name;
-  return fmt::format("{}", fmt::streamed(type));
-}
-
 std::string shape_text(const auto& shape) {
   return fmt::format("[{}]", fmt::join(shape, ", "));
 }
@@ -82,9 +71,7 @@ Weights::Weights(const std::map<std::string, mx::array>& arrays, std::string sou
   for (const auto& [name, given] : arrays) {
     const auto array = std::make_shared<mx::array>(mx::contiguous(given));
     array->eval();
-    const SafetensorsEntry entry{
-        type_name(array->dtype()), {array->shape().begin(), array->shape().end()}, {array->data<std::byte>(), array->nbytes()}};
-    tensors_.emplace(name, Source{array, entry, source_, *array});
+    tensors_.emplace(name, Source{array, as_entry(*array), source_, *array});
   }
   hash_headers();
 }
@@ -107,13 +94,7 @@ void Weights::add_file(const fs::path& path) {
 // In the type in which it is given; a copy of what is in a file.
 mx::array Weights::as_stored(const Source& source, const mx::Shape& shape, const std::string& name) {
   if (source.array) return mx::reshape(*source.array, shape);
-  const auto type = kTypes.find(source.entry.dtype);
-  if (type == kTypes.end())
-    throw_failure("weights", "{}: tensor {}: expected F32, F16 or BF16, got {}", source.path, name, source.entry.dtype);
-  const auto* bytes = reinterpret_cast<const std::uint8_t*>(source.entry.data.data());
-  auto flat = shape;
-  flat.back() *= static_cast<int>(mx::size_of(type->second));
-  return mx::view(mx::array(bytes, flat, mx::uint8), type->second);
+  return as_array(source.entry, name, source.path);
 }
 
 std::optional<Weights::Source> Weights::find(const std::string& name, const mx::Shape& shape) {

@@ -151,6 +151,11 @@ Json plan_json(const Plan& plan) {
   return json;
 }
 
+// Names of text files need not be UTF-8, and a plan must not be lost for that.
+std::string plan_text(const Plan& plan) {
+  return plan_json(plan).dump(-1, ' ', false, Json::error_handler_t::replace);
+}
+
 // Over the JSON and, in order of name, the shapes and bytes of all tensors.
 std::string checksum(const std::string& json, const Tensors& tensors) {
   Sha256 hash;
@@ -214,8 +219,7 @@ Plan parse_plan(const std::string& text, int version, Tensors tensors, const std
 }  // namespace
 
 void write_plan(const Plan& plan, const std::filesystem::path& path) {
-  // Names of text files need not be UTF-8, and a plan must not be lost for that.
-  const std::string json = plan_json(plan).dump(-1, ' ', false, Json::error_handler_t::replace);
+  const std::string json = plan_text(plan);
   const Tensors tensors = all_tensors(plan);
   parse_plan(json, kVersion, tensors, path.string());  // so that what is written can be read
   write_safetensors(
@@ -243,6 +247,11 @@ Plan read_plan(const std::filesystem::path& path) {
   if (metadata_field(file, "checksum", where) != checksum(json, tensors))
     throw_failure("plan", "{}: the checksum does not match: the file is damaged", where);
   return parse_plan(json, version[0] - '0', std::move(tensors), where);
+}
+
+std::string plan_identity(const Plan& plan) {
+  return fmt::format("{} {} {:.3g} bits {}", plan.model.architecture, plan.provenance.method, effective_bits(plan),
+                     checksum(plan_text(plan), all_tensors(plan)));
 }
 
 Json describe_plan(const Plan& plan) {

@@ -5,6 +5,7 @@
 #include "veloxquant/core/random.h"
 #include "veloxquant/kernels/gemm.h"
 #include "veloxquant/kernels/nearest_pair.h"
+#include "veloxquant/kernels/packed_lookup.h"
 #include "veloxquant/quantize/kmeans.h"
 
 namespace veloxquant {
@@ -56,6 +57,9 @@ void AdditiveCodebook::prepare() {
   }
   half_norms_.resize(2 * count_);
   for (std::size_t i = 0; i < half_norms_.size(); ++i) half_norms_[i] = half_norm(tables_.data() + i * dim_, dim_);
+  opposite_.resize(tables_.size());
+  for (std::size_t i = 0; i < half_norms_.size(); ++i)
+    for (std::size_t j = 0; j < dim_; ++j) opposite_[j * half_norms_.size() + i] = -tables_[i * dim_ + j];
   cross_.resize(count_ * count_);
   const int count = static_cast<int>(count_), dim = static_cast<int>(dim_);
   gemm(false, true, count, count, dim, 1.0f, entry(0, 0), dim, entry(1, 0), dim, 0.0f, cross_.data(), count);
@@ -98,14 +102,13 @@ void AdditiveCodebook::encode(const float* points, std::size_t rows, std::size_t
 
 void AdditiveCodebook::encode_pairs(const float* points, std::size_t rows, std::size_t stride, std::uint16_t* codes,
                                     std::size_t code_stride) const {
-  const int columns = static_cast<int>(2 * count_), dim = static_cast<int>(dim_);
   std::vector<float> scores(std::min(rows, kBlockRows) * 2 * count_);
   for (std::size_t begin = 0; begin < rows; begin += kBlockRows) {
     const std::size_t block = std::min(kBlockRows, rows - begin);
     for (std::size_t r = 0; r < block; ++r)
       std::copy(half_norms_.begin(), half_norms_.end(), scores.begin() + static_cast<std::ptrdiff_t>(r * 2 * count_));
-    gemm(false, true, static_cast<int>(block), columns, dim, -1.0f, points + begin * stride, static_cast<int>(stride),
-         tables_.data(), dim, 1.0f, scores.data(), columns);
+    // Not BLAS, whose sums depend on how many rows there are: a token has the same codes however it comes.
+    add_rows(points + begin * stride, block, stride, opposite_.data(), dim_, 2 * count_, 2 * count_, scores.data());
     for (std::size_t r = 0; r < block; ++r) {
       float* first = scores.data() + r * 2 * count_;
       const auto pair = nearest_pair(first, first + count_, cross_.data(), count_, std::min(kBeam, count_));

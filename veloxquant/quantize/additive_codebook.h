@@ -56,6 +56,7 @@ class AdditiveCodebook {
   std::size_t count_, dim_;
   std::vector<NearestCentroid> nearest_;  // of a single table
   std::vector<float> half_norms_;         // [stages, count], of two
+  std::vector<float> opposite_;           // [dim, stages, count]: entries by dimension, times −1
   std::vector<float> cross_;              // [count, count]: inner products between the two tables
 };
 

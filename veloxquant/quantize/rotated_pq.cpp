@@ -7,6 +7,7 @@
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/random.h"
 #include "veloxquant/kernels/gemm.h"
+#include "veloxquant/kernels/packed_lookup.h"
 #include "veloxquant/quantize/half.h"
 #include "veloxquant/quantize/parameters.h"
 
@@ -89,22 +90,17 @@ std::vector<int> balance(const std::vector<double>& variances, const std::vector
   return places;
 }
 
-// y [rows, dim] = (x − mean) · matrix.
+// y [rows, dim] = (x − mean) · matrix, the same to the last bit for any number of rows.
 void rotate(const float* x, std::size_t rows, std::span<const float> mean, std::span<const float> matrix, float* y) {
   const std::size_t dim = mean.size();
   std::vector<float> centred(rows * dim);
   for (std::size_t i = 0; i < centred.size(); ++i) centred[i] = x[i] - mean[i % dim];
-  const int n = static_cast<int>(rows), d = static_cast<int>(dim);
-  gemm(false, false, n, d, d, 1.0f, centred.data(), d, matrix.data(), d, 0.0f, y, d);
+  std::fill_n(y, rows * dim, 0.0f);
+  add_rows(centred.data(), rows, dim, matrix.data(), dim, dim, dim, y);
 }
 
 std::vector<float> to_float(std::span<const double> x) {
   return {x.begin(), x.end()};
-}
-
-// Place, scale and residuals.
-std::size_t patch_bytes(std::size_t dim) {
-  return 3 + (dim * kPatchBits + 7) / 8;
 }
 
 Tensor matrix_tensor(const SquareMatrix& matrix, std::size_t dim) {
@@ -382,7 +378,7 @@ void RotatedPqQuantizer::write_patches(std::span<const float> rest, std::uint8_t
   std::partial_sort(worst.begin(), worst.begin() + count, worst.end(),
                     [&](std::size_t a, std::size_t b) { return errors[a] != errors[b] ? errors[a] > errors[b] : a < b; });
   std::sort(worst.begin(), worst.begin() + count);
-  for (auto t = worst.begin(); t != worst.begin() + count; ++t, bytes += patch_bytes())
+  for (auto t = worst.begin(); t != worst.begin() + count; ++t, bytes += patch_bytes(dim_))
     write_patch(rest.subspan(*t * dim_, dim_), *t, bytes);
 }
 
@@ -392,8 +388,9 @@ float RotatedPqQuantizer::patch_error(std::span<const float> rest) {
   return sum;
 }
 
-std::size_t RotatedPqQuantizer::patch_bytes() const {
-  return veloxquant::patch_bytes(dim_);
+// Place, scale and residuals.
+std::size_t RotatedPqQuantizer::patch_bytes(std::size_t dim) {
+  return 3 + (dim * kPatchBits + 7) / 8;
 }
 
 void RotatedPqQuantizer::write_patch(std::span<const float> rest, std::size_t place, std::uint8_t* bytes) const {
@@ -402,28 +399,28 @@ void RotatedPqQuantizer::write_patch(std::span<const float> rest, std::size_t pl
   bytes[0] = static_cast<std::uint8_t>(place);
   store_half(largest / kPatchCentre, bytes + 1);
   const float scale = load_half(bytes + 1);
-  std::fill(bytes + 3, bytes + patch_bytes(), std::uint8_t{0});
+  std::fill(bytes + 3, bytes + patch_bytes(dim_), std::uint8_t{0});
   for (std::size_t i = 0; i < dim_; ++i) {
     const float code = scale > 0 ? std::clamp(std::nearbyint(rest[i] / scale + kPatchCentre), 0.0f, 2 * kPatchCentre) : 0.0f;
     bytes[3 + i / 2] |= static_cast<std::uint8_t>(static_cast<unsigned>(code) << (i % 2 * kPatchBits));
   }
 }
 
-void RotatedPqQuantizer::add_patch(const std::uint8_t* bytes, float* z) const {
+void RotatedPqQuantizer::add_patch(const std::uint8_t* bytes, std::span<float> z) {
   const float scale = load_half(bytes + 1);
-  for (std::size_t i = 0; i < dim_; ++i)
+  for (std::size_t i = 0; i < z.size(); ++i)
     z[i] += scale * (static_cast<float>(bytes[3 + i / 2] >> (i % 2 * kPatchBits) & 15) - kPatchCentre);
 }
 
 void RotatedPqQuantizer::add_patches(const std::uint8_t* bytes, std::size_t tokens, float* z) const {
-  for (std::size_t p = 0; p < patches_of(patches_, tokens); ++p, bytes += patch_bytes())
-    add_patch(bytes, z + std::min<std::size_t>(bytes[0], tokens - 1) * dim_);
+  for (std::size_t p = 0; p < patches_of(patches_, tokens); ++p, bytes += patch_bytes(dim_))
+    add_patch(bytes, {z + std::min<std::size_t>(bytes[0], tokens - 1) * dim_, dim_});
 }
 
 std::size_t rotated_pq_bytes(int dim, int codes, int patches, std::size_t tokens) {
   const auto of_block = [&](std::size_t block) {
-    return block * static_cast<std::size_t>(codes) +
-           RotatedPqQuantizer::patches_of(static_cast<std::size_t>(patches), block) * patch_bytes(static_cast<std::size_t>(dim));
+    return block * static_cast<std::size_t>(codes) + RotatedPqQuantizer::patches_of(static_cast<std::size_t>(patches), block) *
+                                                         RotatedPqQuantizer::patch_bytes(static_cast<std::size_t>(dim));
   };
   constexpr std::size_t kBlock = RotatedPqQuantizer::kBlockTokens;
   return tokens / kBlock * of_block(kBlock) + of_block(tokens % kBlock);

@@ -104,15 +104,15 @@ class RotatedPqQuantizer : public Quantizer {
   /// empty.
   void encode_codes(std::span<const float> vectors, std::span<std::uint8_t> codes, std::span<float> rest) const;
 
-  /// One patch, patch_bytes() bytes: the rest [dim] of the token at `place` of its block.
+  /// One patch, patch_bytes(dim) bytes: the rest [dim] of the token at `place` of its block.
   void write_patch(std::span<const float> rest, std::size_t place, std::uint8_t* bytes) const;
-  std::size_t patch_bytes() const;
+  static std::size_t patch_bytes(std::size_t dim);
 
   /// By which vectors with patches are chosen: the square of the rest.
   static float patch_error(std::span<const float> rest);
 
   /// Adds the rest in a patch to a rotated vector [dim].
-  void add_patch(const std::uint8_t* bytes, float* z) const;
+  static void add_patch(const std::uint8_t* bytes, std::span<float> z);
 
  private:
   void look_up(const std::uint8_t* codes, std::size_t tokens, float* z) const;

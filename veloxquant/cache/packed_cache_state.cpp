@@ -1,0 +1,80 @@
+// PackedCache as arrays, and back.
+#include <algorithm>
+
+#include "veloxquant/cache/packed_cache.h"
+
+namespace veloxquant {
+
+namespace {
+
+// Row `row` of an array of `rows` equal ones.
+std::span<std::uint8_t> row_of(const mx::array& array, std::size_t row, std::size_t rows) {
+  const std::size_t bytes = array.nbytes() / rows;
+  return {const_cast<std::uint8_t*>(array.data<std::uint8_t>()) + row * bytes, bytes};
+}
+
+template <class Values>
+auto bytes_of(Values& values) {
+  using Byte = std::conditional_t<std::is_const_v<Values>, const std::uint8_t, std::uint8_t>;
+  return std::span<Byte>(reinterpret_cast<Byte*>(values.data()), values.size() * sizeof(values[0]));
+}
+
+// part(bytes that a side holds, where they are in the state), for every part of every side.
+template <class Sequences, class Part>
+void each_part(Sequences& sequences, const CacheState& state, const Part& part) {
+  const std::size_t batch = sequences.size(), rows = 2 * batch * sequences[0].heads.size();
+  const auto stride = static_cast<std::size_t>(state.at("blocks").shape(2));
+  for (std::size_t b = 0, row = 0; b < batch; ++b) {
+    const auto blocks = row_of(state.at("blocks"), b, batch);
+    std::size_t at = 0;
+    for (auto& head : sequences[b].heads)
+      for (auto* side : {&head.keys, &head.values}) {
+        part(bytes_of(side->open.patch_errors), row_of(state.at("patch_errors"), row, rows));
+        part(bytes_of(side->exact.sinks()), row_of(state.at("sinks"), row, rows));
+        part(bytes_of(side->exact.ring()), row_of(state.at("window"), row, rows));
+        for (std::size_t block = 0; block < side->blocks.size(); ++block)
+          part(bytes_of(side->blocks[block]), blocks.subspan(block * stride + at, side->shape.bytes));
+        at += side->shape.bytes;
+        ++row;
+      }
+  }
+}
+
+}  // namespace
+
+CacheState PackedCache::state() const {
+  const InUse in_use(busy_);
+  StateCounts counts{.offset = offset(), .tokens = tokens(), .coded = {}};
+  if (sequences_.empty() || sequences_[0].heads.empty()) return counting_state(counts);
+  for (const auto& sequence : sequences_) counts.coded.push_back(static_cast<int>(sequence.coded));
+  auto state = blank_state(counts, layer_->state_sizes(sequences_[0].heads.size()));
+  each_part(sequences_, state,
+            [](std::span<const std::uint8_t> held, std::span<std::uint8_t> to) { std::ranges::copy(held, to.begin()); });
+  return state;
+}
+
+void PackedCache::restore(const CacheState& state) {
+  const InUse in_use(busy_);
+  StateSizes sizes{};
+  const auto counts = check_state(state, [&](int heads) {
+    check_units(heads, layer_->units(Side::kKeys), layer_->units(Side::kValues));
+    return sizes = layer_->state_sizes(static_cast<std::size_t>(heads));
+  });
+  std::vector<Sequence> sequences(counts.tokens.size());
+  for (std::size_t b = 0; b < sequences.size(); ++b) {
+    sequences[b].tokens = static_cast<std::size_t>(counts.tokens[b]);
+    if (!counts.coded.empty()) sequences[b].coded = static_cast<std::size_t>(counts.coded[b]);
+    for (int head = 0; head < sizes.heads; ++head) {
+      auto& [keys, values] = sequences[b].heads.emplace_back(layer_->head(static_cast<std::size_t>(head)));
+      for (auto* side : {&keys, &values}) side->make_room(sequences[b].coded);
+    }
+  }
+  if (sizes.heads > 0)
+    each_part(sequences, state, [](std::span<std::uint8_t> held, std::span<const std::uint8_t> from) {
+      std::ranges::copy(from.first(held.size()), held.begin());
+    });
+  sequences_ = std::move(sequences);
+  offset_ = static_cast<std::size_t>(counts.offset);
+}
+
+}  // namespace veloxquant
