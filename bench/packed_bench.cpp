@@ -10,6 +10,7 @@
 
 #include "bench/common.h"
 #include "mlx/fast.h"
+#include "mlx/ops.h"
 #include "mlx/random.h"
 #include "mlx/transforms.h"
 #include "veloxquant/cache/packed_cache.h"
@@ -133,10 +134,32 @@ void scan(benchmark::State& state) {
   state.counters["keys"] = kKeys;
 }
 
+// As mlx_lm.models.base.quantized_scaled_dot_product_attention composes it, of keys and values in 4 bits and groups of 64.
+void mlx_quantized_attention(benchmark::State& state) {
+  const Shape shape = shape_of(state);
+  const int repeats = shape.heads / shape.kv_heads;
+  const auto quantized = [&](std::uint64_t seed) {
+    auto parts = mx::quantize(normal({1, shape.kv_heads, kTokens, shape.dim}, seed), 64, 4);
+    for (auto& part : parts) part = mx::expand_dims(part, -3);
+    mx::eval(parts);
+    return parts;
+  };
+  const auto k = quantized(2), v = quantized(3);
+  const auto q = normal({1, shape.heads, 1, shape.dim}, 1);
+  const auto product = [](const mx::array& x, const std::vector<mx::array>& w, bool transpose) {
+    return mx::quantized_matmul(x, w[0], w[1], w[2], transpose, 64, 4);
+  };
+  for (auto _ : state) {
+    const auto scaled = mx::reshape(mx::multiply(q, mx::array(0.1f)), {1, shape.kv_heads, repeats, 1, shape.dim});
+    product(mx::softmax(product(scaled, k, true), -1, true), v, false).eval();
+  }
+}
+
 BENCHMARK(scan)->Arg(8)->Arg(4)->Unit(benchmark::kMillisecond)->UseRealTime();
 BENCHMARK(decode)->Args({4, 2, 64, 1})->Args({4, 2, 64, 0})->Args({32, 8, 128, 1})->Unit(benchmark::kMillisecond)->UseRealTime();
 BENCHMARK(read_fp16)->Args({4, 2, 64})->Args({32, 8, 128})->Unit(benchmark::kMillisecond)->UseRealTime();
 BENCHMARK(mlx_attention)->Args({4, 2, 64})->Args({32, 8, 128})->Unit(benchmark::kMillisecond)->UseRealTime();
+BENCHMARK(mlx_quantized_attention)->Args({4, 2, 64})->Args({32, 8, 128})->Unit(benchmark::kMillisecond)->UseRealTime();
 
 }  // namespace
 }  // namespace veloxquant

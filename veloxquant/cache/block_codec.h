@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "veloxquant/kernels/lut_scan.h"
 #include "veloxquant/model/rope.h"
 #include "veloxquant/quantize/packed_layout.h"
 #include "veloxquant/quantize/registry.h"
@@ -24,6 +25,18 @@ struct BlockQueries {
   std::size_t num_queries;
   float scale;
 };
+
+/// The same with what a codec makes of them before it scores blocks.
+struct PreparedQueries {
+  BlockQueries queries;
+  std::size_t first_position, num_blocks;  // that will be scored, one after another
+
+  std::vector<float> turned;       // rotated_pq: turned back by the positions of some blocks
+  std::vector<ScanTables> tables;  // vecinfer: of each query
+};
+
+/// From here on a matrix product pays for packing its operands.
+inline constexpr std::size_t kManyQueries = 12;
 
 /// scores[r · score_stride + t] = scale · q[r]·k[t], and sums[r] += Σ_t weights[r · weight_stride + t] · v[t]; k and v `stride`
 /// apart.
@@ -46,8 +59,12 @@ class BlockCodec {
   /// The first `tokens` tokens → vectors [tokens, dim].
   virtual void decode(const std::uint8_t* block, std::size_t tokens, float* vectors) const = 0;
 
-  /// Keys: scores[r · score_stride + t] = scale · q[r]·k[t] of the first `tokens` tokens, the first at `position`.
-  virtual void score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries,
+  /// Keys: what is done to queries once.
+  virtual void prepare(PreparedQueries&) const {}
+
+  /// Keys: scores[r · score_stride + t] = scale · q[r]·k[t] of the first `tokens` tokens, the first at `position`; queries that
+  /// prepare() has seen.
+  virtual void score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const PreparedQueries& prepared,
                      float* scores, std::size_t score_stride) const;
 
   /// Values: sums[r] += Σ_t weights[r · weight_stride + t] · v[t], sums [num_queries, dim], in a space of the codec's own, …

@@ -161,6 +161,7 @@ class PackedCache::Attention {
            const std::vector<std::vector<float>>& recent_values) {
     const std::size_t heads = cache_.heads_.size(), blocks = cache_.heads_[0]->blocks.size(),
                       parts = std::min(blocks, std::max<std::size_t>(1, (kTasks + heads - 1) / heads));
+    prepare(blocks);
     std::vector<Partial> partials(heads * (parts + 1));
     parallel_for(partials.size(), 1, [&](std::size_t i, std::size_t) {
       const std::size_t head = i / (parts + 1), part = i % (parts + 1);
@@ -211,6 +212,14 @@ class PackedCache::Attention {
     return any;
   }
 
+  void prepare(std::size_t blocks) {
+    prepared_.resize(cache_.heads_.size());
+    parallel_for(prepared_.size(), 1, [&](std::size_t head, std::size_t) {
+      prepared_[head] = {queries(head), layer_.sinks(), blocks, {}, {}};
+      cache_.heads_[head]->keys->prepare(prepared_[head]);
+    });
+  }
+
   BlockQueries queries(std::size_t head) const { return {q_ + head * rows_ * dim_, rows_, spec_.scale}; }
 
   void attend_block(std::size_t head, std::size_t block, Partial& partial) const {
@@ -226,7 +235,7 @@ class PackedCache::Attention {
     if (most.begin == most.end && spec_.sliding_window == 0) return;
     thread_local std::vector<float> scores;
     scores.resize(rows_ * count);
-    of.keys->score(of.blocks[block].get(), count, begin, queries(head), scores.data(), count);
+    of.keys->score(of.blocks[block].get(), count, begin, prepared_[head], scores.data(), count);
     if (weigh(scores, count, range, partial))
       of.values->add(of.values_of(block), count, scores.data(), rows_, count, partial.values.data());
   }
@@ -298,6 +307,7 @@ class PackedCache::Attention {
   const float* q_;
   std::size_t group_, tokens_, rows_, dim_, first_;
   float* out_;
+  std::vector<PreparedQueries> prepared_;  // [heads]
 };
 
 namespace {
