@@ -120,6 +120,16 @@ struct Sums {
   }
 };
 
+// Entries of a table of 16 bytes, which each 128 bits of `table` hold, by the low nibbles of bytes.
+template <class V>
+HWY_INLINE V look_up(V table, V bytes) {
+#if HWY_TARGET == HWY_AVX3_DL
+  return V{_mm512_permutexvar_epi8(bytes.raw, table.raw)};  // by six bits, and the two more find a copy
+#else
+  return hn::TableLookupBytes(table, hn::And(bytes, hn::Set(hn::DFromV<V>(), 15)));
+#endif
+}
+
 // kCount vectors of tokens at once, for which tables are loaded once.
 template <std::size_t kCount>
 void scan_nibbles_of(const ScanTables& tables, const ScanCodes& codes, std::size_t place, float scale, float* scores,
@@ -127,7 +137,6 @@ void scan_nibbles_of(const ScanTables& tables, const ScanCodes& codes, std::size
   using Sum = Sums<7>;
   const Sum::D8 d;
   const Sum::D16 d16;
-  const auto nibble = hn::Set(d, 15);
   const std::size_t lanes = hn::Lanes(d), bytes = (tables.codes + 1) / 2;
   Sum sums[kCount];
   for (auto& some : sums) some.clear();
@@ -136,10 +145,9 @@ void scan_nibbles_of(const ScanTables& tables, const ScanCodes& codes, std::size
     const auto even_low = hn::LoadDup128(d, table), even_high = hn::LoadDup128(d, table + 16),
                odd_low = hn::LoadDup128(d, table + 32), odd_high = hn::LoadDup128(d, table + 48);
     for (std::size_t i = 0; i < kCount; ++i) {
-      const auto both = hn::LoadU(d, from + i * lanes);
-      const auto even = hn::And(both, nibble), odd = hn::And(hn::BitCast(d, hn::ShiftRight<4>(hn::BitCast(d16, both))), nibble);
-      sums[i].add(hn::Add(hn::TableLookupBytes(even_low, even), hn::TableLookupBytes(odd_low, odd)),
-                  hn::Add(hn::TableLookupBytes(even_high, even), hn::TableLookupBytes(odd_high, odd)));
+      const auto even = hn::LoadU(d, from + i * lanes), odd = hn::BitCast(d, hn::ShiftRight<4>(hn::BitCast(d16, even)));
+      sums[i].add(hn::Add(look_up(even_low, even), look_up(odd_low, odd)),
+                  hn::Add(look_up(even_high, even), look_up(odd_high, odd)));
     }
   }
   for (std::size_t i = 0; i < kCount; ++i)
