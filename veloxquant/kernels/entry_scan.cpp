@@ -68,8 +68,12 @@ struct Entries {
 
 constexpr std::size_t kUsualStride = 4;
 
-bool is_usual(const EntryColumns& columns) {
-  return columns.codes[0].stride == kUsualStride && columns.codes[1].stride == kUsualStride;
+// Groups before the first whose codes lie otherwise: only the last word of a token is shorter.
+std::size_t count_usual(std::span<const EntryColumns> groups) {
+  const auto usual = [](const EntryColumns& columns) {
+    return columns.codes[0].stride == kUsualStride && columns.codes[1].stride == kUsualStride;
+  };
+  return static_cast<std::size_t>(std::find_if_not(groups.begin(), groups.end(), usual) - groups.begin());
 }
 
 // sums[r · kTokens + t] += one group's part of the scores; q [kQueries, kEntryColumns].
@@ -113,27 +117,26 @@ HWY_INLINE void add_lanes(const V* sums, float* out) {
   }
 }
 
-// Queries first … first + kQueries − 1, kTokens tokens at once.
+// Queries first … first + kQueries − 1, kTokens tokens at once; `usual` groups have the usual stride.
 template <std::size_t kQueries>
-void score_some(const BlockOfTiles& block, std::span<const EntryColumns> groups, const TurnedQueries& queries, std::size_t first,
-                float* scores, std::size_t score_stride) {
+void score_some(const BlockOfTiles& block, std::span<const EntryColumns> groups, std::size_t usual, const TurnedQueries& queries,
+                std::size_t first, float* scores, std::size_t score_stride) {
   constexpr std::size_t kTokens = HWY_MIN(kSums / kQueries, kTurnedTokens);
   const D d;
-  for (std::size_t t = 0; t < block.tokens; t += kTokens) {
-    const std::uint8_t* tile = block.bytes + t / block.tile_tokens * block.tile_bytes;
-    const float* q = queries.q + (t / kTurnedTokens * groups.size() * queries.num_queries + first) * kEntryColumns;
+  const std::size_t group_queries = queries.num_queries * kEntryColumns;
+  const std::uint8_t* tile = block.bytes;
+  for (std::size_t t = 0, in_tile = 0; t < block.tokens; t += kTokens, in_tile += kTokens) {
+    if (in_tile == block.tile_tokens) tile += block.tile_bytes, in_tile = 0;
+    const float* q = queries.q + t / kTurnedTokens * groups.size() * group_queries + first * kEntryColumns;
     const float* angles = queries.angles + t % kTurnedTokens * 2 * kEntryColumns;
     V sums[kTokens * kQueries];
     for (auto& sum : sums) sum = hn::Zero(d);
-    for (const auto& columns : groups) {
-      if (is_usual(columns)) {
-        score_group<kTokens, kQueries>(Entries<kUsualStride>(tile, t % block.tile_tokens, columns), q, angles, sums);
-      } else {
-        score_group<kTokens, kQueries>(Entries<0>(tile, t % block.tile_tokens, columns), q, angles, sums);
-      }
-      q += queries.num_queries * kEntryColumns;
-      angles += kTurnedTokens * 2 * kEntryColumns;
-    }
+    const auto score = [&]<std::size_t kStride>(std::size_t from, std::size_t to) HWY_ATTR {
+      for (std::size_t g = from; g < to; ++g, q += group_queries, angles += kTurnedTokens * 2 * kEntryColumns)
+        score_group<kTokens, kQueries>(Entries<kStride>(tile, in_tile, groups[g]), q, angles, sums);
+    };
+    score.template operator()<kUsualStride>(0, usual);
+    score.template operator()<0>(usual, groups.size());
     float out[kTokens * kQueries];
     add_lanes<kTokens * kQueries>(sums, out);
     const std::size_t some = std::min(kTokens, block.tokens - t);
@@ -143,10 +146,11 @@ void score_some(const BlockOfTiles& block, std::span<const EntryColumns> groups,
 
 void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const TurnedQueries& queries, float* scores,
                    std::size_t score_stride) {
+  const std::size_t usual = count_usual(groups);
   std::size_t r = 0;
-  for (; r + 4 <= queries.num_queries; r += 4) score_some<4>(block, groups, queries, r, scores, score_stride);
-  for (; r + 2 <= queries.num_queries; r += 2) score_some<2>(block, groups, queries, r, scores, score_stride);
-  if (r < queries.num_queries) score_some<1>(block, groups, queries, r, scores, score_stride);
+  for (; r + 4 <= queries.num_queries; r += 4) score_some<4>(block, groups, usual, queries, r, scores, score_stride);
+  for (; r + 2 <= queries.num_queries; r += 2) score_some<2>(block, groups, usual, queries, r, scores, score_stride);
+  if (r < queries.num_queries) score_some<1>(block, groups, usual, queries, r, scores, score_stride);
 }
 
 // kGroups groups of one tile at once: their sums stay in registers, and weights are loaded once for them.
@@ -181,7 +185,7 @@ void add_groups(const BlockOfTiles& block, const EntryColumns* groups, const flo
         for (std::size_t r = 0; r < kQueries; ++r) use(sums[i][g][r], out + r * sum_stride + g * kEntryColumns + i * kLanes);
   };
   each([&](V& sum, const float* from) HWY_ATTR { sum = hn::LoadU(d, from); });
-  const bool usual = std::all_of(groups, groups + kGroups, is_usual);
+  const bool usual = count_usual({groups, kGroups}) == kGroups;
   for (std::size_t t = 0; t < block.tokens; t += block.tile_tokens) {
     const std::uint8_t* tile = block.bytes + t / block.tile_tokens * block.tile_bytes;
     const std::size_t some = std::min(block.tile_tokens, block.tokens - t);
