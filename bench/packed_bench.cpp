@@ -155,11 +155,27 @@ void mlx_quantized_attention(benchmark::State& state) {
   }
 }
 
-BENCHMARK(scan)->Arg(8)->Arg(4)->Unit(benchmark::kMillisecond)->UseRealTime();
-BENCHMARK(decode)->Args({4, 2, 64, 1})->Args({4, 2, 64, 0})->Args({32, 8, 128, 1})->Unit(benchmark::kMillisecond)->UseRealTime();
-BENCHMARK(read_fp16)->Args({4, 2, 64})->Args({32, 8, 128})->Unit(benchmark::kMillisecond)->UseRealTime();
-BENCHMARK(mlx_attention)->Args({4, 2, 64})->Args({32, 8, 128})->Unit(benchmark::kMillisecond)->UseRealTime();
-BENCHMARK(mlx_quantized_attention)->Args({4, 2, 64})->Args({32, 8, 128})->Unit(benchmark::kMillisecond)->UseRealTime();
+BENCHMARK(scan)->Arg(8)->Arg(4)->Unit(benchmark::kMillisecond)->MeasureProcessCPUTime()->UseRealTime();
+BENCHMARK(decode)
+    ->Args({4, 2, 64, 1})
+    ->Args({4, 2, 64, 0})
+    ->Args({32, 8, 128, 1})
+    ->Unit(benchmark::kMillisecond)
+    ->MeasureProcessCPUTime()
+    ->UseRealTime();
+BENCHMARK(read_fp16)->Args({4, 2, 64})->Args({32, 8, 128})->Unit(benchmark::kMillisecond)->MeasureProcessCPUTime()->UseRealTime();
+BENCHMARK(mlx_attention)
+    ->Args({4, 2, 64})
+    ->Args({32, 8, 128})
+    ->Unit(benchmark::kMillisecond)
+    ->MeasureProcessCPUTime()
+    ->UseRealTime();
+BENCHMARK(mlx_quantized_attention)
+    ->Args({4, 2, 64})
+    ->Args({32, 8, 128})
+    ->Unit(benchmark::kMillisecond)
+    ->MeasureProcessCPUTime()
+    ->UseRealTime();
 
 }  // namespace
 }  // namespace veloxquant
