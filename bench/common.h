@@ -2,13 +2,32 @@
 #pragma once
 
 #include <benchmark/benchmark.h>
+#include <hwy/targets.h>
 
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <string_view>
 #include <vector>
 
 extern "C" void cblas_sgemm(int order, int transpose_a, int transpose_b, int m, int n, int k, float alpha, const float* a, int lda,
                             const float* b, int ldb, float beta, float* c, int ldc);
 
 namespace veloxquant {
+
+/// VELOXQUANT_BENCH_TARGET, such as AVX2, names the instruction set that our kernels are to use instead of the best.  False, and
+/// says so, where this machine lacks it.
+inline bool choose_target() {
+  const char* name = std::getenv("VELOXQUANT_BENCH_TARGET");
+  if (!name) return true;
+  for (const std::int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    if (std::string_view(name) != hwy::TargetName(target)) continue;
+    hwy::SetSupportedTargetsForTest(target);
+    return true;
+  }
+  std::fprintf(stderr, "VELOXQUANT_BENCH_TARGET: this machine has no %s\n", name);
+  return false;
+}
 
 inline void say_flops(benchmark::State& state, double flops) {
   state.counters["flops"] = flops;

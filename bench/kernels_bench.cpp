@@ -1,12 +1,7 @@
 // Speed of the CPU kernels behind product quantisation, beside the matrix product of the same machine.
 // Encoding and training count 2·dim a vector and centroid of each sub-space.
-#include <hwy/targets.h>
-
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <string_view>
 #include <vector>
 
 #include "bench/common.h"
@@ -96,20 +91,8 @@ BENCHMARK(hadamard_rows)->UseRealTime()->Arg(64)->Arg(128);
 }  // namespace
 }  // namespace veloxquant
 
-// VELOXQUANT_BENCH_TARGET, such as AVX2, names the instruction set that our kernels are to use instead of the best.
 int main(int argc, char** argv) {
-  if (const char* name = std::getenv("VELOXQUANT_BENCH_TARGET")) {
-    bool found = false;
-    for (const std::int64_t target : hwy::SupportedAndGeneratedTargets()) {
-      if (std::string_view(name) != hwy::TargetName(target)) continue;
-      hwy::SetSupportedTargetsForTest(target);
-      found = true;
-    }
-    if (!found) {
-      std::fprintf(stderr, "kernels_bench: VELOXQUANT_BENCH_TARGET: this machine has no %s\n", name);
-      return 2;
-    }
-  }
+  if (!veloxquant::choose_target()) return 2;
   benchmark::Initialize(&argc, argv);
   benchmark::RunSpecifiedBenchmarks();
 }

@@ -1,5 +1,6 @@
 // Attention over codes: one query a head against a long context, beside the memory's limit and MLX's own attention.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -9,11 +10,15 @@
 
 #include "bench/common.h"
 #include "mlx/fast.h"
+#include "mlx/ops.h"
 #include "mlx/random.h"
 #include "mlx/transforms.h"
 #include "veloxquant/cache/packed_cache.h"
 #include "veloxquant/core/parallel.h"
+#include "veloxquant/core/random.h"
+#include "veloxquant/kernels/lut_scan.h"
 #include "veloxquant/quantize/rotated_pq.h"
+#include "veloxquant/quantize/vecinfer.h"
 
 namespace veloxquant {
 namespace {
@@ -92,14 +97,91 @@ void mlx_attention(benchmark::State& state) {
   for (auto _ : state) mx::fast::scaled_dot_product_attention(q, k, v, 0.1f).eval();
 }
 
-BENCHMARK(decode)->Args({4, 2, 64, 1})->Args({4, 2, 64, 0})->Args({32, 8, 128, 1})->Unit(benchmark::kMillisecond)->UseRealTime();
-BENCHMARK(read_fp16)->Args({4, 2, 64})->Args({32, 8, 128})->Unit(benchmark::kMillisecond)->UseRealTime();
-BENCHMARK(mlx_attention)->Args({4, 2, 64})->Args({32, 8, 128})->Unit(benchmark::kMillisecond)->UseRealTime();
+// One query, one thread, keys of 64 dimensions in 16 codes of range(0) bits: its tables, and the scan of blocks of codes.
+// `error`: rms of the scores, in parts of their range.
+void scan(benchmark::State& state) {
+  constexpr std::size_t kKeys = std::size_t{1} << 20, kCodes = 16, kDim = 64;
+  const bool bytes = state.range(0) == 8;
+  const std::size_t centroids = bytes ? 256 : 16, block_bytes = (bytes ? kCodes : kCodes / 2) * kPackedBlockTokens;
+  const auto random = normal({static_cast<int>(centroids * kDim)}, 1), q = normal({static_cast<int>(kDim)}, 2);
+  const ProductCodebook codebook(Tensor{{static_cast<int>(kCodes), static_cast<int>(centroids), static_cast<int>(kDim / kCodes)},
+                                        {random.data<float>(), random.data<float>() + random.size()}});
+  std::vector<std::uint8_t> codes(kKeys / kPackedBlockTokens * block_bytes);
+  Random codes_of(3);
+  for (auto& byte : codes) byte = static_cast<std::uint8_t>(codes_of.below(256));
+  std::vector<float> products(kCodes * centroids), scores(kPackedBlockTokens), exact(kKeys);
+  ScanTables tables;
+  const auto each_block = [&](const auto& scan_block) {
+    for (std::size_t t = 0, at = 0; t < kKeys; t += kPackedBlockTokens, at += block_bytes)
+      scan_block(ScanCodes{codes.data() + at, kPackedBlockTokens, kPackedBlockTokens}, t);
+  };
+  for (auto _ : state) {
+    codebook.query_tables({q.data<float>(), kDim}, products);
+    make_scan_tables(products.data(), kCodes, centroids, tables);
+    each_block([&](const ScanCodes& some, std::size_t) {
+      (bytes ? scan_bytes : scan_nibbles)(tables, some, 1.0f, scores.data());
+      benchmark::DoNotOptimize(scores.data());
+    });
+  }
+  double sum = 0;
+  each_block([&](const ScanCodes& some, std::size_t t) {
+    (bytes ? scan_bytes : scan_nibbles)(tables, some, 1.0f, scores.data());
+    (bytes ? reference::scan_bytes : reference::scan_nibbles)(products.data(), kCodes, some, 1.0f, &exact[t]);
+    for (std::size_t i = 0; i < kPackedBlockTokens; ++i) sum += std::pow(scores[i] - exact[t + i], 2);
+  });
+  const auto [least, most] = std::minmax_element(exact.begin(), exact.end());
+  state.counters["error"] = std::sqrt(sum / kKeys) / (*most - *least);
+  state.counters["keys"] = kKeys;
+}
+
+// As mlx_lm.models.base.quantized_scaled_dot_product_attention composes it, of keys and values in 4 bits and groups of 64.
+void mlx_quantized_attention(benchmark::State& state) {
+  const Shape shape = shape_of(state);
+  const int repeats = shape.heads / shape.kv_heads;
+  const auto quantized = [&](std::uint64_t seed) {
+    auto parts = mx::quantize(normal({1, shape.kv_heads, kTokens, shape.dim}, seed), 64, 4);
+    for (auto& part : parts) part = mx::expand_dims(part, -3);
+    mx::eval(parts);
+    return parts;
+  };
+  const auto k = quantized(2), v = quantized(3);
+  const auto q = normal({1, shape.heads, 1, shape.dim}, 1);
+  const auto product = [](const mx::array& x, const std::vector<mx::array>& w, bool transpose) {
+    return mx::quantized_matmul(x, w[0], w[1], w[2], transpose, 64, 4);
+  };
+  for (auto _ : state) {
+    const auto scaled = mx::reshape(mx::multiply(q, mx::array(0.1f)), {1, shape.kv_heads, repeats, 1, shape.dim});
+    product(mx::softmax(product(scaled, k, true), -1, true), v, false).eval();
+  }
+}
+
+BENCHMARK(scan)->Arg(8)->Arg(4)->Unit(benchmark::kMillisecond)->MeasureProcessCPUTime()->UseRealTime();
+BENCHMARK(decode)
+    ->Args({4, 2, 64, 1})
+    ->Args({4, 2, 64, 0})
+    ->Args({32, 8, 128, 1})
+    ->Unit(benchmark::kMillisecond)
+    ->MeasureProcessCPUTime()
+    ->UseRealTime();
+BENCHMARK(read_fp16)->Args({4, 2, 64})->Args({32, 8, 128})->Unit(benchmark::kMillisecond)->MeasureProcessCPUTime()->UseRealTime();
+BENCHMARK(mlx_attention)
+    ->Args({4, 2, 64})
+    ->Args({32, 8, 128})
+    ->Unit(benchmark::kMillisecond)
+    ->MeasureProcessCPUTime()
+    ->UseRealTime();
+BENCHMARK(mlx_quantized_attention)
+    ->Args({4, 2, 64})
+    ->Args({32, 8, 128})
+    ->Unit(benchmark::kMillisecond)
+    ->MeasureProcessCPUTime()
+    ->UseRealTime();
 
 }  // namespace
 }  // namespace veloxquant
 
 int main(int argc, char** argv) {
+  if (!veloxquant::choose_target()) return 2;
   veloxquant::mx::set_default_device(veloxquant::mx::Device::cpu);
   benchmark::Initialize(&argc, argv);
   benchmark::RunSpecifiedBenchmarks();

@@ -1,4 +1,4 @@
-"""The same work by others.  usage: peers.py faiss | peers.py mlx_lm FOLDER [forward|own_text]...
+"""The same work by others.  usage: peers.py faiss | peers.py faiss_scan | peers.py mlx_lm FOLDER [forward|own_text]...
 
 Prints one JSON object {name: seconds or error}.  Runs in the benchmarks' own virtual environment; mlx_lm takes the BLAS that stands
 first, so that OPENBLAS=path loads one before it (the wheel's own is the reference BLAS).
@@ -70,6 +70,23 @@ def run_faiss():
     return results
 
 
+def run_faiss_scan():
+    """One query over 2^20 keys of 16 codes, one thread: what packed_bench.cpp's scan does, and the ten best."""
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+    keys, dim, codes = 1 << 20, 64, 16
+    vectors = normal_values(keys * dim).reshape(-1, dim)
+    indexes = {8: faiss.IndexPQ(dim, codes, 8, faiss.METRIC_INNER_PRODUCT), 4: faiss.IndexPQFastScan(dim, codes, 4, faiss.METRIC_INNER_PRODUCT)}
+    results = {}
+    for bits, index in indexes.items():
+        index.pq.cp.niter = 1  # any codebook is as fast as another
+        index.train(vectors[:32768])
+        index.add(vectors)
+        results[f"scan/{bits}"] = best_seconds(lambda index=index: index.search(vectors[:1], 10), 20)
+    return results
+
+
 def run_mlx_lm(folder, works):
     if path := os.environ.get("OPENBLAS"):
         ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
@@ -102,4 +119,5 @@ def run_mlx_lm(folder, works):
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_faiss() if sys.argv[1] == "faiss" else run_mlx_lm(sys.argv[2], sys.argv[3:])))
+    works = {"faiss": run_faiss, "faiss_scan": run_faiss_scan, "mlx_lm": lambda: run_mlx_lm(sys.argv[2], sys.argv[3:])}
+    print(json.dumps(works[sys.argv[1]]()))

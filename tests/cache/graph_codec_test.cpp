@@ -69,6 +69,11 @@ const std::vector<std::vector<int>> kChunks = {{kBlock}, {1, 1, 1, 5, 40, 1, 130
 
 TEST(GraphCodec, BytesAreThoseOfTheBlockCodec) {
   std::vector<QuantizerParameters> all = {fitted("vecinfer", 64, 2, Side::kKeys), fitted("vecinfer", 64, 2, Side::kValues)};
+  for (const int subspaces : {1, 16, 32})
+    for (const int centroids : {16, 32}) {
+      const auto [keys, values] = testing::product_codes(testing::Sequence(1, 400, 64), 64, subspaces, centroids);
+      all.insert(all.end(), {keys[0], values[0]});
+    }
   for (const int dim : {64, 80})
     for (const double width : {2, 3, 6})
       for (const char* method : {"affine", "turboquant"}) all.push_back(fitted(method, dim, width));

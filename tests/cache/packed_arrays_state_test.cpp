@@ -81,7 +81,7 @@ TEST(PackedArraysState, AnyOrderOfAppendingAndTrimming) {
       const Layer layer(stored, window, sinks, 700, 2);
       auto arrays = layer.arrays();
       int tokens = 0;
-      for (int step = 0; step < 16; ++step) {
+      for (int step = 0; step < 8; ++step) {
         // The same codes in both.
         auto packed = layer.packed();
         packed.restore(arrays.state());

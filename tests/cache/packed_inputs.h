@@ -8,7 +8,9 @@
 #include "mlx/random.h"
 #include "mlx/transforms.h"
 #include "veloxquant/model/device.h"
+#include "veloxquant/quantize/kmeans.h"
 #include "veloxquant/quantize/rotated_pq.h"
+#include "veloxquant/quantize/vecinfer.h"
 
 namespace veloxquant::testing {
 
@@ -66,9 +68,30 @@ inline Stored of_method(const Sequence& x, int dim, const char* method, double w
   return stored;
 }
 
+// vecinfer with other numbers of centroids than calibration gives.
+inline Stored product_codes(const Sequence& x, int dim, int subspaces, int centroids) {
+  Stored stored;
+  for (const Side side : {Side::kKeys, Side::kValues}) {
+    const auto& vectors = side == Side::kKeys ? x.k : x.v;
+    std::vector<float> rows(vectors.data<float>(), vectors.data<float>() + vectors.size()), factors;
+    if (side == Side::kKeys) {
+      factors = smooth_factors(rows, dim);
+      transform_keys(rows, factors);
+    }
+    (side == Side::kKeys ? stored.keys : stored.values)
+        .push_back(vecinfer_parameters(side, dim, factors,
+                                       train_product_codebook(rows, dim, subspaces, {.num_centroids = centroids, .max_iter = 2})));
+  }
+  return stored;
+}
+
 inline const std::vector<int> kChunks = {1, 1, 7, 100, 1, 160, 1, 1, 300, 2, 5, 1};  // 580 tokens
 inline constexpr int kTokens = 580;
 
 inline constexpr double kRounding = 2e-5;  // of sums in another order, relative to the largest value
+
+// Where scores are sums of integers: half a step of 2⁻¹⁶, or for 4-bit codes 2⁻¹⁴, of the widest range of a code's products.  Those
+// of few tokens with unlike values show it most.
+inline constexpr double kScanRounding = 2e-4, kNibbleScanRounding = 1.5e-3;
 
 }  // namespace veloxquant::testing

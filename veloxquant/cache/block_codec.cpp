@@ -4,19 +4,15 @@
 #include <cmath>
 #include <numeric>
 
+#include "veloxquant/cache/entry_layout.h"
+#include "veloxquant/cache/vecinfer_codec.h"
 #include "veloxquant/core/error.h"
 #include "veloxquant/kernels/gemm.h"
 #include "veloxquant/kernels/rope.h"
+#include "veloxquant/quantize/folded_planes.h"
 #include "veloxquant/quantize/rotated_pq.h"
 
 namespace veloxquant {
-namespace {
-
-// From here on a matrix product pays for packing its operands.
-constexpr std::size_t kManyQueries = 12;
-
-}  // namespace
-
 void score_vectors(const BlockQueries& queries, const float* k, std::size_t tokens, std::size_t stride, std::size_t dim,
                    float* scores, std::size_t score_stride) {
   if (queries.num_queries < kManyQueries)
@@ -33,6 +29,8 @@ void add_vectors(const float* weights, std::size_t num_queries, std::size_t weig
 }
 
 namespace {
+
+constexpr std::size_t kTableEntries = 256;  // any byte is a code
 
 float* scratch(std::size_t size) {
   thread_local std::vector<float> memory;
@@ -62,10 +60,10 @@ class PlainCodec : public BlockCodec {
 // rotated_pq: codes in tiles (packed_layout.h), then the patches, ascending in place.
 class RotatedPqCodec : public BlockCodec {
  public:
-  RotatedPqCodec(const QuantizerParameters& parameters, const Rope* rope)
+  RotatedPqCodec(const QuantizerParameters& parameters, RotatedPqQuantizer quantizer, const Rope* rope)
       : BlockCodec(parameters, rope),
-        quantizer_(parameters),
-        codes_{shape_.patches_at / kPackedBlockTokens},
+        quantizer_(std::move(quantizer)),
+        codes_{shape_.token_bytes()},
         patches_(shape_.patches),
         stride_(dim_ + kLookupPadding) {
     tables_.reserve(2 * quantizer_.subspaces().size());
@@ -87,11 +85,7 @@ class RotatedPqCodec : public BlockCodec {
     std::vector<float> rest(patches_ > 0 ? tokens * dim_ : 0);
     quantizer_.encode_codes(vectors, codes, rest);
     for (std::size_t t = 0; t < tokens; ++t) {
-      std::uint8_t* tile = block + (at + t) / kPackedTileTokens * codes_.tile_bytes();
-      for (std::size_t code = 0; code < count; ++code) {
-        const auto [offset, stride] = codes_.place(code);
-        tile[offset + (at + t) % kPackedTileTokens * stride] = codes[t * count + code];
-      }
+      for (std::size_t code = 0; code < count; ++code) block[shape_.place(code, at + t)] = codes[t * count + code];
       if (patches_ > 0) offer_patch(std::span(rest).subspan(t * dim_, dim_), at + t, block + codes_.block_bytes(), open);
     }
   }
@@ -106,35 +100,12 @@ class RotatedPqCodec : public BlockCodec {
          vectors, d);
   }
 
-  void add(const std::uint8_t* block, std::size_t tokens, const float* weights, std::size_t num_queries, std::size_t weight_stride,
-           float* sums) const override {
-    // A tile's vectors stay in the first-level cache between look-up and sum; a product wants more.
-    const std::size_t step = num_queries < kManyQueries ? kPackedTileTokens : kPackedBlockTokens;
-    float* z = scratch(step * stride_ + kLookupPadding);
-    for (std::size_t begin = 0; begin < tokens; begin += step) {
-      const std::size_t some = std::min(step, tokens - begin);
-      look_up(block, begin, some, z);
-      patch(block, begin, some, tokens, z);
-      add_vectors(weights + begin, num_queries, weight_stride, z, some, stride_, dim_, sums);
-    }
-  }
-
-  // Back from the rotated space: v = z·A⁻¹ + μ.
-  void finish(std::span<float> sums, std::span<const float> totals) const override {
-    const std::vector<float> z(sums.begin(), sums.end());
-    const int d = static_cast<int>(dim_);
-    for (std::size_t r = 0; r < totals.size(); ++r)
-      for (std::size_t i = 0; i < dim_; ++i) sums[r * dim_ + i] = totals[r] * quantizer_.mean()[i];
-    gemm(false, false, static_cast<int>(totals.size()), d, d, 1.0f, z.data(), d, quantizer_.inverse().data(), d, 1.0f, sums.data(),
-         d);
-  }
-
  protected:
   // Entries of a table as they are looked up, with room to read beyond.
   const float* add_table(const AdditiveCodebook& subspace, int stage) {
     const auto size = static_cast<std::size_t>(subspace.num_centroids()) * static_cast<std::size_t>(subspace.dim());
     // Any byte is a code: those beyond the centroids are never written, and read as zeros from a damaged file.
-    auto& table = tables_.emplace_back(256 * static_cast<std::size_t>(subspace.dim()) + kLookupPadding);
+    auto& table = tables_.emplace_back(kTableEntries * static_cast<std::size_t>(subspace.dim()) + kLookupPadding);
     std::copy_n(subspace.entry(stage, 0), size, table.begin());
     return table.data();
   }
@@ -154,6 +125,22 @@ class RotatedPqCodec : public BlockCodec {
     for (std::size_t p = 0; p < held_patches(held); ++p, bytes += shape_.patch_bytes)
       if (bytes[0] >= begin && bytes[0] < begin + tokens)
         RotatedPqQuantizer::add_patch(bytes, {z + (bytes[0] - begin) * stride_, dim_});
+  }
+
+  BlockOfTiles tiles(const std::uint8_t* block, std::size_t tokens) const {
+    return {block, codes_.tile_bytes(), kPackedTileTokens, tokens};
+  }
+
+  // use(token, rest) for each patch of a block; rest [dim] is what the caller lends.
+  template <class Use>
+  void each_patch(const std::uint8_t* block, std::size_t tokens, float* rest, const Use& use) const {
+    const std::uint8_t* bytes = block + codes_.block_bytes();
+    for (std::size_t p = 0; p < held_patches(tokens); ++p, bytes += shape_.patch_bytes) {
+      if (bytes[0] >= tokens) continue;  // of a damaged file
+      std::fill_n(rest, dim_, 0.0f);
+      RotatedPqQuantizer::add_patch(bytes, {rest, dim_});
+      use(std::size_t{bytes[0]}, rest);
+    }
   }
 
   RotatedPqQuantizer quantizer_;
@@ -184,79 +171,58 @@ class RotatedPqCodec : public BlockCodec {
   std::vector<std::vector<float>> tables_;
 };
 
-// Keys of rotated_pq, and few queries: keys come in an order in which the two dimensions of a plane are neighbours, and are turned
-// on the way to their scores.  Where sub-spaces hold whole planes, A⁻¹ and μ are in the tables; else a product with A⁻¹ follows.
-class RotatedKeysCodec : public RotatedPqCodec {
+class RotatedValuesCodec : public RotatedPqCodec {
  public:
-  RotatedKeysCodec(const QuantizerParameters& parameters, const Rope& rope) : RotatedPqCodec(parameters, &rope) {
-    const std::size_t turned = rope.frequencies().size();
-    if (2 * turned == dim_ && parameters.numbers.at("plane") == 1 && find_planes()) {
-      set_order();
-      fold();
-    } else {
-      planes_.resize(turned);
-      std::iota(planes_.begin(), planes_.end(), std::size_t{0});
-      set_order();
+  RotatedValuesCodec(const QuantizerParameters& parameters, RotatedPqQuantizer quantizer)
+      : RotatedPqCodec(parameters, std::move(quantizer), nullptr), entries_(pieces_) {}
+
+  void add(const std::uint8_t* block, std::size_t tokens, const float* weights, std::size_t num_queries, std::size_t weight_stride,
+           float* sums) const override {
+    if (num_queries >= kManyQueries) {
+      float* z = scratch(tokens * stride_ + kLookupPadding);
+      look_up(block, 0, tokens, z);
+      patch(block, 0, tokens, tokens, z);
+      return add_vectors(weights, num_queries, weight_stride, z, tokens, stride_, dim_, sums);
     }
-    for (std::size_t i = 0; i < dim_; ++i)
-      for (std::size_t j = 0; j < dim_; ++j) inverse_.push_back(quantizer_.inverse()[i * dim_ + order_[j]]);
-    for (const std::size_t i : order_) mean_.push_back(quantizer_.mean()[i]);
-    for (std::size_t t = 0; t < kTurned; ++t) append_angles(t, rope.magnitude(), cosines_, sines_);
-    append_angles(kTurned, 1.0f, step_cosines_, step_sines_);
-    for (float& sine : step_sines_) sine = -sine;  // queries turn back
+    entries_.add(tiles(block, tokens), weights, num_queries, weight_stride, sums);
+    each_patch(block, tokens, scratch(dim_), [&](std::size_t t, const float* rest) {
+      add_rows(weights + t, num_queries, weight_stride, rest, 1, dim_, dim_, sums);
+    });
   }
 
-  void score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries, float* scores,
-             std::size_t score_stride) const override {
-    if (queries.num_queries >= kManyQueries) return BlockCodec::score(block, tokens, position, queries, scores, score_stride);
-    thread_local std::vector<float> q, keys;
-    turn_back(queries, position, q);
-    // A tile stays in the first-level cache; a product wants more.
-    const std::size_t step = folded_.empty() ? kPackedBlockTokens : kPackedTileTokens;
-    keys.resize(step * stride_ + kLookupPadding);
-    for (std::size_t begin = 0; begin < tokens; begin += step) {
-      const std::size_t some = std::min(step, tokens - begin);
-      decode_in_order(block, begin, some, tokens, keys.data());
-      // Keys turn by their place in a stretch, queries back by where that begins.
-      for (std::size_t t = 0; t < some; t += kTurned) {
-        score_turned_rows(q.data(), queries.num_queries, keys.data() + t * stride_, std::min(kTurned, some - t), stride_, dim_,
-                          cosines_.data(), sines_.data(), queries.scale, scores + begin + t, score_stride);
-        for (std::size_t r = 0; r < queries.num_queries; ++r)
-          turn_pairs(q.data() + r * dim_, 1, dim_, dim_, step_cosines_.data(), step_sines_.data());
-      }
-    }
+  // Back from the rotated space: v = z·A⁻¹ + μ.
+  void finish(std::span<float> sums, std::span<const float> totals) const override {
+    const std::vector<float> z(sums.begin(), sums.end());
+    const int d = static_cast<int>(dim_);
+    for (std::size_t r = 0; r < totals.size(); ++r)
+      for (std::size_t i = 0; i < dim_; ++i) sums[r * dim_ + i] = totals[r] * quantizer_.mean()[i];
+    gemm(false, false, static_cast<int>(totals.size()), d, d, 1.0f, z.data(), d, quantizer_.inverse().data(), d, 1.0f, sums.data(),
+         d);
   }
 
  private:
-  static constexpr std::size_t kTurned = 8;
+  EntryLayout entries_;
+};
 
-  // The planes of the sub-spaces, in their order: plane i is dimensions i and i + dim/2.
-  bool find_planes() {
-    const auto& transform = quantizer_.transform();
-    const std::size_t half = dim_ / 2;
-    for (const auto& piece : pieces_) {
-      const std::size_t before = planes_.size();
-      for (std::size_t plane = 0; plane < half; ++plane) {
-        bool here = false;
-        for (const std::size_t row : {plane, plane + half})
-          for (std::size_t i = piece.column; i < piece.column + piece.width; ++i) here |= transform[row * dim_ + i] != 0;
-        if (here) planes_.push_back(plane);
-      }
-      if (2 * (planes_.size() - before) != piece.width) return false;
-    }
-    return planes_.size() == half;
-  }
+// Keys of rotated_pq, and few queries: keys come in an order in which the two dimensions of a plane are neighbours, and are turned
+// on the way to their scores, by their place in a stretch of kTurnedTokens; queries are turned back to where that begins.
+class RotatedKeysCodec : public RotatedPqCodec {
+ public:
+  RotatedKeysCodec(const QuantizerParameters& parameters, RotatedPqQuantizer quantizer, const Rope& rope)
+      : RotatedPqCodec(parameters, std::move(quantizer), &rope) {}
 
+ protected:
   // Both dimensions of each plane, then those that do not turn.
-  void set_order() {
+  void set_order(std::vector<std::size_t> planes) {
+    planes_ = std::move(planes);
     for (const std::size_t plane : planes_) order_.insert(order_.end(), {plane, plane + planes_.size()});
     for (std::size_t i = order_.size(); i < dim_; ++i) order_.push_back(i);
   }
 
   // Cosines and sines of a position, as turn_pairs takes them.
-  void append_angles(std::size_t position, float magnitude, std::vector<float>& cosines, std::vector<float>& sines) const {
+  void append_angles(double position, float magnitude, std::vector<float>& cosines, std::vector<float>& sines) const {
     for (const std::size_t plane : planes_) {
-      const double angle = static_cast<double>(position) * rope_->frequencies()[plane];
+      const double angle = position * rope_->frequencies()[plane];
       const auto c = magnitude * static_cast<float>(std::cos(angle)), s = magnitude * static_cast<float>(std::sin(angle));
       cosines.insert(cosines.end(), {c, c});
       sines.insert(sines.end(), {-s, s});
@@ -265,53 +231,182 @@ class RotatedKeysCodec : public RotatedPqCodec {
     sines.insert(sines.end(), dim_ - 2 * planes_.size(), 0.0f);
   }
 
-  // Tables of a piece times its block of A⁻¹, μ in the first.
-  void fold() {
-    for (const auto& piece : pieces_) {
-      LookupPiece folded = piece;
-      for (std::size_t stage = 0; stage < 2 && piece.tables[stage]; ++stage) {
-        auto& table = folded_tables_.emplace_back(256 * piece.width + kLookupPadding);
-        for (std::size_t code = 0; code < 256; ++code)
-          for (std::size_t j = 0; j < piece.width; ++j) {
-            const std::size_t to = order_[piece.column + j];
-            double sum = stage == 0 ? quantizer_.mean()[to] : 0.0f;
-            for (std::size_t i = 0; i < piece.width; ++i)
-              sum += static_cast<double>(piece.tables[stage][code * piece.width + i]) *
-                     quantizer_.inverse()[(piece.column + i) * dim_ + to];
-            table[code * piece.width + j] = static_cast<float>(sum);
-          }
-        folded.tables[stage] = table.data();
+  std::vector<std::size_t> planes_, order_;  // planes that turn; the dimension that stands at each place of a key
+};
+
+// Sub-spaces that hold whole planes: A⁻¹ and μ are in the tables, which are looked up straight into scores.
+class PlaneKeysCodec : public RotatedKeysCodec {
+ public:
+  PlaneKeysCodec(const QuantizerParameters& parameters, RotatedPqQuantizer quantizer, const Rope& rope,
+                 std::vector<FoldedSubspace> folded)
+      : RotatedKeysCodec(parameters, std::move(quantizer), rope) {
+    set_order(planes_of(folded));
+    entries_ = EntryLayout(folded_pieces(folded));
+    for (std::size_t i = 0; i < dim_; ++i) {
+      inverse_.resize((i + 1) * entries_.columns());
+      for (std::size_t j = 0; j < dim_; ++j)
+        inverse_[i * entries_.columns() + entries_.places()[j]] = quantizer_.inverse()[i * dim_ + order_[j]];
+    }
+    angles_.resize(kTurnedTokens * 2 * entries_.columns());
+    for (std::size_t t = 0; t < kTurnedTokens; ++t) {
+      const auto angles = angles_of(static_cast<double>(t), rope.magnitude());
+      for (std::size_t g = 0; g < entries_.groups().size(); ++g)
+        std::copy_n(&angles[g * kGroupAngles], kGroupAngles, &angles_[(g * kTurnedTokens + t) * kGroupAngles]);
+    }
+    step_ = angles_of(-static_cast<double>(kTurnedTokens), 1.0f);
+    for (std::size_t b = 0; b < kTurnedBlocks; ++b)
+      block_angles_.push_back(angles_of(-static_cast<double>(b * kPackedBlockTokens), 1.0f));
+  }
+
+  // Queries in groups of columns, scaled, and turned back to the begin of every kTurnedBlocks-th block.
+  void prepare(const BlockQueries& queries, PreparedQueries& prepared) const override {
+    const auto& [q, num_queries, scale] = queries;
+    if (num_queries >= kManyQueries) return;
+    const std::size_t size = num_queries * entries_.columns();
+    std::vector<float> grouped(size);
+    for (std::size_t r = 0; r < num_queries; ++r)
+      for (std::size_t i = 0; i < dim_; ++i) {
+        const std::size_t place = entries_.places()[i];
+        grouped[(place / kEntryColumns * num_queries + r) * kEntryColumns + place % kEntryColumns] =
+            scale * q[r * dim_ + order_[i]];
       }
-      folded_.push_back(folded);
+    for (std::size_t block = 0; block < prepared.num_blocks; block += kTurnedBlocks) {
+      const auto angles = angles_of(-static_cast<double>(prepared.first_position + block * kPackedBlockTokens), 1.0f);
+      prepared.turned.resize(prepared.turned.size() + size);
+      turn_rows(grouped.data(), entries_.groups().size(), num_queries, angles.data(), &*prepared.turned.end() - size);
     }
   }
 
-  // Keys begin … begin + tokens − 1 of a block that holds `held`, not turned, stride_ apart.
-  void decode_in_order(const std::uint8_t* block, std::size_t begin, std::size_t tokens, std::size_t held, float* keys) const {
+  void score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries,
+             const PreparedQueries& prepared, float* scores, std::size_t score_stride) const override {
+    if (prepared.turned.empty()) return BlockCodec::score(block, tokens, position, queries, prepared, scores, score_stride);
+    const std::size_t num_queries = queries.num_queries, groups = entries_.groups().size(),
+                      size = num_queries * entries_.columns(), stretches = (tokens + kTurnedTokens - 1) / kTurnedTokens,
+                      index = (position - prepared.first_position) / kPackedBlockTokens;
+    float* q = scratch(stretches * size + dim_ + entries_.columns());
+    turn_rows(&prepared.turned[index / kTurnedBlocks * size], groups, num_queries, block_angles_[index % kTurnedBlocks].data(), q);
+    for (std::size_t s = 1; s < stretches; ++s) turn_rows(q + (s - 1) * size, groups, num_queries, step_.data(), q + s * size);
+    score_entries(tiles(block, tokens), entries_.groups(), {q, num_queries, angles_.data()}, scores, score_stride);
+    float *rest = q + stretches * size, *key = rest + dim_;
+    each_patch(block, tokens, rest, [&](std::size_t t, const float*) {
+      patch_key(rest, t % kTurnedTokens, key);
+      const float* turned = q + t / kTurnedTokens * size;
+      for (std::size_t r = 0; r < num_queries; ++r) {
+        float sums[kEntryColumns] = {};
+        for (std::size_t g = 0; g < groups; ++g)
+          for (std::size_t i = 0; i < kEntryColumns; ++i)
+            sums[i] += key[g * kEntryColumns + i] * turned[(g * num_queries + r) * kEntryColumns + i];
+        scores[r * score_stride + t] += std::accumulate(sums, sums + kEntryColumns, 0.0f);
+      }
+    });
+  }
+
+ private:
+  static constexpr std::size_t kTurnedBlocks = 16;                // that are turned to from the first of them
+  static constexpr std::size_t kGroupAngles = 2 * kEntryColumns;  // cosines and sines
+
+  // Of a position, [groups, 2, kEntryColumns].
+  std::vector<float> angles_of(double position, float magnitude) const {
+    std::vector<float> cosines, sines, angles(2 * entries_.columns());
+    append_angles(position, magnitude, cosines, sines);
+    for (std::size_t i = 0; i < dim_; ++i) {
+      const std::size_t place = entries_.places()[i], at = place / kEntryColumns * kGroupAngles + place % kEntryColumns;
+      angles[at] = cosines[i];
+      angles[at + kEntryColumns] = sines[i];
+    }
+    return angles;
+  }
+
+  // Sub-spaces in their order, tables as they are looked up.
+  static std::vector<std::size_t> planes_of(const std::vector<FoldedSubspace>& folded) {
+    std::vector<std::size_t> planes;
+    for (const auto& subspace : folded) planes.insert(planes.end(), subspace.planes.begin(), subspace.planes.end());
+    return planes;
+  }
+
+  std::vector<LookupPiece> folded_pieces(std::vector<FoldedSubspace>& folded) const {
+    std::vector<LookupPiece> pieces = pieces_;
+    for (std::size_t p = 0; p < pieces.size(); ++p)
+      for (std::size_t stage = 0; stage < folded[p].tables.size(); ++stage) {
+        auto& table = folded[p].tables[stage];
+        table.resize(kTableEntries * pieces[p].width);
+        pieces[p].tables[stage] = table.data();
+      }
+    return pieces;
+  }
+
+  // What a patch adds to a key, in groups of columns, turned by its place in a stretch.
+  void patch_key(const float* rest, std::size_t turned, float* key) const {
+    const std::size_t columns = entries_.columns();
+    thread_local std::vector<float> plain;
+    plain.assign(columns, 0.0f);
+    for (const auto& piece : pieces_) {
+      const std::size_t begin = entries_.places()[piece.column] / kEntryColumns * kEntryColumns,
+                        end = entries_.places()[piece.column + piece.width - 1] / kEntryColumns * kEntryColumns + kEntryColumns;
+      for (std::size_t i = piece.column; i < piece.column + piece.width; ++i)
+        for (std::size_t j = begin; j < end; ++j) plain[j] += rest[i] * inverse_[i * columns + j];
+    }
+    for (std::size_t g = 0; g < entries_.groups().size(); ++g) {
+      const float *angles = &angles_[(g * kTurnedTokens + turned) * kGroupAngles], *x = &plain[g * kEntryColumns];
+      for (std::size_t i = 0; i < kEntryColumns; ++i)
+        key[g * kEntryColumns + i] = x[i] * angles[i] + x[i ^ 1] * angles[kEntryColumns + i];
+    }
+  }
+
+  EntryLayout entries_;
+  std::vector<float> inverse_;                    // A⁻¹ [dim, columns]
+  std::vector<float> angles_;                     // [groups, kTurnedTokens, 2, kEntryColumns]
+  std::vector<float> step_;                       // back by a stretch
+  std::vector<std::vector<float>> block_angles_;  // back by so many blocks, up to kTurnedBlocks − 1
+};
+
+// Any sub-spaces: keys are a product with A⁻¹, a block at a time.
+class FullKeysCodec : public RotatedKeysCodec {
+ public:
+  FullKeysCodec(const QuantizerParameters& parameters, RotatedPqQuantizer quantizer, const Rope& rope)
+      : RotatedKeysCodec(parameters, std::move(quantizer), rope) {
+    std::vector<std::size_t> planes(rope.frequencies().size());
+    std::iota(planes.begin(), planes.end(), std::size_t{0});
+    set_order(std::move(planes));
+    for (std::size_t i = 0; i < dim_; ++i)
+      for (std::size_t j = 0; j < dim_; ++j) inverse_.push_back(quantizer_.inverse()[i * dim_ + order_[j]]);
+    for (const std::size_t i : order_) mean_.push_back(quantizer_.mean()[i]);
+    for (std::size_t t = 0; t < kTurnedTokens; ++t) append_angles(static_cast<double>(t), rope.magnitude(), cosines_, sines_);
+    append_angles(-static_cast<double>(kTurnedTokens), 1.0f, step_cosines_, step_sines_);
+  }
+
+  void score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries,
+             const PreparedQueries& prepared, float* scores, std::size_t score_stride) const override {
+    if (queries.num_queries >= kManyQueries)
+      return BlockCodec::score(block, tokens, position, queries, prepared, scores, score_stride);
+    thread_local std::vector<float> q, keys;
+    turn_back(queries, position, q);
+    keys.resize(tokens * stride_);
+    decode_in_order(block, tokens, keys.data());
+    for (std::size_t t = 0; t < tokens; t += kTurnedTokens) {
+      score_turned_rows(q.data(), queries.num_queries, keys.data() + t * stride_, std::min(kTurnedTokens, tokens - t), stride_,
+                        dim_, cosines_.data(), sines_.data(), queries.scale, scores + t, score_stride);
+      for (std::size_t r = 0; r < queries.num_queries; ++r)
+        turn_pairs(q.data() + r * dim_, 1, dim_, dim_, step_cosines_.data(), step_sines_.data());
+    }
+  }
+
+ private:
+  // Keys in order_, not turned, stride_ apart.
+  void decode_in_order(const std::uint8_t* block, std::size_t tokens, float* keys) const {
     const int n = static_cast<int>(tokens), d = static_cast<int>(dim_), stride = static_cast<int>(stride_);
-    if (folded_.empty()) {
-      float* z = scratch(tokens * stride_ + kLookupPadding);
-      look_up(block, begin, tokens, z);
-      patch(block, begin, tokens, held, z);
-      for (std::size_t t = 0; t < tokens; ++t) std::copy(mean_.begin(), mean_.end(), keys + t * stride_);
-      return gemm(false, false, n, d, d, 1.0f, z, stride, inverse_.data(), d, 1.0f, keys, stride);
-    }
-    sum_entries(block + begin / kPackedTileTokens * codes_.tile_bytes(), tokens, folded_, keys, stride_);
-    const std::uint8_t* bytes = block + codes_.block_bytes();
-    for (std::size_t p = 0; p < held_patches(held); ++p, bytes += shape_.patch_bytes) {
-      if (bytes[0] < begin || bytes[0] >= begin + tokens) continue;
-      std::vector<float> rest(dim_);
-      RotatedPqQuantizer::add_patch(bytes, rest);
-      gemm(false, false, 1, d, d, 1.0f, rest.data(), d, inverse_.data(), d, 1.0f, keys + (bytes[0] - begin) * stride_, d);
-    }
+    float* z = scratch(tokens * stride_ + kLookupPadding);
+    look_up(block, 0, tokens, z);
+    patch(block, 0, tokens, tokens, z);
+    for (std::size_t t = 0; t < tokens; ++t) std::copy(mean_.begin(), mean_.end(), keys + t * stride_);
+    gemm(false, false, n, d, d, 1.0f, z, stride, inverse_.data(), d, 1.0f, keys, stride);
   }
 
   // Queries in order_, turned back by `position`: exact at the begin of a block, in steps from there.
   void turn_back(const BlockQueries& queries, std::size_t position, std::vector<float>& out) const {
     thread_local std::vector<float> cosines, sines;
     cosines.clear(), sines.clear();
-    append_angles(position, 1.0f, cosines, sines);
-    for (float& sine : sines) sine = -sine;
+    append_angles(-static_cast<double>(position), 1.0f, cosines, sines);
     out.resize(queries.num_queries * dim_);
     for (std::size_t r = 0; r < queries.num_queries; ++r) {
       for (std::size_t i = 0; i < dim_; ++i) out[r * dim_ + i] = queries.q[r * dim_ + order_[i]];
@@ -319,18 +414,15 @@ class RotatedKeysCodec : public RotatedPqCodec {
     }
   }
 
-  std::vector<std::size_t> planes_, order_;  // planes that turn; the dimension that stands at each place of a key
-  std::vector<float> inverse_, mean_;        // of the quantizer, in order_
-  std::vector<LookupPiece> folded_;          // none: keys are a product with inverse_
-  std::vector<std::vector<float>> folded_tables_;
-  std::vector<float> cosines_, sines_;            // [kTurned, dim]
-  std::vector<float> step_cosines_, step_sines_;  // [dim]: back by kTurned positions
+  std::vector<float> inverse_, mean_;             // of the quantizer, in order_
+  std::vector<float> cosines_, sines_;            // [kTurnedTokens, dim]
+  std::vector<float> step_cosines_, step_sines_;  // [dim]: back by kTurnedTokens positions
 };
 
 }  // namespace
 
 void BlockCodec::score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries,
-                       float* scores, std::size_t score_stride) const {
+                       const PreparedQueries&, float* scores, std::size_t score_stride) const {
   thread_local std::vector<float> keys;
   keys.resize(tokens * dim_);
   decode(block, tokens, keys.data());
@@ -359,9 +451,14 @@ void check_packable(const QuantizerParameters& parameters) {
 }
 
 BlockShape block_shape(const QuantizerParameters& parameters) {
-  BlockShape shape{.bytes = 0, .patches_at = 0, .patches = 0, .patch_bytes = 0, .dim = parameters.dim};
+  BlockShape shape{
+      .order = TokenOrder::kTiles, .bytes = 0, .patches_at = 0, .patches = 0, .patch_bytes = 0, .dim = parameters.dim};
   if (parameters.method != rotated_pq_method().name) {
     check_packable(parameters);
+    if (!has_vecinfer_codec(parameters))
+      shape.order = TokenOrder::kPlain;
+    else if (parameters.side == Side::kKeys)
+      shape.order = TokenOrder::kScan;
     shape.bytes = shape.patches_at = make_quantizer(parameters)->encoded_bytes(1) * kPackedBlockTokens;
     return shape;
   }
@@ -403,10 +500,15 @@ void trim_block(const BlockShape& shape, std::size_t held, std::size_t tokens, s
 std::shared_ptr<const BlockCodec> make_block_codec(const QuantizerParameters& parameters, const Rope* rope) {
   const bool keys = parameters.side == Side::kKeys;
   if (parameters.method == rotated_pq_method().name) {
-    if (keys) return std::make_shared<RotatedKeysCodec>(parameters, *rope);
-    return std::make_shared<RotatedPqCodec>(parameters, nullptr);
+    RotatedPqQuantizer quantizer(parameters);
+    if (!keys) return std::make_shared<RotatedValuesCodec>(parameters, std::move(quantizer));
+    std::vector<FoldedSubspace> folded;
+    if (2 * rope->frequencies().size() == static_cast<std::size_t>(parameters.dim)) folded = folded_planes(quantizer);
+    if (folded.empty()) return std::make_shared<FullKeysCodec>(parameters, std::move(quantizer), *rope);
+    return std::make_shared<PlaneKeysCodec>(parameters, std::move(quantizer), *rope, std::move(folded));
   }
   check_packable(parameters);
+  if (has_vecinfer_codec(parameters)) return make_vecinfer_codec(parameters);
   return std::make_shared<PlainCodec>(parameters);
 }
 

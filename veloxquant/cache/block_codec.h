@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "veloxquant/kernels/lut_scan.h"
 #include "veloxquant/model/rope.h"
 #include "veloxquant/quantize/packed_layout.h"
 #include "veloxquant/quantize/registry.h"
@@ -15,8 +16,12 @@ namespace veloxquant {
 
 /// Where the parts of a block stand, and how large it is: codes, then (rotated_pq) patches.
 struct BlockShape {
+  TokenOrder order;
   std::size_t bytes, patches_at, patches, patch_bytes;
   int dim;
+
+  std::size_t token_bytes() const { return patches_at / kPackedBlockTokens; }
+  std::size_t place(std::size_t byte, std::size_t token) const { return byte_place(order, token_bytes(), byte, token); }
 };
 
 /// Throws as check_packable does.
@@ -40,6 +45,17 @@ struct BlockQueries {
   float scale;
 };
 
+/// What a codec makes of fewer than kManyQueries queries before it scores blocks.
+struct PreparedQueries {
+  std::size_t first_position, num_blocks;  // that will be scored, one after another
+
+  std::vector<float> turned;       // rotated_pq: turned back by the positions of some blocks
+  std::vector<ScanTables> tables;  // vecinfer: of each query
+};
+
+/// From here on a matrix product pays for packing its operands.
+inline constexpr std::size_t kManyQueries = 12;
+
 /// scores[r · score_stride + t] = scale · q[r]·k[t], and sums[r] += Σ_t weights[r · weight_stride + t] · v[t]; k and v `stride`
 /// apart.
 void score_vectors(const BlockQueries& queries, const float* k, std::size_t tokens, std::size_t stride, std::size_t dim,
@@ -61,9 +77,13 @@ class BlockCodec {
   /// The first `tokens` tokens → vectors [tokens, dim].
   virtual void decode(const std::uint8_t* block, std::size_t tokens, float* vectors) const = 0;
 
-  /// Keys: scores[r · score_stride + t] = scale · q[r]·k[t] of the first `tokens` tokens, the first at `position`.
+  /// Keys: what is done to queries once.
+  virtual void prepare(const BlockQueries&, PreparedQueries&) const {}
+
+  /// Keys: scores[r · score_stride + t] = scale · q[r]·k[t] of the first `tokens` tokens, the first at `position`.  `queries` are
+  /// those that were prepared, or, of kManyQueries and more, some of them.
   virtual void score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries,
-                     float* scores, std::size_t score_stride) const;
+                     const PreparedQueries& prepared, float* scores, std::size_t score_stride) const;
 
   /// Values: sums[r] += Σ_t weights[r · weight_stride + t] · v[t], sums [num_queries, dim], in a space of the codec's own, …
   virtual void add(const std::uint8_t* block, std::size_t tokens, const float* weights, std::size_t num_queries,

@@ -4,12 +4,11 @@
 
 #include "mlx/ops.h"
 #include "veloxquant/cache/block_codec.h"
-#include "veloxquant/quantize/rotated_pq.h"
 
 namespace veloxquant {
 namespace {
 
-constexpr int kBlock = static_cast<int>(kPackedBlockTokens), kTile = static_cast<int>(kPackedTileTokens), kTiles = kBlock / kTile;
+constexpr int kBlock = static_cast<int>(kPackedBlockTokens);
 constexpr int kLoad = 16;  // bytes
 
 // x from `begin` to `end` of an axis, counted from the last (−1).
@@ -26,39 +25,6 @@ mx::array filled_up(const mx::array& x, int axis, int length) {
   return mx::pad(x, {axis}, {0}, {length - x.shape(axis)}, mx::array(0, x.dtype()));
 }
 
-// Tokens [..., kBlock, codes] → [..., kBlock · codes] in the order of PackedCodes.
-mx::array interleaved(const mx::array& tokens) {
-  const int codes = tokens.shape(-1), whole = codes / 4 * 4, blocks = static_cast<int>(tokens.size()) / (kBlock * codes);
-  const auto tiles = mx::reshape(tokens, {blocks, kTiles, kTile, codes});
-  std::vector<mx::array> parts;
-  if (whole > 0) {
-    const auto words = mx::reshape(part(tiles, -1, 0, whole), {blocks, kTiles, kTile, whole / 4, 4});
-    parts.push_back(mx::reshape(mx::swapaxes(words, 2, 3), {blocks, kTiles, kTile * whole}));
-  }
-  if (whole < codes) parts.push_back(mx::reshape(part(tiles, -1, whole, codes), {blocks, kTiles, kTile * (codes - whole)}));
-  mx::Shape shape = tokens.shape();
-  shape.pop_back();
-  shape.back() = kBlock * codes;
-  return mx::reshape(parts.size() == 1 ? parts[0] : mx::concatenate(parts, -1), shape);
-}
-
-// Back.
-mx::array in_order(const mx::array& bytes) {
-  const int codes = bytes.shape(-1) / kBlock, whole = codes / 4 * 4, blocks = static_cast<int>(bytes.size()) / (kBlock * codes);
-  const auto tiles = mx::reshape(bytes, {blocks, kTiles, kTile * codes});
-  std::vector<mx::array> parts;
-  if (whole > 0) {
-    const auto words = mx::reshape(part(tiles, -1, 0, kTile * whole), {blocks, kTiles, whole / 4, kTile, 4});
-    parts.push_back(mx::reshape(mx::swapaxes(words, 2, 3), {blocks, kTiles, kTile, whole}));
-  }
-  if (whole < codes)
-    parts.push_back(mx::reshape(part(tiles, -1, kTile * whole, kTile * codes), {blocks, kTiles, kTile, codes - whole}));
-  mx::Shape shape = bytes.shape();
-  shape.back() = kBlock;
-  shape.push_back(codes);
-  return mx::reshape(parts.size() == 1 ? parts[0] : mx::concatenate(parts, -1), shape);
-}
-
 // The place in its block, and what is left of the token.
 std::vector<BitField> placed_patch_layout(int dim) {
   auto layout = patch_layout(dim);
@@ -66,37 +32,45 @@ std::vector<BitField> placed_patch_layout(int dim) {
   return layout;
 }
 
-int patch_bytes(int dim) {
-  return packed_bytes(placed_patch_layout(dim));
+// Bytes [..., n], those of `from` [1, n] one after another.
+mx::array reordered(const mx::array& bytes, const std::optional<mx::array>& from) {
+  if (!from) return bytes;
+  return mx::reshape(mx::take_along_axis(mx::reshape(bytes, {-1, bytes.shape(-1)}), *from, -1), bytes.shape());
 }
 
 }  // namespace
 
 GraphCodec::GraphCodec(const QuantizerParameters& parameters) : dim_(parameters.dim) {
-  check_packable(parameters);
-  const auto quantizer = make_quantizer(parameters);
-  graph_ = method_graph(parameters, *quantizer);
-  token_bytes_ = packed_bytes(graph_.layout);
-  tiled_ = parameters.method == rotated_pq_method().name;
-  patches_ = tiled_ ? static_cast<const RotatedPqQuantizer&>(*quantizer).patches() : 0;
-  filled_bytes_ = kBlock * token_bytes_ + patches_ * patch_bytes(dim_);
+  const auto shape = block_shape(parameters);
+  graph_ = method_graph(parameters, *make_quantizer(parameters));
+  token_bytes_ = static_cast<int>(shape.token_bytes());
+  patches_ = static_cast<int>(shape.patches);
+  filled_bytes_ = static_cast<int>(shape.bytes);
   block_bytes_ = (filled_bytes_ + kLoad - 1) / kLoad * kLoad;
+  if (shape.order == TokenOrder::kPlain) return;
+  std::vector<int> places, tokens(shape.patches_at);
+  for (std::size_t token = 0; token < kPackedBlockTokens; ++token)
+    for (std::size_t byte = 0; byte < shape.token_bytes(); ++byte) {
+      tokens[shape.place(byte, token)] = static_cast<int>(places.size());
+      places.push_back(static_cast<int>(shape.place(byte, token)));
+    }
+  const int size = static_cast<int>(shape.patches_at);
+  place_of_byte_ = mx::array(places.begin(), {1, size});
+  byte_at_place_ = mx::array(tokens.begin(), {1, size});
 }
 
 mx::array GraphCodec::as_block(const mx::array& tokens) const {
-  return tiled_ ? interleaved(tokens) : mx::flatten(tokens, -2, -1);
+  return reordered(mx::flatten(tokens, -2, -1), byte_at_place_);
 }
 
 mx::array GraphCodec::tokens_of(const mx::array& blocks) const {
   const auto bytes = part(blocks, -1, 0, kBlock * token_bytes_);
-  if (tiled_) return in_order(bytes);
-  return mx::unflatten(bytes, -1, {kBlock, token_bytes_});
+  return mx::unflatten(reordered(bytes, place_of_byte_), -1, {kBlock, token_bytes_});
 }
 
 // [..., block_bytes] → [..., patches, bytes of one].
 mx::array GraphCodec::patches_of(const mx::array& blocks) const {
-  const int begin = kBlock * token_bytes_, size = patch_bytes(dim_);
-  return mx::unflatten(part(blocks, -1, begin, begin + patches_ * size), -1, {patches_, size});
+  return mx::unflatten(part(blocks, -1, kBlock * token_bytes_, filled_bytes_), -1, {patches_, -1});
 }
 
 GraphCodec::Blocks GraphCodec::append(const Blocks& blocks, int at, const mx::array& vectors) const {

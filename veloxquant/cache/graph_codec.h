@@ -55,7 +55,7 @@ class GraphCodec {
 
   MethodGraph graph_;
   int dim_, token_bytes_, patches_, filled_bytes_, block_bytes_;
-  bool tiled_;  // codes of tokens interleaved as packed_layout.h says
+  std::optional<mx::array> byte_at_place_, place_of_byte_;  // of tokens that do not stand one after another; [1, bytes of all]
 };
 
 }  // namespace veloxquant

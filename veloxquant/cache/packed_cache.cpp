@@ -112,6 +112,7 @@ class PackedCache::Attention {
     for (const auto& sequence : cache_.sequences_) blocks = std::max(blocks, blocks_of(sequence.coded));
     const std::size_t heads = cache_.sequences_.size() * kv_heads_,
                       parts = std::min(blocks, std::max<std::size_t>(1, (kTasks + heads - 1) / heads));
+    prepare();
     std::vector<Partial> partials(heads * (parts + 1));
     parallel_for(partials.size(), 1, [&](std::size_t i, std::size_t) {
       const std::size_t head = i / (parts + 1), part = i % (parts + 1);
@@ -162,7 +163,7 @@ class PackedCache::Attention {
 
   // Attention to `count` tokens, of which the queries of a token read range_of(token): an interval that moves on from token to
   // token.  score(queries, scores [queries, count]) and add(weights [queries, count], queries, sums [queries, dim]) are called for
-  // the queries that read any.
+  // the queries that read any, or, of few, for all.
   template <class RangeOf, class Score, class Add>
   void attend(std::size_t head, std::size_t count, RangeOf range_of, Score score, Add add, Partial& partial) const {
     const auto reads = [&](std::size_t token) {
@@ -173,10 +174,11 @@ class PackedCache::Attention {
     while (begin < end && !reads(begin)) ++begin;
     while (begin < end && !reads(end - 1)) --end;
     if (begin == end) return;
+    if (rows_ < kManyQueries) begin = 0, end = tokens_;
     const std::size_t first_row = begin * group_, rows = (end - begin) * group_;
     thread_local std::vector<float> scores;
     scores.resize(rows * count);
-    score(BlockQueries{q_ + (head * rows_ + first_row) * dim_, rows, spec_.scale}, scores.data());
+    score(queries(head, begin, end), scores.data());
     for (std::size_t row = 0; row < rows; ++row) {
       float* of_row = scores.data() + row * count;
       const auto [from, to] = range_of(begin + row / group_);
@@ -190,7 +192,21 @@ class PackedCache::Attention {
     add(scores.data(), rows, partial.values.data() + first_row * dim_);
   }
 
+  // Each KV head's queries, for the blocks that its sequence has.
+  void prepare() {
+    prepared_.resize(cache_.sequences_.size() * kv_heads_);
+    parallel_for(prepared_.size(), 1, [&](std::size_t head, std::size_t) {
+      prepared_[head] = {layer_.sinks(), blocks_of(sequence_of(head).coded), {}, {}};
+      codec(Side::kKeys, head).prepare(queries(head, 0, tokens_), prepared_[head]);
+    });
+  }
+
   const BlockCodec& codec(Side side, std::size_t head) const { return codecs_.of(side, head % kv_heads_); }
+
+  // Of tokens begin … end − 1.
+  BlockQueries queries(std::size_t head, std::size_t begin, std::size_t end) const {
+    return {q_ + (head * rows_ + begin * group_) * dim_, (end - begin) * group_, spec_.scale};
+  }
 
   void attend_block(std::size_t head, std::size_t block, Partial& partial) const {
     const PackedHead& of = head_at(head);
@@ -204,7 +220,7 @@ class PackedCache::Attention {
           return within(sees, begin, begin + count);
         },
         [&](const BlockQueries& queries, float* scores) {
-          codec(Side::kKeys, head).score(of.keys.blocks[block].data(), count, begin, queries, scores, count);
+          codec(Side::kKeys, head).score(of.keys.blocks[block].data(), count, begin, queries, prepared_[head], scores, count);
         },
         [&](const float* weights, std::size_t queries, float* sums) {
           codec(Side::kValues, head).add(of.values.blocks[block].data(), count, weights, queries, count, sums);
@@ -292,6 +308,7 @@ class PackedCache::Attention {
   const float* q_;
   std::size_t kv_heads_, tokens_, group_, rows_, dim_;
   float* out_;
+  std::vector<PreparedQueries> prepared_;  // [heads]
 };
 
 namespace {

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "veloxquant/kernels/lut_scan.h"
 #include "veloxquant/kernels/packed_lookup.h"
 
 namespace veloxquant {
@@ -27,5 +28,21 @@ struct PackedCodes {
   constexpr std::size_t tile_bytes() const { return codes * kPackedTileTokens; }
   constexpr std::size_t block_bytes() const { return codes * kPackedBlockTokens; }
 };
+
+/// How the encoded tokens of a block stand.
+enum class TokenOrder {
+  kPlain,  // token after token
+  kTiles,  // as PackedCodes
+  kScan,   // byte after byte, tokens as scan_place has them
+};
+
+/// Of a byte of a token of `token_bytes`, in its block.
+constexpr std::size_t byte_place(TokenOrder order, std::size_t token_bytes, std::size_t byte, std::size_t token) {
+  if (order == TokenOrder::kPlain) return token * token_bytes + byte;
+  if (order == TokenOrder::kScan) return byte * kPackedBlockTokens + scan_place(token);
+  const PackedCodes codes{token_bytes};
+  const auto [offset, stride] = codes.place(byte);
+  return token / kPackedTileTokens * codes.tile_bytes() + offset + token % kPackedTileTokens * stride;
+}
 
 }  // namespace veloxquant

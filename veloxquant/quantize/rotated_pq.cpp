@@ -408,8 +408,13 @@ void RotatedPqQuantizer::write_patch(std::span<const float> rest, std::size_t pl
 
 void RotatedPqQuantizer::add_patch(const std::uint8_t* bytes, std::span<float> z) {
   const float scale = load_half(bytes + 1);
-  for (std::size_t i = 0; i < z.size(); ++i)
-    z[i] += scale * (static_cast<float>(bytes[3 + i / 2] >> (i % 2 * kPatchBits) & 15) - kPatchCentre);
+  const auto rest = [&](int code) { return scale * (static_cast<float>(code) - kPatchCentre); };
+  const std::uint8_t* codes = bytes + 3;
+  for (std::size_t i = 0; i + 2 <= z.size(); i += 2, ++codes) {
+    z[i] += rest(*codes & 15);
+    z[i + 1] += rest(*codes >> kPatchBits);
+  }
+  if (z.size() % 2 == 1) z.back() += rest(*codes & 15);
 }
 
 void RotatedPqQuantizer::add_patches(const std::uint8_t* bytes, std::size_t tokens, float* z) const {

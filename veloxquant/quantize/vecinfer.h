@@ -31,6 +31,7 @@ class ProductCodebook {
   int num_subspaces() const { return num_subspaces_; }
   int num_centroids() const { return num_centroids_; }
   int dim() const { return num_subspaces_ * subspace_dim_; }
+  std::span<const float> entries() const { return codebook_.values; }
 
   /// vectors [rows, dim] → codes [rows, num_subspaces].
   void encode(std::span<const float> vectors, std::span<std::uint16_t> codes) const;
@@ -56,6 +57,7 @@ class VecInferQuantizer : public Quantizer {
 
   int dim() const override { return codebook_.dim(); }
   const ProductCodebook& codebook() const { return codebook_; }
+  std::span<const float> smooth_factors() const { return smooth_factors_; }
   std::size_t encoded_bytes(std::size_t tokens) const override;
   void encode(std::span<const float> vectors, std::span<std::uint8_t> encoded) const override;
   void decode(std::span<const std::uint8_t> encoded, std::span<float> vectors) const override;
