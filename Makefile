@@ -3,7 +3,7 @@ BUILD ?= build
 JOBS ?= $(shell nproc)
 PYTHON = .venv/bin/python
 
-.PHONY: build demo test test-slow test-gpu bench wheel clean format tidy
+.PHONY: build demo test test-slow test-gpu bench bench-gpu wheel clean format tidy
 .DEFAULT_GOAL = build
 
 build:
@@ -34,6 +34,14 @@ bench: build
 	bash scripts/setup.sh --bench
 	cmake --build $(BUILD) --parallel $(JOBS) --target engine_bench kernels_bench packed_bench prefill_bench
 	.venv-bench/bin/python bench/run.py $(BUILD) $(MODELS)
+
+# On a GPU, with nvcc, PyTorch and the environment of docs/gpu.md: attention over codes beside flash attention, and beside MLX's.
+bench-gpu: build
+	nvcc -std=c++17 -arch=native -O3 -I. -o $(BUILD)/packed_attention bench/packed_attention.cu
+	$(BUILD)/packed_attention
+	python3 bench/flash_attention.py
+	cmake --build $(BUILD) --parallel $(JOBS) --target gpu_attention_bench
+	$(BUILD)/bin/gpu_attention_bench
 
 # With the libraries of this machine that it needs, for any of the same age or newer.
 wheel:

@@ -180,7 +180,7 @@ TEST_F(Gpu, PackedCachesAreThoseOfTheCpu) {
                cpu = on(mx::Device::cpu, [&] { return logits(testing::demo_model()); });
     const DeviceScope scope(mx::Device::cpu);
     const float range = mx::subtract(mx::max(cpu), mx::min(cpu)).item<float>();
-    EXPECT_LE(mx::mean(mx::abs(mx::subtract(gpu, cpu))).item<float>(), 1e-3f * range) << method;
+    EXPECT_LE(mx::mean(mx::abs(mx::subtract(gpu, cpu))).item<float>(), 2e-3f * range) << method;
   }
 }
 

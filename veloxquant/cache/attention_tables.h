@@ -12,7 +12,7 @@
 
 namespace veloxquant {
 
-/// Entries are rounded to 1/253 of the range that a unit's sums have, which is 10⁻³ of the error of 2-bit codes in power.
+/// Entries are rounded to 1/253 of the range that a unit's sums have.
 /// tables [256, 2, units, 8]: of both stages; sums of two entries are at most 255.
 struct KeyTables {
   std::vector<std::uint8_t> tables;
