@@ -29,10 +29,11 @@ T* on_device(const std::vector<T>& values) {
 
 extern __shared__ uint4 shared_memory[];
 
-template <int kKeyUnits, int kValueUnits, int kWarps>
+template <int kKeyUnits, int kValueUnits, int kWarps, int kFullDim>
 __global__ void attend(AttentionCodes codes, QueryRows queries, AttentionTables tables, ExactTokens exact, int sequence_heads,
                        AttentionParts parts) {
-  attend_packed<kKeyUnits, kValueUnits, kWarps, true, true>(codes, queries, tables, exact, sequence_heads, parts, shared_memory);
+  attend_packed<kKeyUnits, kValueUnits, kWarps, true, true, kFullDim>(codes, queries, tables, exact, sequence_heads, parts,
+                                                                      shared_memory);
 }
 
 __global__ void __launch_bounds__(kFinishThreads)
@@ -45,7 +46,7 @@ struct Shape {
 };
 
 // 2 bits: dim/4 codes of 8 bits in dim/8 pairs, each pair eight dimensions.
-template <int kUnits, int kWarps = 8>
+template <int kUnits, int kWarps = 8, int kFullDim = 0>
 void measure(const Shape& shape, bool compare) {
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
@@ -123,16 +124,47 @@ void measure(const Shape& shape, bool compare) {
   const AttentionCodes attention_codes{on_device(stored), on_device(stored), blocks, block_words, shape.tokens, shape.kv_heads};
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
   const QueryRows queries{on_device(q), group, dim, scale * 1.44269504f, 0.0f, sinks, 1.0f};
-  const AttentionTables tables{on_device(key_tables), on_device(value_tables), on_device(key_units), on_device(value_units),
-                               on_device(rests),      on_device(heads),        shape.kv_heads,       8};
+  // Keys in the rotated space: A⁻¹ by lanes, as FullKeyTables has it.
+  std::vector<float> key_inverse, key_mean;
+  std::vector<uint2> fragments;
+  std::vector<int> places;
+  for (int i = 0; i < dim; ++i) places.push_back(i / 2 + i % 2 * dim / 2);
+  for (int i = 0; i < shape.kv_heads * dim * dim; ++i) key_inverse.push_back(normal(random) / std::sqrt(static_cast<float>(dim)));
+  for (int i = 0; i < shape.kv_heads * dim; ++i) key_mean.push_back(normal(random));
+  std::vector<float> placed_mean;
+  for (int h = 0; h < shape.kv_heads; ++h)
+    for (const int place : places) placed_mean.push_back(key_mean[static_cast<std::size_t>(h * dim + place)]);
+  for (int h = 0; h < shape.kv_heads && kFullDim > 0; ++h)
+    for (int product = 0; product < dim / 8; ++product)
+      for (int chunk = 0; chunk < kUnits / 2; ++chunk)
+        for (int lane = 0; lane < 32; ++lane) {
+          const int unit = chunk / 2 * 4 + lane % 4, first = chunk % 2 * 4,
+                    column = places[static_cast<std::size_t>(8 * product + lane / 4)];
+          const auto entry = [&](int i) {
+            return unit < units ? 0.02f * key_inverse[(static_cast<std::size_t>(h) * dim + 8 * unit + first + i) * dim + column]
+                                : 0.0f;
+          };
+          const __half2 low = __floats2half2_rn(entry(0), entry(2)), high = __floats2half2_rn(entry(1), entry(3));
+          fragments.push_back({*reinterpret_cast<const unsigned*>(&low), *reinterpret_cast<const unsigned*>(&high)});
+        }
+  const FullKeyTables full{on_device(fragments), on_device(placed_mean), on_device(places), on_device(turns)};
+  const AttentionTables tables{on_device(key_tables),
+                               on_device(value_tables),
+                               on_device(key_units),
+                               on_device(value_units),
+                               on_device(rests),
+                               on_device(heads),
+                               full,
+                               shape.kv_heads,
+                               8};
   const AttentionParts parts{on_device(std::vector<float>(parts_rows)), on_device(std::vector<float>(parts_rows)),
                              on_device(std::vector<float>(parts_rows * static_cast<std::size_t>(dim)))};
   const ExactTokens exact_tokens{on_device(exact), sinks,  window, shape.tokens, shape.tokens + sinks + window,
                                  on_device(turns), dim / 2};
   const ValueSpace space{on_device(inverse), on_device(mean), shape.kv_heads};
   float* out = on_device(std::vector<float>(q.size()));
-  const auto attend_kernel = attend<kUnits, kUnits, kWarps>;
-  const std::size_t memory = sizeof(typename CodeAttention<kUnits, kUnits, kWarps, true, true>::Memory) +
+  const auto attend_kernel = attend<kUnits, kUnits, kWarps, kFullDim>;
+  const std::size_t memory = sizeof(typename CodeAttention<kUnits, kUnits, kWarps, true, true, kFullDim>::Memory) +
                              2 * 32 * kWarps * 2 * static_cast<std::size_t>(codes);
   if (memory > static_cast<std::size_t>(limit)) return void(std::printf("%zu bytes of shared memory are too many\n", memory));
   check(cudaFuncSetAttribute(attend_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(memory)));
@@ -191,6 +223,10 @@ void measure(const Shape& shape, bool compare) {
                 // Offsets stand x of two planes, y of both.
                 const int slot = 4 * (j / 4) + (j % 2) * 2 + j / 2 % 2;
                 double value = 0.02 * (sum - (key_units[unit].offsets[slot] - 0x6400));
+                if (kFullDim > 0) {
+                  x[static_cast<std::size_t>(8 * u + j)] = value + rest[static_cast<std::size_t>(8 * u + j)];
+                  continue;
+                }
                 for (int i = 0; i < 8; ++i)
                   value += 0.02 * rest[static_cast<std::size_t>(8 * u + i)] * __half2float(rests[(unit * 8 + j) * 8 + i]);
                 x[static_cast<std::size_t>(key_units[unit].columns[j])] = value;
@@ -201,6 +237,15 @@ void measure(const Shape& shape, bool compare) {
             }
         }
         if (!key) return;
+        if (kFullDim > 0 && position >= sinks && position < shape.tokens + sinks) {
+          const std::vector<double> z = x;
+          for (int i = 0; i < dim; ++i) {
+            double sum = key_mean[static_cast<std::size_t>(h * dim + i)];
+            for (int j = 0; j < dim; ++j)
+              sum += z[static_cast<std::size_t>(j)] * key_inverse[(static_cast<std::size_t>(h) * dim + j) * dim + i];
+            x[static_cast<std::size_t>(i)] = sum;
+          }
+        }
         for (int i = 0; i < dim / 2; ++i) {
           const double angle = position * (turns[static_cast<std::size_t>(i)] / 4294967296.0) * 2 * M_PI;
           double &a = x[static_cast<std::size_t>(i)], &b = x[static_cast<std::size_t>(i + dim / 2)], old = a;
@@ -232,8 +277,8 @@ void measure(const Shape& shape, bool compare) {
         }
       }
     }
-    std::printf("%d tokens, batch %d, %d/%d heads of %d, %d patches: off by %.2e of %.2f\n", shape.tokens, shape.batch, shape.heads,
-                shape.kv_heads, dim, shape.patches, worst, largest);
+    std::printf("%d tokens, batch %d, %d/%d heads of %d, %d patches%s: off by %.2e of %.2f\n", shape.tokens, shape.batch,
+                shape.heads, shape.kv_heads, dim, shape.patches, kFullDim > 0 ? ", full" : "", worst, largest);
     if (!(worst < 2e-3 * largest)) std::exit(1);
   } else {
     void* flush;
@@ -255,8 +300,9 @@ void measure(const Shape& shape, bool compare) {
       cudaEventElapsedTime(&ms, begin, end), whole_times.push_back(ms);
     }
     std::sort(attend_times.begin(), attend_times.end()), std::sort(whole_times.begin(), whole_times.end());
-    std::printf("%d tokens, batch %d, %d/%d heads of %d, %d patches: %.4f ms, of which codes %.4f ms; %d splits\n", shape.tokens,
-                shape.batch, shape.heads, shape.kv_heads, dim, shape.patches, whole_times[15], attend_times[15], splits);
+    std::printf("%d tokens, batch %d, %d/%d heads of %d, %d patches%s: %.4f ms, of which codes %.4f ms; %d splits\n", shape.tokens,
+                shape.batch, shape.heads, shape.kv_heads, dim, shape.patches, kFullDim > 0 ? ", full" : "", whole_times[15],
+                attend_times[15], splits);
     cudaFree(flush);
   }
   for (const void* memory : {static_cast<const void*>(attention_codes.closed), static_cast<const void*>(attention_codes.open)})
@@ -272,6 +318,10 @@ int main() {
   measure<16>({2, 8, 2, 128, 1037, 3}, true);
   measure<8>({1, 2, 2, 64, 700, 5}, true);
   measure<8>({1, 12, 2, 64, 5000, 3}, true);
+  measure<16, 8, 128>({2, 8, 2, 128, 1037, 3}, true);
+  measure<8, 8, 64>({1, 12, 2, 64, 700, 5}, true);
+  measure<16, 8, 128>({1, 32, 8, 128, 131072, 3}, false);
+  measure<16, 8, 128>({1, 32, 8, 128, 32768, 3}, false);
   measure<16, 12>({1, 32, 8, 128, 131072, 0}, false);
   measure<16, 12>({1, 32, 8, 128, 131072, 3}, false);
   measure<16, 12>({1, 32, 8, 128, 32768, 3}, false);

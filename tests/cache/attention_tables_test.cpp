@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "tests/cache/packed_inputs.h"
@@ -115,6 +116,64 @@ TEST_P(Tables, ValuesAreThoseOfTheQuantizerToAStep) {
     }
     for (std::size_t i = 0; i < expected.size(); ++i) EXPECT_NEAR(got[i], expected[i], 1.01 * largest) << "column " << i;
   }
+}
+
+// As lanes of the product take them (kernels/cuda/packed_full_keys.cuh).
+TEST_P(Tables, RotatedKeysTimesTheInverseAreThoseOfTheQuantizer) {
+  const auto [dim, codes] = GetParam();
+  if (dim % 16 != 0) GTEST_SKIP() << "no kernel";
+  const auto x = random_array({700, dim}, 3);
+  const RotatedPqFitter fitter({x.data<float>(), x.size()}, dim, {}, Rotation::kFull);
+  const RotatedPqQuantizer quantizer(fitter.fit(Side::kKeys, {.codes = codes, .stages = 2, .max_iter = 2}));
+  RopeConfig config;
+  config.dims = dim / 2;  // partial: the others are planes that do not turn
+  const auto places = key_places(dim, Rope(config, dim));
+  std::vector<int> sorted = places.columns;
+  std::ranges::sort(sorted);
+  for (int i = 0; i < dim; ++i) EXPECT_EQ(sorted[static_cast<std::size_t>(i)], i);
+  EXPECT_EQ(places.turns[static_cast<std::size_t>(dim / 2 - 1)], 0u);
+
+  const std::size_t units = (num_key_units(quantizer) + 7) / 8 * 8;
+  const auto tables = rotated_key_tables(quantizer, units);
+  const auto fragments = inverse_fragments(quantizer, tables.units, places);
+  ASSERT_EQ(fragments.size(), static_cast<std::size_t>(dim) / 8 * units / 2 * 32 * 4);
+  const auto token = some_codes(codes, 1);
+  // A key's bytes less their offsets, times the words of every lane.
+  std::vector<double> got(static_cast<std::size_t>(dim));
+  for (std::size_t product = 0; product < static_cast<std::size_t>(dim) / 8; ++product)
+    for (std::size_t half_unit = 0; half_unit < units / 2; ++half_unit)
+      for (std::size_t lane = 0; lane < 32; ++lane) {
+        const std::size_t u = half_unit / 2 * 4 + lane % 4;
+        const KeyUnit& unit = tables.units[u];
+        for (std::size_t word = 0; word < 4; ++word) {
+          const std::size_t i = half_unit % 2 * 4 + std::vector<std::size_t>{0, 2, 1, 3}[word];
+          const auto half_of = [](std::uint16_t half) {
+            const std::uint8_t bytes[2] = {static_cast<std::uint8_t>(half), static_cast<std::uint8_t>(half >> 8)};
+            return static_cast<double>(load_half(bytes));
+          };
+          double sum = 0;
+          for (std::size_t stage = 0; stage < 2; ++stage)
+            sum +=
+                tables.tables[((token[static_cast<std::size_t>(unit.codes[stage])] * std::size_t{2} + stage) * units + u) * 8 + i];
+          const std::uint16_t offset = unit.offsets[i / 4 * 4 + i % 2 * 2 + i / 2 % 2];
+          const double z = i < static_cast<std::size_t>(unit.rest_count) ? sum - (half_of(offset) - 1024) : 0;
+          got[static_cast<std::size_t>(places.columns[8 * product + lane / 4])] +=
+              z * half_of(fragments[((product * (units / 2) + half_unit) * 32 + lane) * 4 + word]);
+        }
+      }
+  std::vector<double> z(static_cast<std::size_t>(dim)), expected(z);
+  std::size_t column = 0, code = 0;
+  for (const auto& subspace : quantizer.subspaces()) {
+    for (int stage = 0; stage < subspace.stages(); ++stage, ++code)
+      for (int i = 0; i < subspace.dim(); ++i) z[column + static_cast<std::size_t>(i)] += subspace.entry(stage, token[code])[i];
+    column += static_cast<std::size_t>(subspace.dim());
+  }
+  double square = 0, error = 0;
+  for (std::size_t j = 0; j < z.size(); ++j) {
+    for (std::size_t i = 0; i < z.size(); ++i) expected[j] += z[i] * quantizer.inverse()[i * z.size() + j];
+    square += expected[j] * expected[j], error += (expected[j] - got[j]) * (expected[j] - got[j]);
+  }
+  EXPECT_LT(std::sqrt(error), 0.03 * std::sqrt(square));
 }
 
 INSTANTIATE_TEST_SUITE_P(AttentionTables, Tables,

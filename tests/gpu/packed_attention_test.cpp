@@ -26,6 +26,7 @@ class CudaKernels : public ::testing::Test {
 struct Case {
   int batch, query_heads, dim, codes, patches, window, sinks;
   float soft_cap;
+  Rotation rotation = Rotation::kPlane;
 };
 
 // One unit for each head, the second of other codes; all alike where `alike`.
@@ -35,7 +36,7 @@ Stored units_of(const Sequence& x, const Case& c, bool alike) {
     for (const Side side : {Side::kKeys, Side::kValues}) {
       const auto& vectors = side == Side::kKeys ? x.k : x.v;
       const RotatedPqFitter fitter({vectors.data<float>(), vectors.size()}, c.dim, {},
-                                   side == Side::kKeys ? Rotation::kPlane : Rotation::kFull);
+                                   side == Side::kKeys ? c.rotation : Rotation::kFull);
       (side == Side::kKeys ? stored.keys : stored.values)
           .push_back(fitter.fit(side, {.codes = c.codes + 3 * head, .stages = 2, .patches = c.patches, .max_iter = 2}));
     }
@@ -105,6 +106,12 @@ TEST_F(CudaKernels, AttendAsThePackedCacheDoes) {
   compare({1, 12, 64, 12, 2, 0, 4, 0}, false, 600, 20);
   compare({2, 6, 128, 21, 4, 40, 4, 20}, false, 900, 5);
   compare({1, 4, 128, 45, 3, 32, 4, 0}, true, 600, 5);
+}
+
+TEST_F(CudaKernels, AttendToKeysThatAreNoPlanes) {
+  compare({1, 8, 64, 16, 3, 32, 4, 0, Rotation::kFull}, false, 700, 20);
+  compare({2, 4, 128, 32, 3, 32, 4, 0, Rotation::kFull}, true, 1500, 5);
+  compare({1, 6, 80, 11, 0, 16, 4, 20, Rotation::kFull}, false, 600, 5);
 }
 
 }  // namespace

@@ -75,6 +75,37 @@ void set_codes(int (&codes)[2], std::size_t first, std::size_t stages) {
   codes[1] = static_cast<int>(first + stages - 1);
 }
 
+// add(sub-space's first code, its stages, the first column of the rotated space, how entries are rounded) for each unit.
+template <class Add>
+void round_units(const RotatedPqQuantizer& quantizer, std::size_t units, std::vector<std::uint8_t>& bytes, Add add) {
+  std::size_t column = 0, code = 0, unit = 0;
+  for (const auto& subspace : quantizer.subspaces()) {
+    const auto width = static_cast<std::size_t>(subspace.dim()), stages = static_cast<std::size_t>(subspace.stages()),
+               size = static_cast<std::size_t>(subspace.num_centroids()) * width;
+    std::vector<std::vector<float>> tables;
+    for (std::size_t stage = 0; stage < stages; ++stage) {
+      const float* first = subspace.entry(static_cast<int>(stage), 0);
+      tables.emplace_back(first, first + size);
+    }
+    for (std::size_t begin = 0; begin < width; begin += kUnitDims, ++unit)
+      add(code, stages, column + begin,
+          round_entries({tables, width, begin, std::min(begin + kUnitDims, width)}, unit, units, bytes));
+    column += width, code += stages;
+  }
+}
+
+KeyUnit no_keys() {
+  KeyUnit none{};
+  std::fill_n(none.columns, kUnitDims, -1);
+  std::fill_n(none.offsets, kUnitDims, half_bits_of(1024));
+  return none;
+}
+
+// Both x of two planes, then both y: where the offset of dimension i of a unit stands.
+std::size_t offset_place(std::size_t i) {
+  return i / 4 * 4 + i % 2 * 2 + i / 2 % 2;
+}
+
 }  // namespace
 
 std::uint32_t turns_of(float radians) {
@@ -102,15 +133,12 @@ std::size_t num_key_units(const RotatedPqQuantizer& keys) {
 KeyTables key_tables(const RotatedPqQuantizer& keys, const Rope& rope, std::size_t units, std::size_t rest_columns) {
   KeyTables made{
       std::vector<std::uint8_t>(kEntries * kStages * units * kUnitDims), {}, std::vector<float>(units * kUnitDims * rest_columns)};
-  KeyUnit none{};
-  std::fill_n(none.columns, kUnitDims, -1);
-  std::fill_n(none.offsets, kUnitDims, half_bits_of(1024));
   for (const auto& subspace : folded_planes(keys)) {
     const std::size_t width = 2 * subspace.planes.size();
     for (std::size_t begin = 0; begin < width; begin += kUnitDims) {
       const Columns columns{subspace.tables, width, begin, std::min(begin + kUnitDims, width)};
       const std::size_t at = made.units.size();
-      KeyUnit unit = none;
+      KeyUnit unit = no_keys();
       const auto rounded = round_entries(columns, at, units, made.tables);
       set_codes(unit.codes, subspace.first_code, subspace.tables.size());
       unit.scale = rounded.scale;
@@ -120,42 +148,75 @@ KeyTables key_tables(const RotatedPqQuantizer& keys, const Rope& rope, std::size
         const std::size_t plane = subspace.planes[(begin + i) / 2], dim = static_cast<std::size_t>(keys.dim());
         unit.columns[i] = static_cast<int>(i % 2 == 0 ? plane : plane + dim / 2);
         unit.turns[i / 2] = turns_of(rope.frequencies()[plane]);
-        // Both x of two planes, then both y.
-        unit.offsets[i / 4 * 4 + i % 2 * 2 + i / 2 % 2] = half_bits_of(1024 + rounded.offsets[i]);
+        unit.offsets[offset_place(i)] = half_bits_of(1024 + rounded.offsets[i]);
         for (std::size_t j = 0; j < width; ++j)
           made.rests[(at * kUnitDims + i) * rest_columns + j] = subspace.inverse[j * width + begin + i] / rounded.scale;
       }
       made.units.push_back(unit);
     }
   }
-  made.units.resize(units, none);
+  made.units.resize(units, no_keys());
   return made;
+}
+
+KeyTables rotated_key_tables(const RotatedPqQuantizer& keys, std::size_t units) {
+  KeyTables made{std::vector<std::uint8_t>(kEntries * kStages * units * kUnitDims), {}, {}};
+  round_units(keys, units, made.tables, [&](std::size_t code, std::size_t stages, std::size_t column, const Rounded& rounded) {
+    KeyUnit unit = no_keys();
+    set_codes(unit.codes, code, stages);
+    unit.scale = rounded.scale;
+    unit.rest_begin = static_cast<int>(column);
+    unit.rest_count = static_cast<int>(rounded.offsets.size());
+    for (std::size_t i = 0; i < rounded.offsets.size(); ++i)
+      unit.offsets[offset_place(i)] = half_bits_of(1024 + rounded.offsets[i]);
+    made.units.push_back(unit);
+  });
+  made.units.resize(units, no_keys());
+  return made;
+}
+
+KeyPlaces key_places(int dim, const Rope& rope) {
+  KeyPlaces places;
+  const int turned = static_cast<int>(rope.frequencies().size());
+  for (int plane = 0; plane < dim / 2; ++plane) {
+    const bool turns = plane < turned;
+    places.columns.push_back(turns ? plane : 2 * plane);
+    places.columns.push_back(turns ? plane + turned : 2 * plane + 1);
+    places.turns.push_back(turns ? turns_of(rope.frequencies()[static_cast<std::size_t>(plane)]) : 0);
+  }
+  return places;
+}
+
+std::vector<std::uint16_t> inverse_fragments(const RotatedPqQuantizer& keys, const std::vector<KeyUnit>& units,
+                                             const KeyPlaces& places) {
+  const auto dim = static_cast<std::size_t>(keys.dim());
+  std::vector<std::uint16_t> fragments;
+  for (std::size_t product = 0; product < dim / 8; ++product)
+    for (std::size_t half_unit = 0; half_unit < units.size() / 2; ++half_unit)
+      for (std::size_t lane = 0; lane < 32; ++lane) {
+        const KeyUnit& unit = units[half_unit / 2 * 4 + lane % 4];
+        const auto to = static_cast<std::size_t>(places.columns[8 * product + lane / 4]);
+        for (const std::size_t i : {0, 2, 1, 3}) {
+          const std::size_t of_unit = half_unit % 2 * 4 + i;
+          const bool here = of_unit < static_cast<std::size_t>(unit.rest_count);
+          fragments.push_back(half_bits_of(
+              here ? unit.scale * keys.inverse()[(static_cast<std::size_t>(unit.rest_begin) + of_unit) * dim + to] : 0.0f));
+        }
+      }
+  return fragments;
 }
 
 ValueTables value_tables(const RotatedPqQuantizer& values, std::size_t units) {
   ValueTables made{std::vector<std::uint8_t>(kEntries * kStages * units * kUnitDims), {}};
-  std::size_t column = 0, code = 0;
-  for (const auto& subspace : values.subspaces()) {
-    const auto width = static_cast<std::size_t>(subspace.dim()), stages = static_cast<std::size_t>(subspace.stages()),
-               size = static_cast<std::size_t>(subspace.num_centroids()) * width;
-    std::vector<std::vector<float>> tables;
-    for (std::size_t stage = 0; stage < stages; ++stage) {
-      const float* first = subspace.entry(static_cast<int>(stage), 0);
-      tables.emplace_back(first, first + size);
-    }
-    for (std::size_t begin = 0; begin < width; begin += kUnitDims) {
-      const Columns columns{tables, width, begin, std::min(begin + kUnitDims, width)};
-      ValueUnit unit{};
-      const auto rounded = round_entries(columns, made.units.size(), units, made.tables);
-      set_codes(unit.codes, code, stages);
-      unit.scale = rounded.scale;
-      unit.column = static_cast<int>(column + begin);
-      unit.width = static_cast<int>(columns.count());
-      for (std::size_t i = 0; i < columns.count(); ++i) unit.low[i] = -rounded.offsets[i] * rounded.scale;
-      made.units.push_back(unit);
-    }
-    column += width, code += stages;
-  }
+  round_units(values, units, made.tables, [&](std::size_t code, std::size_t stages, std::size_t column, const Rounded& rounded) {
+    ValueUnit unit{};
+    set_codes(unit.codes, code, stages);
+    unit.scale = rounded.scale;
+    unit.column = static_cast<int>(column);
+    unit.width = static_cast<int>(rounded.offsets.size());
+    for (std::size_t i = 0; i < rounded.offsets.size(); ++i) unit.low[i] = -rounded.offsets[i] * rounded.scale;
+    made.units.push_back(unit);
+  });
   made.units.resize(units, ValueUnit{});
   return made;
 }

@@ -25,6 +25,16 @@ struct ValueTables {
   std::vector<ValueUnit> units;
 };
 
+/// The dimensions of keys in the order in which kernels turn them: x and y of plane i are places 2i and 2i + 1.  Dimensions that do
+/// not turn are planes too.
+struct KeyPlaces {
+  std::vector<int> columns;          // [dim]
+  std::vector<std::uint32_t> turns;  // [dim / 2]
+};
+
+/// dim even, and at least what the rope turns.
+KeyPlaces key_places(int dim, const Rope& rope);
+
 /// Columns that a unit's patches are made of, at most, filled up to a multiple of 8; 0 where keys do not consist of planes that
 /// `rope` turns one by one: then there are no tables for them.
 std::size_t rest_columns(const RotatedPqQuantizer& keys, const Rope& rope);
@@ -35,6 +45,13 @@ std::size_t num_value_units(const RotatedPqQuantizer& values);
 
 /// Filled up to `units` that add nothing.
 KeyTables key_tables(const RotatedPqQuantizer& keys, const Rope& rope, std::size_t units, std::size_t rest_columns);
+/// Of keys that are no planes: units of the rotated space, whose rest_begin and rest_count are its columns.
+KeyTables rotated_key_tables(const RotatedPqQuantizer& keys, std::size_t units);
+
+/// A⁻¹ for these units as lanes of a product on tensor cores take it (FullKeyTables in packed_tiles.cuh), IEEE half:
+/// [dim / 8, units / 2, 32, 4].
+std::vector<std::uint16_t> inverse_fragments(const RotatedPqQuantizer& keys, const std::vector<KeyUnit>& units,
+                                             const KeyPlaces& places);
 ValueTables value_tables(const RotatedPqQuantizer& values, std::size_t units);
 
 /// Radians a position as fractions of a circle, of 2³².

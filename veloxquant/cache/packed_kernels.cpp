@@ -19,7 +19,7 @@ constexpr int kProcessors = 132, kSharedBytes = 227 * 1024;
 
 // Those of the kernels' sources.
 constexpr int kTileTokens = 32, kTilesOfBlock = 8, kQueriesAtOnce = 4, kUnitDims = 8, kEntries = 256, kTilesAtOnce = 512,
-              kPatchesAtOnce = 512, kFinishThreads = 256, kColumnsAtOnce = 32, kStages = 2, kEncodingThreads = 512, kMostWidth = 32;
+              kPatchesAtOnce = 256, kFinishThreads = 256, kColumnsAtOnce = 32, kStages = 2, kEncodingThreads = 512, kMostWidth = 32;
 constexpr int kMostSplits = 1024;
 
 constexpr float kLog2E = std::numbers::log2e_v<float>, kAbsent = 1e37f;
@@ -33,13 +33,16 @@ int rounded_up(int x, int step) {
 struct SharedMemory {
   int key_units, value_units, warps;
   bool values_here;
+  int full_dim;  // of keys that are not turned plane by plane, else 0
 
   int tables() const {
     const int entries = 2 * kEntries * kUnitDims * (key_units + (values_here ? value_units : 0)),
               results = warps * 4 * (16 + rounded_up(value_units, 16) * kUnitDims * kUnitDims),
-              of_key_unit = 16 * kTileTokens + 16 + 32 + 4 * kUnitDims * kQueriesAtOnce + static_cast<int>(sizeof(KeyUnit)) + 4,
+              of_key_unit = 16 * (full_dim > 0 ? 1 : kTileTokens) + 16 + 32 + 4 * kUnitDims * kQueriesAtOnce +
+                            static_cast<int>(sizeof(KeyUnit)) + 4,
               of_value_unit = static_cast<int>(sizeof(ValueUnit)) + 4 + 4 * kUnitDims * kQueriesAtOnce + 2 * kUnitDims;
     return std::max(entries, results) + key_units * of_key_unit + value_units * of_value_unit +
+           full_dim * (16 * key_units + 2 * kTileTokens + 10 + 4 * kQueriesAtOnce) + 4 * kTileTokens +
            kPatchesAtOnce * (2 * 4 * kQueriesAtOnce + 2) + kTilesAtOnce * 4 + 2 * warps * 4 * kQueriesAtOnce + 256;
   }
   int tiles(int codes) const { return kStages * kTileTokens * warps * codes; }
@@ -120,7 +123,9 @@ const AttentionCodes codes{{reinterpret_cast<const unsigned*>(closed_blocks), re
                            counts.coded / (kTileTokens * kTilesOfBlock), layout.block_words, counts.coded, layout.kv_heads}};
 const AttentionTables tables{{key_tables, value_tables, reinterpret_cast<const KeyUnit*>(key_units),
                              reinterpret_cast<const ValueUnit*>(value_units), reinterpret_cast<const __half*>(key_rests),
-                             reinterpret_cast<const HeadBlocks*>(heads), layout.num_tables, layout.rest_columns}};
+                             reinterpret_cast<const HeadBlocks*>(heads),
+                             {{reinterpret_cast<const uint2*>(full_inverse), full_mean, full_columns, reinterpret_cast<const unsigned*>(full_turns)}},
+                             layout.num_tables, layout.rest_columns}};
 const ExactTokens exact{{exact_tokens, layout.sinks, layout.window, counts.coded, counts.offset,
                         reinterpret_cast<const unsigned*>(turns), layout.turned}};
 const AttentionParts parts{{maxima, totals, sums}};
@@ -167,10 +172,13 @@ std::unique_ptr<const PackedKernels> PackedKernels::make(const std::vector<Quant
       for (const auto& subspace : quantizer.subspaces())
         if (subspace.dim() > kMostWidth) return nullptr;
     }
+  // In planes where all heads' keys are.
+  const bool planes = std::ranges::all_of(key_quantizers, [&](const auto& keys) { return rest_columns(keys, rope) > 0; });
+  if (!planes &&
+      (self.dim_ % 16 != 0 || (rope.magnitude() != 1 && 2 * rope.frequencies().size() != static_cast<std::size_t>(self.dim_))))
+    return nullptr;
   for (const auto& quantizer : key_quantizers) {
-    const std::size_t of_this = rest_columns(quantizer, rope);
-    if (of_this == 0) return nullptr;
-    columns = std::max(columns, of_this);
+    if (planes) columns = std::max(columns, rest_columns(quantizer, rope));
     self.key_units_ = std::max(self.key_units_, rounded_up(static_cast<int>(num_key_units(quantizer)), 8));
   }
   for (const auto& quantizer : value_quantizers)
@@ -205,14 +213,15 @@ std::unique_ptr<const PackedKernels> PackedKernels::make(const std::vector<Quant
 
   // Registers of more units leave room for fewer warps.  Patches of two blocks, which a short split may touch, have to fit where
   // tiles are read later.
-  SharedMemory shared{self.key_units_, self.value_units_, 0, true};
+  SharedMemory shared{self.key_units_, self.value_units_, 0, true, planes ? 0 : self.dim_};
   const auto fits = [&] {
     return shared.bytes(self.most_codes_) <= kSharedBytes &&
            (self.most_patches_ == 0 || 2 * self.patch_stride_ + self.rest_bytes_ <= shared.tiles(self.most_codes_));
   };
   for (const bool values_here : {true, false}) {
     shared.values_here = values_here;
-    for (shared.warps = self.key_units_ + self.value_units_ <= 32 ? 12 : 8; shared.warps > 4 && !fits();) shared.warps -= 2;
+    for (shared.warps = planes && self.key_units_ + self.value_units_ <= 32 ? 12 : 8; shared.warps > 4 && !fits();)
+      shared.warps -= 2;
     if (fits()) break;
   }
   if (!fits()) return nullptr;
@@ -222,9 +231,17 @@ std::unique_ptr<const PackedKernels> PackedKernels::make(const std::vector<Quant
   std::vector<std::uint8_t> key_bytes, value_bytes;
   std::vector<KeyUnit> key_units;
   std::vector<ValueUnit> value_units;
-  std::vector<float> rests, inverse, mean;
+  std::vector<float> rests, inverse, mean, full_mean(1);
+  std::vector<std::uint16_t> full_inverse(8);
+  const KeyPlaces places = key_places(self.dim_, rope);
+  if (!planes) full_inverse.clear(), full_mean.clear();
   for (const auto& quantizer : key_quantizers) {
-    const auto tables = key_tables(quantizer, rope, static_cast<std::size_t>(self.key_units_), columns);
+    const auto units = static_cast<std::size_t>(self.key_units_);
+    const auto tables = planes ? key_tables(quantizer, rope, units, columns) : rotated_key_tables(quantizer, units);
+    if (!planes) {
+      veloxquant::append(full_inverse, inverse_fragments(quantizer, tables.units, places));
+      for (const int column : places.columns) full_mean.push_back(quantizer.mean()[static_cast<std::size_t>(column)]);
+    }
     veloxquant::append(key_bytes, tables.tables);
     veloxquant::append(key_units, tables.units);
     veloxquant::append(rests, tables.rests);
@@ -245,14 +262,12 @@ std::unique_ptr<const PackedKernels> PackedKernels::make(const std::vector<Quant
   const auto layout = numbers(
       std::vector<PackedLayout>{{kv_heads, self.dim_, window, sinks, word, static_cast<int>(keys.size()), static_cast<int>(columns),
                                  static_cast<int>(turns.size()), error, static_cast<int>(most_subspaces)}});
-  self.attention_ = {layout,
-                     bytes(key_bytes),
-                     numbers(key_units),
-                     mx::astype(floats(rests), mx::float16),
-                     bytes(value_bytes),
-                     numbers(value_units),
-                     numbers(heads),
-                     numbers(turns)};
+  self.attention_ = {
+      layout, bytes(key_bytes), numbers(key_units), mx::astype(floats(planes ? rests : std::vector<float>(8)), mx::float16),
+      bytes(value_bytes), numbers(value_units), numbers(heads), numbers(turns),
+      // Pairs of halves.
+      mx::array(reinterpret_cast<const std::int32_t*>(full_inverse.data()), {static_cast<int>(full_inverse.size() / 2)}, mx::int32),
+      floats(full_mean), numbers(places.columns), numbers(places.turns)};
   self.back_ = {layout, floats(inverse), floats(mean)};
   self.encoding_ = {layout,
                     floats(encoding.transform),
@@ -262,19 +277,19 @@ std::unique_ptr<const PackedKernels> PackedKernels::make(const std::vector<Quant
                     numbers(encoding.heads)};
 
   // Compiled by MLX when they are first called; of one name there is one.
-  const std::string kind =
-      fmt::format("{}, {}, {}, {}, {}", self.key_units_, self.value_units_, self.warps_, whole, shared.values_here);
+  const std::string kind = fmt::format("{}, {}, {}, {}, {}, {}", self.key_units_, self.value_units_, self.warps_, whole,
+                                       shared.values_here, shared.full_dim);
   self.attend_ = mx::fast::cuda_kernel(
-      fmt::format("packed_attention_{}_{}_{}_{}_{}", self.key_units_, self.value_units_, self.warps_, whole ? 1 : 0,
-                  shared.values_here ? 1 : 0),
+      fmt::format("packed_attention_{}_{}_{}_{}_{}_{}", self.key_units_, self.value_units_, self.warps_, whole ? 1 : 0,
+                  shared.values_here ? 1 : 0, shared.full_dim),
       {"counts_of", "queries", "settings", "closed_blocks", "open_block", "exact_tokens", "layout_of", "key_tables", "key_units",
-       "key_rests", "value_tables", "value_units", "heads", "turns"},
+       "key_rests", "value_tables", "value_units", "heads", "turns", "full_inverse", "full_mean", "full_columns", "full_turns"},
       {"maxima", "totals", "sums"}, kBegin + kQueries + fmt::format(fmt::runtime(kAttend), kind, shared.tables()), kAttentionSource,
       true, kSharedBytes);  // of one name there is one, with the memory that its first layer asks for
   self.finish_ = mx::fast::cuda_kernel(
-      "packed_attention_end", {"counts_of", "queries", "settings", "maxima", "totals", "sums", "layout_of", "inverse", "mean"},
-      {"out"}, kBegin + kQueries + kFinish, kAttentionEndSource, true,
-      4 * kQueriesAtOnce * (self.dim_ + kMostSplits + 2 + kFinishThreads));
+      fmt::format("packed_attention_end_{}", self.dim_),
+      {"counts_of", "queries", "settings", "maxima", "totals", "sums", "layout_of", "inverse", "mean"}, {"out"},
+      kBegin + kQueries + kFinish, kAttentionEndSource, true, 4 * kQueriesAtOnce * (self.dim_ + kMostSplits + 2 + kFinishThreads));
   self.encode_ = mx::fast::cuda_kernel(fmt::format("packed_encoding_{}", self.dim_),
                                        {"counts_of", "new_keys", "new_values", "exact_tokens", "open_block", "errors", "layout_of",
                                         "transform", "mean", "entries", "subspaces", "heads"},

@@ -19,8 +19,9 @@ namespace veloxquant {
 class PackedKernels {
  public:
   /// `keys` and `values`: of each KV head, or one for all.  Null where the kernels do not serve: on another device, for methods
-  /// other than rotated_pq, for keys that are not turned plane by plane (`plane`), for sub-spaces of more than 32 dimensions, and
-  /// where keys have more tables than a processor's shared memory holds (heads of 128: up to about 3 bits).
+  /// other than rotated_pq, for sub-spaces of more than 32 dimensions, for heads of a number of dimensions that is no multiple of
+  /// 16 unless keys are turned plane by plane (`plane`), and where keys have more tables than a processor's shared memory holds
+  /// (heads of 128: from about 3 bits on).
   static std::unique_ptr<const PackedKernels> make(const std::vector<QuantizerParameters>& keys,
                                                    const std::vector<QuantizerParameters>& values, int kv_heads, int window,
                                                    int sinks, const Rope& rope);

@@ -9,18 +9,31 @@
 // rows of its class count.  Columns 0 to 3 are four queries with tokens of class 0, columns 4 to 7 the same with class 1.
 #pragma once
 
+#include "veloxquant/kernels/cuda/packed_full_keys.cuh"
+#include "veloxquant/kernels/cuda/packed_plane_keys.cuh"
 #include "veloxquant/kernels/cuda/packed_tiles.cuh"
 
 namespace veloxquant {
+
+// How keys are read: those of kDim dimensions that are no planes, 0: those that are.
+template <int kUnits, int kDim, int kThreads>
+struct KeysOf {
+  using type = FullKeys<kUnits, kDim, kThreads>;
+};
+template <int kUnits, int kThreads>
+struct KeysOf<kUnits, 0, kThreads> {
+  using type = PlaneKeys<kUnits, kThreads>;
+};
 
 // A block of threads: a stretch of the coded tokens of one KV head, four queries.  The grid is splits × batch · kv_heads × rows /
 // 4; a split has at most kTilesAtOnce tiles, and kPatchesAtOnce patches on a side.  Shared memory: Memory, then 64 · kWarps bytes
 // for each code of the head that has most on both sides.  kKeyUnits a multiple of 8, kValueUnits too.  kWhole: all heads have a
 // multiple of 4 codes, and both codes of a unit in one word.  kValuesHere: the tables of values are in shared memory too, where
 // there is room.
-template <int kKeyUnits, int kValueUnits, int kWarps, bool kWhole, bool kValuesHere>
+template <int kKeyUnits, int kValueUnits, int kWarps, bool kWhole, bool kValuesHere, int kFullDim>
 class CodeAttention {
   static constexpr int kSteps = kKeyUnits / 4, kGroups = (kValueUnits + 15) / 16, kThreads = 32 * kWarps;
+  using Keys = typename KeysOf<kKeyUnits, kFullDim, kThreads>::type;
 
   struct Result {  // of a warp
     float maxima[8], totals[8], sums[kGroups * 16][kUnitDims][8];
@@ -34,10 +47,8 @@ class CodeAttention {
       };
       Result results[kWarps];
     };
-    uint4 angles[kTileTokens][kKeyUnits];  // cosines of planes 0 and 1, sines, those of planes 2 and 3
+    typename Keys::Memory of_keys;
     uint4 offsets[kKeyUnits];
-    float4 phases[kKeyUnits][2];  // of the step from a warp's tile to its next: cosine and sine of each plane
-    float queries[kQueriesAtOnce][kKeyUnits][kUnitDims];  // as the units' bytes have them, not turned back
     KeyUnit key_units[kKeyUnits];
     ValueUnit value_units[kValueUnits];
     // Patches: of keys what they add to the scores of the queries, of values the scores of their tokens.
@@ -82,7 +93,8 @@ class CodeAttention {
     load();
     place_patches();
     __syncthreads();
-    load_queries();
+    of_keys_.load_queries(memory_.of_keys, memory_.key_units, group_, column_,
+                          queries_.position + (first_tile_ + warp_) * kTileTokens);
     score_patches();
     wait_for_copies<0>();
     __syncthreads();
@@ -123,7 +135,7 @@ class CodeAttention {
     copy(memory_.value_units, tables_.value_units + table_ * kValueUnits, sizeof(memory_.value_units));
     if (keys_.patches > 0) {
       copy_patches(keys_, patches());
-      const int halves_of_unit = kUnitDims * tables_.rest_columns;
+      const int halves_of_unit = kFullDim > 0 ? 0 : kUnitDims * tables_.rest_columns;
       copy(rests(), tables_.key_rests + static_cast<long long>(table_) * kKeyUnits * halves_of_unit,
            2 * kKeyUnits * halves_of_unit);
     }
@@ -143,59 +155,16 @@ class CodeAttention {
                min(32 * lane(), queries_.dim - 1));
     wait_for_copies<1>();
     __syncthreads();
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kQueriesAtOnce * kKeyUnits * kUnitDims; i += kThreads) {
-      const int row = i / (kKeyUnits * kUnitDims), unit = i / kUnitDims % kKeyUnits;
-      const int at = memory_.key_units[unit].columns[i % kUnitDims];
-      float q = 0;
-      if (first_row_ + row < queries_.rows && at >= 0)
-        q = queries_.q[(static_cast<long long>(blockIdx.y) * queries_.rows + first_row_ + row) * queries_.dim + at];
-      memory_.queries[row][unit][i % kUnitDims] = queries_.scale * memory_.key_units[unit].scale * q;
-    }
-    // Neighbouring groups of lanes read rows whose banks would be the same: every other group of four rows is shifted.
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kTileTokens * kKeyUnits; i += kThreads) {
-      const int token = i / kKeyUnits, unit = i % kKeyUnits;
-      float c[4], s[4];
-      for (int plane = 0; plane < 4; ++plane) {
-        const float2 angle = cosine_and_sine(memory_.key_units[unit].turns[plane], token);
-        c[plane] = queries_.magnitude * angle.x, s[plane] = queries_.magnitude * angle.y;
-      }
-      memory_.angles[token][unit ^ (token >> 2 & 1) << 2] = {
-          bits_of(__floats2half2_rn(c[0], c[1])), bits_of(__floats2half2_rn(s[0], s[1])), bits_of(__floats2half2_rn(c[2], c[3])),
-          bits_of(__floats2half2_rn(s[2], s[3]))};
-    }
+    Keys::load(memory_.of_keys, memory_.key_units, tables_, table_, queries_, blockIdx.y, first_row_, kTileTokens * kWarps);
 #pragma unroll 1
     for (int unit = threadIdx.x; unit < kKeyUnits; unit += kThreads) {
       const KeyUnit& of = memory_.key_units[unit];
       memory_.offsets[unit] = *reinterpret_cast<const uint4*>(of.offsets);
       memory_.key_codes[unit] = of.codes[0] | of.codes[1] << 16;
-      for (int both = 0; both < 2; ++both) {
-        const float2 a = cosine_and_sine(of.turns[2 * both], kTileTokens * kWarps),
-                     b = cosine_and_sine(of.turns[2 * both + 1], kTileTokens * kWarps);
-        memory_.phases[unit][both] = {a.x, a.y, b.x, b.y};
-      }
     }
 #pragma unroll 1
     for (int unit = threadIdx.x; unit < kValueUnits; unit += kThreads)
       memory_.value_codes[unit] = memory_.value_units[unit].codes[0] | memory_.value_units[unit].codes[1] << 16;
-  }
-
-  // A lane's column is a query and a class: its query, turned back to the begin of its first tile, in the order of units of its
-  // class.
-  __device__ void load_queries() {
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int unit = 4 * (step ^ class_of_column_) + column_;
-#pragma unroll
-      for (int plane = 0; plane < 4; ++plane) {
-        float &x = q_[step][2 * plane], &y = q_[step][2 * plane + 1];
-        x = memory_.queries[group_ & 3][unit][2 * plane], y = memory_.queries[group_ & 3][unit][2 * plane + 1];
-        const float2 angle =
-            cosine_and_sine(memory_.key_units[unit].turns[plane], queries_.position + (first_tile_ + warp_) * kTileTokens);
-        turn_back(x, y, angle.x, angle.y);
-      }
-    }
   }
 
   __device__ static int lane() {
@@ -240,8 +209,7 @@ class CodeAttention {
     }
   }
 
-  // What the patches of keys add to scores: a warp takes sixteen, as rows of products.  Rests become units of a key, which are
-  // turned and multiplied with the queries.
+  // What the patches of keys add to scores: a warp takes sixteen, as rows of products.
   __device__ void score_patches() {
     const int count = num_blocks() * keys_.patches;
 #pragma unroll 1
@@ -253,41 +221,15 @@ class CodeAttention {
         of_row[i] = patches() + block * patch_stride(keys_) + at % keys_.patches * keys_.patch_bytes;
         positions[i] = queries_.position + (first_block() + block) * kTilesOfBlock * kTileTokens + memory_.key_places[at];
       }
-      float scores[4] = {};
-#pragma unroll 1
-      for (int unit = 0; unit < kKeyUnits; unit += 2) {
-        unsigned turned[2][2];
-        for (int next = 0; next < 2; ++next) {
-          const KeyUnit& of = memory_.key_units[unit + next];
-          const __half* of_dimension = rests() + ((unit + next) * kUnitDims + group_) * tables_.rest_columns;
-          float key[4] = {};
-#pragma unroll 1
-          for (int i = 0; i < of.rest_count; i += 8) {
-            const int at = i + 2 * column_;
-            const bool here = at < of.rest_count;
-            const unsigned a0 = here ? bits_of(patch_rests(of_row[0], of.rest_begin + at)) : 0,
-                           a1 = here ? bits_of(patch_rests(of_row[1], of.rest_begin + at)) : 0;
-            multiply(key, a0, a1, 0, 0, *reinterpret_cast<const unsigned*>(of_dimension + at), 0);
-          }
-          for (int i = 0; i < 2; ++i) {
-            const float2 angle = cosine_and_sine(of.turns[column_], positions[i]);
-            turn_back(key[2 * i], key[2 * i + 1], queries_.magnitude * angle.x, -queries_.magnitude * angle.y);
-            turned[next][i] = bits_of(__floats2half2_rn(key[2 * i], key[2 * i + 1]));
-          }
-        }
-        const auto queries_of = [&](int of) {
-          const float* q = memory_.queries[group_ & 3][of] + 2 * column_;
-          return bits_of(__floats2half2_rn(q[0], q[1]));
-        };
-        const unsigned b0 = queries_of(unit), b1 = queries_of(unit + 1);
-        multiply(scores, turned[0][0], turned[0][1], turned[1][0], turned[1][1], b0, b1);
-      }
+      float scores[1][4] = {};
+      Keys::score_patches(memory_.of_keys, memory_.key_units, rests(), tables_.rest_columns, of_row, positions, queries_.magnitude,
+                          group_, column_, scores);
       for (int i = 0; i < 2; ++i) {
         const int at = first + group_ + 8 * i;
         if (at >= count || column_ >= 2) continue;
         const float scale = patch_scale(of_row[i]);
-        memory_.key_patches[at][2 * column_] = scale * scores[2 * i];
-        memory_.key_patches[at][2 * column_ + 1] = scale * scores[2 * i + 1];
+        memory_.key_patches[at][2 * column_] = scale * scores[0][2 * i];
+        memory_.key_patches[at][2 * column_ + 1] = scale * scores[0][2 * i + 1];
       }
     }
   }
@@ -307,10 +249,7 @@ class CodeAttention {
     commit_copies();
   }
 
-  // Units that a lane looks up.
-  __device__ __forceinline__ int key_unit(int step) const {
-    return 4 * (step ^ class_of_row_) + column_;
-  }
+  // A unit that a lane looks up.
   __device__ __forceinline__ int value_unit(int of_group, int slot) const {
     return 16 * of_group + group_ + 8 * (slot ^ (column_ & 1));
   }
@@ -339,38 +278,19 @@ class CodeAttention {
     }
   }
 
-  // Scores of a tile: rows `group` of product i are tokens 4·group + 2i, rows group + 8 the tokens after them.
-  __device__ __forceinline__ void score_tile(const TileCodes& tile, float (&scores)[2][4]) const {
+  // Of four tokens a unit's bytes as halves, without its offsets: dimensions 0 and 2, 1 and 3, 4 and 6, 5 and 7.
+  __device__ __forceinline__ void look_up_keys(const TileCodes& tile, int unit, unsigned (&keys)[4][4]) const {
+    uint2 sums[4];
+    look_up<kKeyUnits>(tile, memory_.keys[0][0][0], unit, memory_.key_codes[unit], 4 * group_, sums);
+    const uint4 offsets = memory_.offsets[unit];
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int unit = key_unit(step);
-      uint2 sums[4];
-      look_up<kKeyUnits>(tile, memory_.keys[0][0][0], unit, memory_.key_codes[unit], 4 * group_, sums);
-      const uint4 offsets = memory_.offsets[unit];
-      unsigned x[4], y[4], z[4], w[4];
+    for (int i = 0; i < 4; ++i)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < 4; ++j) {
         // A byte b below 0x64 is the half 1024 + b.
-        const __half2 x01 = __hsub2(halves(__byte_perm(sums[i].x, 0x64646464, 0x4240)), halves(offsets.x)),
-                      y01 = __hsub2(halves(__byte_perm(sums[i].x, 0x64646464, 0x4341)), halves(offsets.y)),
-                      x23 = __hsub2(halves(__byte_perm(sums[i].y, 0x64646464, 0x4240)), halves(offsets.z)),
-                      y23 = __hsub2(halves(__byte_perm(sums[i].y, 0x64646464, 0x4341)), halves(offsets.w));
-        const uint4 angles = memory_.angles[4 * group_ + i][unit ^ (group_ & 1) << 2];
-        const __half2 c01 = halves(angles.x), s01 = halves(angles.y), c23 = halves(angles.z), s23 = halves(angles.w);
-        x[i] = bits_of(__hfma2(x01, c01, __hneg2(__hmul2(y01, s01))));
-        y[i] = bits_of(__hfma2(x01, s01, __hmul2(y01, c01)));
-        z[i] = bits_of(__hfma2(x23, c23, __hneg2(__hmul2(y23, s23))));
-        w[i] = bits_of(__hfma2(x23, s23, __hmul2(y23, c23)));
+        const unsigned bytes = __byte_perm(j < 2 ? sums[i].x : sums[i].y, 0x64646464, j % 2 == 0 ? 0x4240 : 0x4341);
+        keys[i][j] = bits_of(__hsub2(halves(bytes), halves(part(offsets, j))));
       }
-      const float(&q)[kUnitDims] = q_[step];
-      const unsigned q0 = bits_of(__floats2half2_rn(q[0], q[2])), q1 = bits_of(__floats2half2_rn(q[1], q[3])),
-                     q2 = bits_of(__floats2half2_rn(q[4], q[6])), q3 = bits_of(__floats2half2_rn(q[5], q[7]));
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        multiply(scores[i], x[2 * i], x[2 * i + 1], y[2 * i], y[2 * i + 1], q0, q1);
-        multiply(scores[i], z[2 * i], z[2 * i + 1], w[2 * i], w[2 * i + 1], q2, q3);
-      }
-    }
   }
 
   // For each patch of a tile on one side: use(index in the list, i and k of the scores) on the lanes that have its token's scores.
@@ -408,7 +328,10 @@ class CodeAttention {
       wait_for_copies<kStages - 1>();
       __syncwarp();
       float scores[2][4] = {};
-      score_tile(key_codes(stage), scores);
+      // Rows `group` of product i are tokens 4 · group + 2i, rows group + 8 the tokens after them.
+      const TileCodes codes = key_codes(stage);
+      of_keys_.score_tile(
+          memory_.of_keys, [&](int unit, unsigned(&keys)[4][4]) { look_up_keys(codes, unit, keys); }, group_, column_, scores);
       const uchar4 patches = memory_.patches_of_tile[tile - first_tile_];
       for_patches(tile / kTilesOfBlock, patches.x, patches.y, keys_.patches, memory_.key_places,
                   [&](int at, int i, int k) { scores[i][k] += memory_.key_patches[at][2 * (column_ & 1) + (k & 1)]; });
@@ -466,14 +389,7 @@ class CodeAttention {
       load_tile(tile + kStages * kWarps, stage);
 
       // Queries go back on to the warp's next tile.
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step)
-#pragma unroll
-        for (int both = 0; both < 2; ++both) {
-          const float4 phases = memory_.phases[4 * (step ^ class_of_column_) + column_][both];
-          turn_back(q_[step][4 * both], q_[step][4 * both + 1], phases.x, phases.y);
-          turn_back(q_[step][4 * both + 2], q_[step][4 * both + 3], phases.z, phases.w);
-        }
+      of_keys_.turn_on(memory_.of_keys, group_, column_);
     }
   }
 
@@ -627,12 +543,12 @@ class CodeAttention {
   Memory& memory_;
   const int head_, warp_ = threadIdx.x / 32, group_ = threadIdx.x % 32 / 4, column_ = threadIdx.x % 4,
                    first_row_ = blockIdx.z * kQueriesAtOnce;
-  const int class_of_row_ = group_ >> 1 & 1, class_of_column_ = group_ >> 2;
+  const int class_of_row_ = group_ >> 1 & 1;
   int first_tile_, last_tile_, table_;
   HeadCodes keys_, values_;
   unsigned char *tiles_of_all_,
       *tiles_;  // codes on their way, kStages tiles of this warp; before and after patches take their place
-  float q_[kSteps][kUnitDims];
+  Keys of_keys_;
   float maximum_[2] = {kHidden, kHidden}, total_[2] = {0, 0};  // of the columns of a lane's scores
   float sums_[kGroups][kUnitDims][4];
 };
@@ -708,12 +624,12 @@ __host__ __device__ constexpr int blocks_of_exact(int sequence_heads, int splits
   return (sequence_heads + splits - 1) / splits;
 }
 
-template <int kKeyUnits, int kValueUnits, int kWarps, bool kWhole, bool kValuesHere>
+template <int kKeyUnits, int kValueUnits, int kWarps, bool kWhole, bool kValuesHere, int kFullDim>
 __device__ __forceinline__ void attend_packed(const AttentionCodes& stored, const QueryRows& queries, const AttentionTables& tables,
                                               const ExactTokens& exact, int sequence_heads, const AttentionParts& parts,
                                               void* shared) {
   if (static_cast<int>(blockIdx.y) < sequence_heads)
-    return CodeAttention<kKeyUnits, kValueUnits, kWarps, kWhole, kValuesHere>(stored, queries, tables, shared).run(parts);
+    return CodeAttention<kKeyUnits, kValueUnits, kWarps, kWhole, kValuesHere, kFullDim>(stored, queries, tables, shared).run(parts);
   const int of_exact = (blockIdx.y - sequence_heads) * gridDim.x + blockIdx.x;
   if (of_exact < sequence_heads) attend_exact(exact, queries, parts, gridDim.x, of_exact, blockIdx.z * kQueriesAtOnce, shared);
 }

@@ -6,7 +6,7 @@
 namespace veloxquant {
 
 constexpr int kTileTokens = 32, kTilesOfBlock = 8, kQueriesAtOnce = 4, kUnitDims = 8, kEntries = 256;
-constexpr int kTilesAtOnce = 512, kPatchesAtOnce = 512;  // at most, of a block of threads
+constexpr int kTilesAtOnce = 512, kPatchesAtOnce = 256;  // at most, of a block of threads
 constexpr float kHidden = -1e30f;                        // a score that does not count
 
 __device__ __forceinline__ unsigned bits_of(__half2 x) {

@@ -98,6 +98,11 @@ __device__ __forceinline__ float patch_scale(const unsigned char* patch) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(patch[1] | patch[2] << 8)));
 }
 
+// One of its residuals, without its scale.
+__device__ __forceinline__ float patch_rest(const unsigned char* patch, int column) {
+  return static_cast<float>(patch[3 + column / 2] >> 4 * (column & 1) & 15) - kPatchCentre;
+}
+
 // Two columns of a patch's residuals, without its scale; column is even.
 __device__ __forceinline__ __half2 patch_rests(const unsigned char* patch, int column) {
   const unsigned both = patch[3 + column / 2];
@@ -105,12 +110,23 @@ __device__ __forceinline__ __half2 patch_rests(const unsigned char* patch, int c
   return __hsub2(halves((both & 15) << 4 | (both & 240) << 16 | 0x54005400), __float2half2_rn(64 + kPatchCentre));
 }
 
+/// What a head's keys need beside their units, in which `rest_begin` and `rest_count` are columns of the rotated space here.
+struct FullKeyTables {
+  // [heads, kDim / 8, kUnits / 2, 32]: of each product of 16 columns with 8 places the two words of each lane, by the units'
+  // scales.
+  const uint2* inverse;
+  const float* mean;      // [heads, kDim], by places
+  const int* columns;     // [kDim]: the dimension of each place
+  const unsigned* turns;  // [kDim / 2], of each plane, as KeyUnit has them
+};
+
 struct AttentionTables {
   const unsigned char *keys, *values;  // [heads, 256, 2, units, 8]
   const KeyUnit* key_units;            // [heads, kKeyUnits]
   const ValueUnit* value_units;        // [heads, kValueUnits]
   const __half* key_rests;             // [heads, kKeyUnits, 8, rest_columns]: what columns of a patch make of a unit, by its scale
   const HeadBlocks* heads;             // [kv_heads]
+  FullKeyTables full;                  // where keys are not turned plane by plane
   int num_heads, rest_columns;         // heads: 1, where all KV heads share tables; a multiple of 8
 };
 
