@@ -86,14 +86,13 @@ class RotatedPqCodec : public BlockCodec {
     quantizer_.encode_codes(vectors, codes, rest);
     for (std::size_t t = 0; t < tokens; ++t) {
       for (std::size_t code = 0; code < count; ++code) block[shape_.place(code, at + t)] = codes[t * count + code];
-      if (patches_ > 0) offer_patch(std::span(rest).subspan(t * dim_, dim_), at + t, block + codes_.block_bytes(), open);
+      if (patches_ > 0) offer_patch(std::span(rest).subspan(t * dim_, dim_), at + t, block + shape_.patches_at, open);
     }
   }
 
   void decode(const std::uint8_t* block, std::size_t tokens, float* vectors) const override {
     float* z = scratch(tokens * stride_ + kLookupPadding);
-    look_up(block, 0, tokens, z);
-    patch(block, 0, tokens, tokens, z);
+    look_up(block, tokens, z);
     const int d = static_cast<int>(dim_);
     for (std::size_t t = 0; t < tokens; ++t) std::copy(quantizer_.mean().begin(), quantizer_.mean().end(), vectors + t * dim_);
     gemm(false, false, static_cast<int>(tokens), d, d, 1.0f, z, static_cast<int>(stride_), quantizer_.inverse().data(), d, 1.0f,
@@ -110,37 +109,32 @@ class RotatedPqCodec : public BlockCodec {
     return table.data();
   }
 
-  std::size_t held_patches(std::size_t tokens) const { return RotatedPqQuantizer::patches_of(patches_, tokens); }
-
-  // Tokens begin … begin + tokens − 1 of a block, begin at a tile, stride_ apart.
-  void look_up(const std::uint8_t* block, std::size_t begin, std::size_t tokens, float* z) const {
+  // In the rotated space, stride_ apart.
+  void look_up(const std::uint8_t* block, std::size_t tokens, float* z) const {
     for (std::size_t t = 0; t < tokens; t += kPackedTileTokens)
-      sum_entries(block + (begin + t) / kPackedTileTokens * codes_.tile_bytes(), std::min(kPackedTileTokens, tokens - t), pieces_,
+      sum_entries(block + t / kPackedTileTokens * codes_.tile_bytes(), std::min(kPackedTileTokens, tokens - t), pieces_,
                   z + t * stride_, stride_);
-  }
-
-  // Adds the patches of these tokens; `held` tokens are in the block.
-  void patch(const std::uint8_t* block, std::size_t begin, std::size_t tokens, std::size_t held, float* z) const {
-    const std::uint8_t* bytes = block + codes_.block_bytes();
-    for (std::size_t p = 0; p < held_patches(held); ++p, bytes += shape_.patch_bytes)
-      if (bytes[0] >= begin && bytes[0] < begin + tokens)
-        RotatedPqQuantizer::add_patch(bytes, {z + (bytes[0] - begin) * stride_, dim_});
+    each_patch(block, tokens, [&](std::size_t t, const std::uint8_t* bytes) {
+      RotatedPqQuantizer::add_patch(bytes, {z + t * stride_, dim_});
+    });
   }
 
   BlockOfTiles tiles(const std::uint8_t* block, std::size_t tokens) const {
     return {block, codes_.tile_bytes(), kPackedTileTokens, tokens};
   }
 
-  // use(token, rest) for each patch of a block; rest [dim] is what the caller lends.
+  // use(token, bytes of its patch).
   template <class Use>
-  void each_patch(const std::uint8_t* block, std::size_t tokens, float* rest, const Use& use) const {
-    const std::uint8_t* bytes = block + codes_.block_bytes();
-    for (std::size_t p = 0; p < held_patches(tokens); ++p, bytes += shape_.patch_bytes) {
-      if (bytes[0] >= tokens) continue;  // of a damaged file
-      std::fill_n(rest, dim_, 0.0f);
-      RotatedPqQuantizer::add_patch(bytes, {rest, dim_});
-      use(std::size_t{bytes[0]}, rest);
-    }
+  void each_patch(const std::uint8_t* block, std::size_t tokens, const Use& use) const {
+    const std::uint8_t* bytes = block + shape_.patches_at;
+    for (std::size_t p = 0; p < RotatedPqQuantizer::patches_of(patches_, tokens); ++p, bytes += shape_.patch_bytes)
+      if (bytes[0] < tokens) use(std::size_t{bytes[0]}, bytes);  // others are of a damaged file
+  }
+
+  // What a patch adds to a rotated vector, [dim].
+  void read_patch(const std::uint8_t* bytes, float* rest) const {
+    std::fill_n(rest, dim_, 0.0f);
+    RotatedPqQuantizer::add_patch(bytes, {rest, dim_});
   }
 
   RotatedPqQuantizer quantizer_;
@@ -180,12 +174,13 @@ class RotatedValuesCodec : public RotatedPqCodec {
            float* sums) const override {
     if (num_queries >= kManyQueries) {
       float* z = scratch(tokens * stride_ + kLookupPadding);
-      look_up(block, 0, tokens, z);
-      patch(block, 0, tokens, tokens, z);
+      look_up(block, tokens, z);
       return add_vectors(weights, num_queries, weight_stride, z, tokens, stride_, dim_, sums);
     }
     entries_.add(tiles(block, tokens), weights, num_queries, weight_stride, sums);
-    each_patch(block, tokens, scratch(dim_), [&](std::size_t t, const float* rest) {
+    float* rest = scratch(dim_);
+    each_patch(block, tokens, [&](std::size_t t, const std::uint8_t* bytes) {
+      read_patch(bytes, rest);
       add_rows(weights + t, num_queries, weight_stride, rest, 1, dim_, dim_, sums);
     });
   }
@@ -273,22 +268,24 @@ class PlaneKeysCodec : public RotatedKeysCodec {
     for (std::size_t block = 0; block < prepared.num_blocks; block += kTurnedBlocks) {
       const auto angles = angles_of(-static_cast<double>(prepared.first_position + block * kPackedBlockTokens), 1.0f);
       prepared.turned.resize(prepared.turned.size() + size);
-      turn_rows(grouped.data(), entries_.groups().size(), num_queries, angles.data(), &*prepared.turned.end() - size);
+      turn_rows(grouped.data(), entries_.groups().size(), num_queries, angles.data(),
+                prepared.turned.data() + prepared.turned.size() - size);
     }
   }
 
   void score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries,
              const PreparedQueries& prepared, float* scores, std::size_t score_stride) const override {
     if (prepared.turned.empty()) return BlockCodec::score(block, tokens, position, queries, prepared, scores, score_stride);
-    const std::size_t num_queries = queries.num_queries, groups = entries_.groups().size(),
-                      size = num_queries * entries_.columns(), stretches = (tokens + kTurnedTokens - 1) / kTurnedTokens,
+    const std::size_t num_queries = queries.num_queries, groups = entries_.groups().size(), size = num_queries * entries_.columns(),
+                      stretches = (tokens + kTurnedTokens - 1) / kTurnedTokens,
                       index = (position - prepared.first_position) / kPackedBlockTokens;
     float* q = scratch(stretches * size + dim_ + entries_.columns());
     turn_rows(&prepared.turned[index / kTurnedBlocks * size], groups, num_queries, block_angles_[index % kTurnedBlocks].data(), q);
     for (std::size_t s = 1; s < stretches; ++s) turn_rows(q + (s - 1) * size, groups, num_queries, step_.data(), q + s * size);
     score_entries(tiles(block, tokens), entries_.groups(), {q, num_queries, angles_.data()}, scores, score_stride);
     float *rest = q + stretches * size, *key = rest + dim_;
-    each_patch(block, tokens, rest, [&](std::size_t t, const float*) {
+    each_patch(block, tokens, [&](std::size_t t, const std::uint8_t* bytes) {
+      read_patch(bytes, rest);
       patch_key(rest, t % kTurnedTokens, key);
       const float* turned = q + t / kTurnedTokens * size;
       for (std::size_t r = 0; r < num_queries; ++r) {
@@ -317,13 +314,13 @@ class PlaneKeysCodec : public RotatedKeysCodec {
     return angles;
   }
 
-  // Sub-spaces in their order, tables as they are looked up.
   static std::vector<std::size_t> planes_of(const std::vector<FoldedSubspace>& folded) {
     std::vector<std::size_t> planes;
     for (const auto& subspace : folded) planes.insert(planes.end(), subspace.planes.begin(), subspace.planes.end());
     return planes;
   }
 
+  // With tables as EntryLayout reads them, in `folded`.
   std::vector<LookupPiece> folded_pieces(std::vector<FoldedSubspace>& folded) const {
     std::vector<LookupPiece> pieces = pieces_;
     for (std::size_t p = 0; p < pieces.size(); ++p)
@@ -396,8 +393,7 @@ class FullKeysCodec : public RotatedKeysCodec {
   void decode_in_order(const std::uint8_t* block, std::size_t tokens, float* keys) const {
     const int n = static_cast<int>(tokens), d = static_cast<int>(dim_), stride = static_cast<int>(stride_);
     float* z = scratch(tokens * stride_ + kLookupPadding);
-    look_up(block, 0, tokens, z);
-    patch(block, 0, tokens, tokens, z);
+    look_up(block, tokens, z);
     for (std::size_t t = 0; t < tokens; ++t) std::copy(mean_.begin(), mean_.end(), keys + t * stride_);
     gemm(false, false, n, d, d, 1.0f, z, stride, inverse_.data(), d, 1.0f, keys, stride);
   }
@@ -451,8 +447,7 @@ void check_packable(const QuantizerParameters& parameters) {
 }
 
 BlockShape block_shape(const QuantizerParameters& parameters) {
-  BlockShape shape{
-      .order = TokenOrder::kTiles, .bytes = 0, .patches_at = 0, .patches = 0, .patch_bytes = 0, .dim = parameters.dim};
+  BlockShape shape{.order = TokenOrder::kTiles, .bytes = 0, .patches_at = 0, .patches = 0, .patch_bytes = 0, .dim = parameters.dim};
   if (parameters.method != rotated_pq_method().name) {
     check_packable(parameters);
     if (!has_vecinfer_codec(parameters))
