@@ -3,7 +3,7 @@
 
 #include <map>
 #include <memory>
-#include <tuple>
+#include <utility>
 
 #include "mlx/fast.h"
 #include "mlx/ops.h"
@@ -40,19 +40,31 @@ std::shared_ptr<const PackedArraysLayer> layer() {
   return made;
 }
 
-// Context filled in chunks; each step appends a token as well.
-void packed(benchmark::State& state) {
-  const int tokens = static_cast<int>(state.range(0)), batch = static_cast<int>(state.range(1));
-  static const Rope rope(RopeConfig{}, kDim);
-  const AttentionSpec spec{.scale = 0.09f, .rope = &rope};
-  PackedArrays cache(layer());
+constexpr float kScale = 0.09f;
+
+const Rope& rope() {
+  static const Rope made(RopeConfig{}, kDim);
+  return made;
+}
+
+// A context filled in chunks: only what is stored is evaluated, not what attention over it gives.
+PackedArrays& filled(int tokens, int batch) {
+  static std::map<std::pair<int, int>, PackedArrays> caches;
+  const auto [found, fresh] = caches.try_emplace({tokens, batch}, layer());
   constexpr int kStep = 2048;
   const auto some = normal({batch, kKvHeads, kStep, kDim}, 2);
-  // Appended without the answer, which would take long: only what is stored is evaluated.
-  for (int at = 0; at < tokens; at += kStep) {
-    const auto answer = cache.attend(some, some, some, spec);
-    mx::eval(cache.pending());
+  for (int at = 0; fresh && at < tokens; at += kStep) {
+    const auto answer = found->second.attend(some, some, some, {.scale = kScale, .rope = &rope()});
+    mx::eval(found->second.pending());
   }
+  return found->second;
+}
+
+// Each step appends a token as well.
+void packed(benchmark::State& state) {
+  const int tokens = static_cast<int>(state.range(0)), batch = static_cast<int>(state.range(1));
+  auto& cache = filled(tokens, batch);
+  const AttentionSpec spec{.scale = kScale, .rope = &rope()};
   const auto q = normal({batch, kHeads, 1, kDim}, 1), k = normal({batch, kKvHeads, 1, kDim}, 2),
              v = normal({batch, kKvHeads, 1, kDim}, 3);
   cache.attend(q, k, v, spec).eval();  // kernels are compiled
@@ -63,8 +75,8 @@ void mlx_attention(benchmark::State& state) {
   const int tokens = static_cast<int>(state.range(0)), batch = static_cast<int>(state.range(1));
   const auto q = normal({batch, kHeads, 1, kDim}, 1, mx::bfloat16), k = normal({batch, kKvHeads, tokens, kDim}, 2, mx::bfloat16),
              v = normal({batch, kKvHeads, tokens, kDim}, 3, mx::bfloat16);
-  mx::fast::scaled_dot_product_attention(q, k, v, 0.09f).eval();
-  for (auto _ : state) mx::fast::scaled_dot_product_attention(q, k, v, 0.09f).eval();
+  mx::fast::scaled_dot_product_attention(q, k, v, kScale).eval();
+  for (auto _ : state) mx::fast::scaled_dot_product_attention(q, k, v, kScale).eval();
 }
 
 #define VELOXQUANT_SHAPES ->Args({32768, 1})->Args({131072, 1})->Args({32768, 8})->Unit(benchmark::kMillisecond)->UseRealTime()
