@@ -1,5 +1,6 @@
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import warnings
@@ -109,3 +110,34 @@ def no_warnings():
         warnings.filterwarnings("ignore", "no facts are sown")
         warnings.filterwarnings("ignore", "own text")
         yield
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory, demo_model):
+    """About 3,000 tokens of English."""
+    import numpy as np
+
+    sentence = "The captain of the ship said that the weather would change before the morning, and he was right; "
+    words = "storm sea letter doctor window garden horse river winter candle road stranger captain lady silence".split()
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(sentence + f"the {rng.choice(words)} and the {rng.choice(words)} of number {rng.integers(1000)}. " for _ in range(80)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def plan(run, demo_model, text, tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan") / "demo.plan"
+    done = run("calibrate", demo_model, "--method", "vecinfer", "--bits", 1, "--samples", 4, "--length", 128, "--text", text, "-o", path)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path, demo_model):
+    """A small model that fits the bundled tokenizer, to be damaged."""
+    from tiny_models import write_model
+
+    folder = write_model(tmp_path / "tiny", "llama", vocab_size=8192)
+    shutil.copy(demo_model / "tokenizer.json", folder)
+    return folder
