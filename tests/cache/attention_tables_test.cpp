@@ -62,7 +62,7 @@ TEST_P(Tables, KeysAreThoseOfTheQuantizerToAStep) {
   const auto [dim, codes] = GetParam();
   const auto quantizer = quantizer_of({dim, codes}, Side::kKeys);
   const Rope rope(RopeConfig{}, dim);
-  const std::size_t columns = rest_columns(quantizer, rope), units = (num_key_units(quantizer) + 7) / 8 * 8;
+  const std::size_t columns = rest_columns(quantizer, rope), units = (num_units(quantizer) + 7) / 8 * 8;
   ASSERT_GT(columns, 0u);
   const auto tables = key_tables(quantizer, rope, units, columns);
   ASSERT_EQ(tables.units.size(), units);
@@ -90,7 +90,7 @@ TEST_P(Tables, KeysAreThoseOfTheQuantizerToAStep) {
 TEST_P(Tables, ValuesAreThoseOfTheQuantizerToAStep) {
   const auto [dim, codes] = GetParam();
   const auto quantizer = quantizer_of({dim, codes}, Side::kValues);
-  const std::size_t units = (num_value_units(quantizer) + 7) / 8 * 8;
+  const std::size_t units = (num_units(quantizer) + 7) / 8 * 8;
   const auto tables = value_tables(quantizer, units);
   for (std::uint64_t seed = 0; seed < 20; ++seed) {
     const auto token = some_codes(codes, seed);
@@ -133,7 +133,7 @@ TEST_P(Tables, RotatedKeysTimesTheInverseAreThoseOfTheQuantizer) {
   for (int i = 0; i < dim; ++i) EXPECT_EQ(sorted[static_cast<std::size_t>(i)], i);
   EXPECT_EQ(places.turns[static_cast<std::size_t>(dim / 2 - 1)], 0u);
 
-  const std::size_t units = (num_key_units(quantizer) + 7) / 8 * 8;
+  const std::size_t units = (num_units(quantizer) + 7) / 8 * 8;
   const auto tables = rotated_key_tables(quantizer, units);
   const auto fragments = inverse_fragments(quantizer, tables.units, places);
   ASSERT_EQ(fragments.size(), static_cast<std::size_t>(dim) / 8 * units / 2 * 32 * 4);

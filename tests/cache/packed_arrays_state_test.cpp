@@ -150,6 +150,18 @@ TEST(PackedArraysState, SequencesHaveTheirOwnTokens) {
     }
 }
 
+TEST(PackedArraysState, SequencesThatPartLaterAreCutBackToBeforeThat) {
+  const Layer layer(some_methods()[0], 32, 4, 420, 3);
+  auto packed = layer.packed();
+  auto arrays = layer.arrays();
+  layer.expect_alike(layer.append(arrays, 0, 400), layer.append(packed, 0, 400));
+  const std::vector<int> padding = {0, 5, 9};
+  layer.expect_alike(layer.append(arrays, 400, 410, padding), layer.append(packed, 400, 410, padding));
+  EXPECT_EQ(arrays.trim(100), packed.trim(100));
+  EXPECT_EQ(arrays.tokens(), packed.tokens());
+  layer.expect_alike(layer.append(arrays, 410, 420, padding), layer.append(packed, 410, 420, padding));
+}
+
 TEST(PackedArraysState, RefusesWhatDoesNotFit) {
   const Layer layer(some_methods()[0], 32, 4, 400, 2), wide(some_methods()[0], 33, 4, 400);
   auto arrays = layer.arrays();

@@ -10,7 +10,7 @@
 namespace veloxquant {
 namespace {
 
-constexpr std::size_t kUnitDims = 8, kEntries = 256, kStages = 2;
+constexpr std::size_t kStages = 2;
 constexpr float kSteps = 253;        // two roundings less than a byte holds
 constexpr float kMostOffset = 1000;  // 1024 ± offset are whole numbers in half precision
 
@@ -120,14 +120,10 @@ std::size_t rest_columns(const RotatedPqQuantizer& keys, const Rope& rope) {
   return most;
 }
 
-std::size_t num_value_units(const RotatedPqQuantizer& values) {
+std::size_t num_units(const RotatedPqQuantizer& quantizer) {
   std::size_t units = 0;
-  for (const auto& subspace : values.subspaces()) units += units_of(static_cast<std::size_t>(subspace.dim()));
+  for (const auto& subspace : quantizer.subspaces()) units += units_of(static_cast<std::size_t>(subspace.dim()));
   return units;
-}
-
-std::size_t num_key_units(const RotatedPqQuantizer& keys) {
-  return num_value_units(keys);
 }
 
 KeyTables key_tables(const RotatedPqQuantizer& keys, const Rope& rope, std::size_t units, std::size_t rest_columns) {

@@ -39,9 +39,8 @@ KeyPlaces key_places(int dim, const Rope& rope);
 /// `rope` turns one by one: then there are no tables for them.
 std::size_t rest_columns(const RotatedPqQuantizer& keys, const Rope& rope);
 
-/// As many units as there are, without filling up.
-std::size_t num_key_units(const RotatedPqQuantizer& keys);
-std::size_t num_value_units(const RotatedPqQuantizer& values);
+/// As many units as there are of keys or values, without filling up.
+std::size_t num_units(const RotatedPqQuantizer& quantizer);
 
 /// Filled up to `units` that add nothing.
 KeyTables key_tables(const RotatedPqQuantizer& keys, const Rope& rope, std::size_t units, std::size_t rest_columns);

@@ -110,7 +110,7 @@ const PackedKernels* PackedArraysLayer::kernels(const Rope& rope, int kv_heads) 
     kernels_ = PackedKernels::make(key_parameters_, value_parameters_, kv_heads, window, sinks, rope);
     key_parameters_.clear(), value_parameters_.clear();
   });
-  return kernels_.get();
+  return kernels_ && kernels_->kv_heads() == kv_heads ? kernels_.get() : nullptr;
 }
 
 PackedArrays::PackedArrays(std::shared_ptr<const PackedArraysLayer> layer) : layer_(std::move(layer)) {}
@@ -439,7 +439,8 @@ mx::array PackedArrays::attend_apart(const mx::array& q, const mx::array& k, con
     std::vector<PackedArrays> sequences;
     for (int b = 0; b < batch_; ++b) sequences.push_back(sequence(b));
     sequences_ = std::move(sequences);
-    for (auto* array : {&closed_, &open_, &errors_, &exact_}) array->reset();
+    for (auto* array : {&closed_, &open_, &errors_, &exact_, &counts_}) array->reset();
+    coded_ = 0;
   }
   AttentionSpec alone = spec;
   alone.padding.reset();

@@ -28,7 +28,7 @@ class PackedArraysLayer {
   int dim, window, sinks;
   bool keys_before_rope;
 
-  /// Null where they do not serve.  Made at the first call; one layer has one rope, and one number of KV heads.
+  /// Null where they do not serve.  Made at the first call for its rope, which a layer has one of, and number of KV heads.
   const PackedKernels* kernels(const Rope& rope, int kv_heads) const;
 
  private:

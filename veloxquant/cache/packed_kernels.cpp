@@ -17,9 +17,6 @@ namespace {
 // Of the GPUs that the kernels are tuned on, which have at least so many processors: more splits would wait for each other.
 constexpr int kProcessors = 132, kSharedBytes = 227 * 1024;
 
-// Those of the kernels' sources.
-constexpr int kTileTokens = 32, kTilesOfBlock = 8, kQueriesAtOnce = 4, kUnitDims = 8, kEntries = 256, kTilesAtOnce = 512,
-              kPatchesAtOnce = 256, kFinishThreads = 256, kColumnsAtOnce = 32, kStages = 2, kEncodingThreads = 512, kMostWidth = 32;
 constexpr int kMostSplits = 1024;
 
 constexpr float kLog2E = std::numbers::log2e_v<float>, kAbsent = 1e37f;
@@ -45,7 +42,7 @@ struct SharedMemory {
            full_dim * (16 * key_units + 2 * kTileTokens + 10 + 4 * kQueriesAtOnce) + 4 * kTileTokens +
            kPatchesAtOnce * (2 * 4 * kQueriesAtOnce + 2) + kTilesAtOnce * 4 + 2 * warps * 4 * kQueriesAtOnce + 256;
   }
-  int tiles(int codes) const { return kStages * kTileTokens * warps * codes; }
+  int tiles(int codes) const { return kTilesAhead * kTileTokens * warps * codes; }
   int bytes(int codes) const { return tables() + tiles(codes); }
 };
 
@@ -157,7 +154,7 @@ std::unique_ptr<const PackedKernels> PackedKernels::make(const std::vector<Quant
   };
   // Heads that share tables on one side alone would need two counts.
   if (!ours(keys) || !ours(values) || keys.size() != values.size()) return nullptr;
-  if (4 * (window + sinks) * (keys[0].dim + kQueriesAtOnce) > kSharedBytes) return nullptr;  // exact tokens are read at once
+  if (4 * exact_floats(keys[0].dim, window + sinks) > kSharedBytes) return nullptr;  // exact tokens are read at once
   const std::vector<RotatedPqQuantizer> key_quantizers(keys.begin(), keys.end()), value_quantizers(values.begin(), values.end());
 
   std::unique_ptr<PackedKernels> made(new PackedKernels());
@@ -179,10 +176,10 @@ std::unique_ptr<const PackedKernels> PackedKernels::make(const std::vector<Quant
     return nullptr;
   for (const auto& quantizer : key_quantizers) {
     if (planes) columns = std::max(columns, rest_columns(quantizer, rope));
-    self.key_units_ = std::max(self.key_units_, rounded_up(static_cast<int>(num_key_units(quantizer)), 8));
+    self.key_units_ = std::max(self.key_units_, rounded_up(static_cast<int>(num_units(quantizer)), 8));
   }
   for (const auto& quantizer : value_quantizers)
-    self.value_units_ = std::max(self.value_units_, rounded_up(static_cast<int>(num_value_units(quantizer)), 8));
+    self.value_units_ = std::max(self.value_units_, rounded_up(static_cast<int>(num_units(quantizer)), 8));
 
   // Blocks.
   Encoding encoding;
@@ -224,7 +221,8 @@ std::unique_ptr<const PackedKernels> PackedKernels::make(const std::vector<Quant
       shared.warps -= 2;
     if (fits()) break;
   }
-  if (!fits()) return nullptr;
+  // Patches of values are shared out by pairs of columns.
+  if (!fits() || self.most_patches_ > kMostPatches || self.dim_ > 64 * shared.warps) return nullptr;
   self.warps_ = shared.warps;
 
   // Tables.
@@ -289,7 +287,7 @@ std::unique_ptr<const PackedKernels> PackedKernels::make(const std::vector<Quant
   self.finish_ = mx::fast::cuda_kernel(
       fmt::format("packed_attention_end_{}", self.dim_),
       {"counts_of", "queries", "settings", "maxima", "totals", "sums", "layout_of", "inverse", "mean"}, {"out"},
-      kBegin + kQueries + kFinish, kAttentionEndSource, true, 4 * kQueriesAtOnce * (self.dim_ + kMostSplits + 2 + kFinishThreads));
+      kBegin + kQueries + kFinish, kAttentionEndSource, true, 4 * finish_floats(self.dim_, kMostSplits));
   self.encode_ = mx::fast::cuda_kernel(fmt::format("packed_encoding_{}", self.dim_),
                                        {"counts_of", "new_keys", "new_values", "exact_tokens", "open_block", "errors", "layout_of",
                                         "transform", "mean", "entries", "subspaces", "heads"},
@@ -321,7 +319,7 @@ mx::array PackedKernels::attend(const mx::array& q, const std::optional<mx::arra
   const int batch = q.shape(0), rows = q.shape(1) / kv_heads_, sequence_heads = batch * kv_heads_,
             row_groups = (rows + kQueriesAtOnce - 1) / kQueriesAtOnce, tiles = (coded + kTileTokens - 1) / kTileTokens;
   // Enough splits for all processors, and no more tiles or patches in one than there is room for.
-  const int room = kStages * kTileTokens * warps_ * most_codes_,
+  const int room = kTilesAhead * kTileTokens * warps_ * most_codes_,
             most_blocks = most_patches_ == 0 ? kTilesAtOnce / kTilesOfBlock
                                              : std::min({kTilesAtOnce / kTilesOfBlock, kPatchesAtOnce / most_patches_,
                                                          (room - rest_bytes_) / patch_stride_}),
@@ -341,7 +339,7 @@ mx::array PackedKernels::attend(const mx::array& q, const std::optional<mx::arra
       state.counts, q, *settings_, closed ? *closed : state.open, state.open, state.exact ? *state.exact : state.open};
   veloxquant::append(inputs, attention_);
   const mx::Shape of_parts = {sequence_heads, splits + 1, rows};
-  const int threads = 32 * warps_, exact_rows = (sequence_heads + splits - 1) / splits;
+  const int threads = 32 * warps_, exact_rows = blocks_of_exact(sequence_heads, splits);
   const auto parts =
       attend_(inputs, {of_parts, of_parts, {sequence_heads, splits + 1, rows, dim_}}, {mx::float32, mx::float32, mx::float32},
               {splits * threads, sequence_heads + exact_rows, row_groups}, {threads, 1, 1}, {}, std::nullopt, false, {});

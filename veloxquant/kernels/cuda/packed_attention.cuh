@@ -5,8 +5,9 @@
 //   keys      scores[token][column] = Σ key[token][k] · q[column][k]: a lane's rows are tokens
 //   values    sums[dimension][column] += Σ value[dimension][token] · weight[token][column]: a lane's rows are dimensions
 // Lanes of a half warp would look up few different units, whose entries stand in few of the banks.  Therefore tokens come in two
-// classes, which take units in different orders, and each query has a column of the product for each class: of a column only the
-// rows of its class count.  Columns 0 to 3 are four queries with tokens of class 0, columns 4 to 7 the same with class 1.
+// classes, and units of values, and of keys in planes, are taken in another order for each; each query has a column of the product
+// for each class, of which only the rows of that class count.  Columns 0 to 3 are four queries with tokens of class 0, columns 4 to
+// 7 the same with class 1.
 #pragma once
 
 #include "veloxquant/kernels/cuda/packed_full_keys.cuh"
@@ -60,8 +61,6 @@ class CodeAttention {
     float weights[2 * kWarps][kQueriesAtOnce], tops[kQueriesAtOnce], patched[kQueriesAtOnce][kValueUnits * kUnitDims];
   };
 
-  static constexpr int kStages = 2;  // tiles of a warp that are on their way
-
   __device__ CodeAttention(const AttentionCodes& stored, const QueryRows& queries, const AttentionTables& tables, void* shared)
       : tokens_(stored.tokens),
         queries_(queries),
@@ -86,7 +85,7 @@ class CodeAttention {
     keys_ = side(place.key_word, place.key_codes, place.key_patches);
     values_ = side(place.value_word, place.value_codes, place.value_patches);
     tiles_of_all_ = static_cast<unsigned char*>(shared) + sizeof(Memory);
-    tiles_ = tiles_of_all_ + warp_ * kStages * kTileTokens * (keys_.codes + values_.codes);
+    tiles_ = tiles_of_all_ + warp_ * kTilesAhead * kTileTokens * (keys_.codes + values_.codes);
   }
 
   __device__ void run(const AttentionParts& parts) {
@@ -126,10 +125,10 @@ class CodeAttention {
     return reinterpret_cast<__half*>(patches() + num_blocks() * patch_stride(keys_));
   }
 
-  // What is small is there at the end, tables are on their way.
   __device__ const unsigned char* values_of_table() const {
     return tables_.values + static_cast<long long>(table_) * (kEntries * 2 * kValueUnits * kUnitDims);
   }
+  // What is small is there at the end, tables are on their way.
   __device__ void load() {
     copy(memory_.key_units, tables_.key_units + table_ * kKeyUnits, sizeof(memory_.key_units));
     copy(memory_.value_units, tables_.value_units + table_ * kValueUnits, sizeof(memory_.value_units));
@@ -139,6 +138,7 @@ class CodeAttention {
       copy(rests(), tables_.key_rests + static_cast<long long>(table_) * kKeyUnits * halves_of_unit,
            2 * kKeyUnits * halves_of_unit);
     }
+    Keys::copy_tables(memory_.of_keys, tables_, table_);
     commit_copies();
     copy(memory_.keys, tables_.keys + static_cast<long long>(table_) * sizeof(memory_.keys), sizeof(memory_.keys));
     if (kValuesHere) copy(memory_.values, values_of_table(), sizeof(memory_.values));
@@ -322,10 +322,10 @@ class CodeAttention {
 #pragma unroll
         for (int k = 0; k < 4; ++k) sums_[i][j][k] = 0;
 
-    for (int stage = 0; stage < kStages; ++stage) load_tile(first_tile_ + warp_ + stage * kWarps, stage);
+    for (int stage = 0; stage < kTilesAhead; ++stage) load_tile(first_tile_ + warp_ + stage * kWarps, stage);
     int stage = 0;
-    for (int tile = first_tile_ + warp_; tile < last_tile_; tile += kWarps, stage = (stage + 1) % kStages) {
-      wait_for_copies<kStages - 1>();
+    for (int tile = first_tile_ + warp_; tile < last_tile_; tile += kWarps, stage = (stage + 1) % kTilesAhead) {
+      wait_for_copies<kTilesAhead - 1>();
       __syncwarp();
       float scores[2][4] = {};
       // Rows `group` of product i are tokens 4 · group + 2i, rows group + 8 the tokens after them.
@@ -386,7 +386,7 @@ class CodeAttention {
         }
       add_tile(value_codes(stage), weights);
       __syncwarp();
-      load_tile(tile + kStages * kWarps, stage);
+      load_tile(tile + kTilesAhead * kWarps, stage);
 
       // Queries go back on to the warp's next tile.
       of_keys_.turn_on(memory_.of_keys, group_, column_);
@@ -547,7 +547,7 @@ class CodeAttention {
   int first_tile_, last_tile_, table_;
   HeadCodes keys_, values_;
   unsigned char *tiles_of_all_,
-      *tiles_;  // codes on their way, kStages tiles of this warp; before and after patches take their place
+      *tiles_;  // codes on their way, kTilesAhead tiles of this warp; before and after patches take their place
   Keys of_keys_;
   float maximum_[2] = {kHidden, kHidden}, total_[2] = {0, 0};  // of the columns of a lane's scores
   float sums_[kGroups][kUnitDims][4];
@@ -555,10 +555,6 @@ class CodeAttention {
 
 // A block of threads for each KV head and four rows, exact_floats() floats of shared memory: the part of the exact tokens, at
 // `splits` of the parts.
-__host__ __device__ constexpr int exact_floats(int dim, int tokens) {
-  return tokens * (dim + kQueriesAtOnce);
-}
-
 __device__ __forceinline__ void attend_exact(const ExactTokens& exact, const QueryRows& queries, const AttentionParts& parts,
                                              int splits, int sequence_head, int first_row, void* shared) {
   const int sinks = min(exact.sinks, exact.offset), oldest = min(exact.offset, exact.sinks + exact.coded),
@@ -620,10 +616,6 @@ __device__ __forceinline__ void attend_exact(const ExactTokens& exact, const Que
 
 // Both: blocks beyond the heads are those of the exact tokens, which the last ones of the grid run beside others.  The grid is
 // splits × (batch · kv_heads + blocks_of_exact) × rows / 4.
-__host__ __device__ constexpr int blocks_of_exact(int sequence_heads, int splits) {
-  return (sequence_heads + splits - 1) / splits;
-}
-
 template <int kKeyUnits, int kValueUnits, int kWarps, bool kWhole, bool kValuesHere, int kFullDim>
 __device__ __forceinline__ void attend_packed(const AttentionCodes& stored, const QueryRows& queries, const AttentionTables& tables,
                                               const ExactTokens& exact, int sequence_heads, const AttentionParts& parts,

@@ -13,12 +13,6 @@ struct ValueSpace {
 
 // Adds up the parts → out [batch · kv_heads, rows, dim].  A block of kFinishThreads for each KV head, four rows and kColumnsAtOnce
 // columns, finish_floats() floats of shared memory.
-constexpr int kFinishThreads = 256, kColumnsAtOnce = 32;
-
-__host__ __device__ constexpr int finish_floats(int dim, int splits) {
-  return kQueriesAtOnce * (dim + splits + 2 + kFinishThreads);
-}
-
 __device__ __forceinline__ void finish_attention(const AttentionParts& parts, int splits, int kv_heads, const QueryRows& queries,
                                                  const ValueSpace& space, float* out, void* shared) {
   const int sequence_head = blockIdx.x, column = blockIdx.y * kColumnsAtOnce + threadIdx.x % kColumnsAtOnce,

@@ -3,11 +3,11 @@
 
 #include <cuda_fp16.h>
 
+#include "veloxquant/kernels/cuda/packed_units.h"
+
 namespace veloxquant {
 
-constexpr int kTileTokens = 32, kTilesOfBlock = 8, kQueriesAtOnce = 4, kUnitDims = 8, kEntries = 256;
-constexpr int kTilesAtOnce = 512, kPatchesAtOnce = 256;  // at most, of a block of threads
-constexpr float kHidden = -1e30f;                        // a score that does not count
+constexpr float kHidden = -1e30f;  // a score that does not count
 
 __device__ __forceinline__ unsigned bits_of(__half2 x) {
   return *reinterpret_cast<unsigned*>(&x);
@@ -63,8 +63,6 @@ struct ExactTokens {
   const unsigned* turns;             // [turned], of the pairs (i, i + turned) of keys, as KeyUnit has them
   int turned;                        // 0: keys are stored turned
 };
-
-constexpr int kExactGroup = 64;
 
 __device__ __forceinline__ int exact_groups(int dim) {
   return (dim + kExactGroup - 1) / kExactGroup;

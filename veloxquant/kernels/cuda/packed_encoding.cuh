@@ -8,7 +8,7 @@
 
 namespace veloxquant {
 
-constexpr int kEncodingThreads = 512, kBeam = 8, kMostPatches = 64, kMostWidth = 32;  // of a sub-space
+constexpr int kBeam = 8;
 
 struct EncodingTables {
   const float *transform, *mean;      // [2, heads, dim, dim], [2, heads, dim]

@@ -20,13 +20,17 @@ class FullKeys {
     float mean[kDim], queries[kQueriesAtOnce][kDim];
   };
 
-  __device__ static void load(Memory& memory, const KeyUnit*, const AttentionTables& all_tables, int table,
-                              const QueryRows& queries, int sequence_head, int first_row, int stride) {
-    const FullKeyTables& tables = all_tables.full;
-    const auto* from = reinterpret_cast<const uint4*>(tables.inverse + table * (kProducts * (kUnits / 2) * 32));
+  // What is copied with the small tables, before load().
+  __device__ static void copy_tables(Memory& memory, const AttentionTables& tables, int table) {
+    const auto* from = reinterpret_cast<const uint4*>(tables.full.inverse + table * (kProducts * (kUnits / 2) * 32));
 #pragma unroll 2
     for (int i = threadIdx.x; i < static_cast<int>(sizeof(memory.inverse) / 16); i += kThreads)
       copy_later(reinterpret_cast<uint4*>(memory.inverse) + i, from + i);
+  }
+
+  __device__ static void load(Memory& memory, const KeyUnit*, const AttentionTables& all_tables, int table,
+                              const QueryRows& queries, int sequence_head, int first_row, int stride) {
+    const FullKeyTables& tables = all_tables.full;
 #pragma unroll 1
     for (int i = threadIdx.x; i < kDim; i += kThreads) {
       memory.mean[i] = tables.mean[table * kDim + i];

@@ -6,7 +6,7 @@
 
 namespace veloxquant {
 
-// Tokens come in two classes, which take units in different orders.
+// Tokens of the two classes of packed_attention.cuh take units in different orders.
 template <int kUnits, int kThreads>
 class PlaneKeys {
  public:
@@ -17,6 +17,9 @@ class PlaneKeys {
     float4 phases[kUnits][2];                          // of the step from a warp's tile to its next: cosine and sine of each plane
     float queries[kQueriesAtOnce][kUnits][kUnitDims];  // as the units' bytes have them, not turned back
   };
+
+  // What is copied with the small tables, before load().
+  __device__ static void copy_tables(Memory&, const AttentionTables&, int) {}
 
   __device__ static void load(Memory& memory, const KeyUnit* units, const AttentionTables&, int, const QueryRows& queries,
                               int sequence_head, int first_row, int stride) {

@@ -1,7 +1,38 @@
-// What attention over codes reads beside the codes, on a GPU: as kernels and the host lay it out.
+// What the kernels of packed caches and those who call them agree on: how work is shared out, and what is read beside the codes.
 #pragma once
 
+#ifdef __CUDACC__
+#define VELOXQUANT_ANYWHERE __host__ __device__
+#else
+#define VELOXQUANT_ANYWHERE
+#endif
+
 namespace veloxquant {
+
+constexpr int kTileTokens = 32, kTilesOfBlock = 8, kUnitDims = 8, kEntries = 256;
+constexpr int kExactGroup = 64;  // dimensions of an 8-bit token with a scale of their own
+
+/// At most: of a block of threads that attends, tiles and patches on a side; of a unit's sub-space, dimensions; of a block,
+/// patches.
+constexpr int kTilesAtOnce = 512, kPatchesAtOnce = 256, kMostWidth = 32, kMostPatches = 64;
+
+/// Query heads that are handled together; tiles that are on their way while one is handled.
+constexpr int kQueriesAtOnce = 4, kTilesAhead = 2;
+
+constexpr int kFinishThreads = 256, kColumnsAtOnce = 32, kEncodingThreads = 512;
+
+/// Blocks of threads, in rows of `splits`, for the exact tokens of each KV head.
+VELOXQUANT_ANYWHERE constexpr int blocks_of_exact(int sequence_heads, int splits) {
+  return (sequence_heads + splits - 1) / splits;
+}
+
+/// Floats of shared memory: for exact tokens, and to put parts together.
+VELOXQUANT_ANYWHERE constexpr int exact_floats(int dim, int tokens) {
+  return tokens * (dim + kQueriesAtOnce);
+}
+VELOXQUANT_ANYWHERE constexpr int finish_floats(int dim, int splits) {
+  return kQueriesAtOnce * (dim + splits + 2 + kFinishThreads);
+}
 
 /// Eight dimensions of a key that one entry of each of two tables makes up: four planes that RoPE turns, as (x, y) after one
 /// another. Entries are bytes: dimension i is scale · (first + second − offset), the sum of the bytes at most 255.
