@@ -14,11 +14,6 @@
 namespace veloxquant {
 namespace {
 
-int blocks_of(int coded) {
-  constexpr int kTokens = static_cast<int>(kPackedBlockTokens);
-  return (coded + kTokens - 1) / kTokens;
-}
-
 // A sequence of a state.
 struct Place {
   const CacheState* state;
@@ -83,15 +78,16 @@ int whole_number(const mx::array& array, std::size_t i, const char* name, int le
   return value;
 }
 
-mx::array int_array(const std::vector<int>& values) {
+}  // namespace
+
+mx::array int_array(std::span<const int> values) {
   const auto array = array_of_zeros({static_cast<int>(values.size())}, mx::int32);
   std::ranges::copy(values, const_cast<int*>(array.data<int>()));
   return array;
 }
 
-}  // namespace
-
 void check_units(int kv_heads, std::size_t key_units, std::size_t value_units) {
+  if (kv_heads < 1) throw_invalid("packed cache", "expected keys of one KV head or more, got {}", kv_heads);
   for (const std::size_t units : {key_units, value_units})
     if (units != 1 && units != static_cast<std::size_t>(kv_heads))
       throw_invalid("packed cache", "expected keys of {} KV heads, got {}", units, kv_heads);

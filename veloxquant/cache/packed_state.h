@@ -70,7 +70,10 @@ class InUse {
   Busy& busy_;
 };
 
-/// Throws std::invalid_argument unless there are as many units of keys and of values as KV heads, or one of each; …
+/// int32 [values], evaluated, and on the CPU.
+mx::array int_array(std::span<const int> values);
+
+/// Throws std::invalid_argument unless there are KV heads, and as many units of keys and of values, or one of each; …
 void check_units(int kv_heads, std::size_t key_units, std::size_t value_units);
 
 /// … unless `k`, the first that a cache is given, is of so many heads and dimensions; …
