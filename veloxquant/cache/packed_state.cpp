@@ -99,10 +99,16 @@ void check_units(const mx::array& k, std::size_t key_units, std::size_t value_un
 }
 
 void check_chunk(const mx::array& q, const mx::array& k, const mx::array& v, const mx::Shape& expected) {
-  if (k.shape() != expected || v.shape() != expected || q.shape(0) != k.shape(0) || q.shape(1) % k.shape(1) != 0 ||
-      q.shape(2) != k.shape(2) || q.shape(3) != k.shape(3))
+  if (k.shape() != expected || v.shape() != expected)
     throw_invalid("packed cache", "expected keys and values of shape [{}], got [{}] and [{}]", fmt::join(expected, ", "),
                   fmt::join(k.shape(), ", "), fmt::join(v.shape(), ", "));
+  if (k.size() == 0)
+    throw_invalid("packed cache", "expected keys of one sequence, one KV head and one token or more, got [{}]",
+                  fmt::join(k.shape(), ", "));
+  auto queries = expected;
+  queries[1] = std::max(1, q.shape(1) / k.shape(1)) * k.shape(1);
+  if (q.shape() != queries)
+    throw_invalid("packed cache", "expected queries of shape [{}], got [{}]", fmt::join(queries, ", "), fmt::join(q.shape(), ", "));
 }
 
 std::vector<int> own_tokens(const std::vector<int>& tokens, int offset, int came, const AttentionSpec& spec) {

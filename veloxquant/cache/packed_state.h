@@ -79,7 +79,7 @@ void check_units(int kv_heads, std::size_t key_units, std::size_t value_units);
 /// … unless `k`, the first that a cache is given, is of so many heads and dimensions; …
 void check_units(const mx::array& k, std::size_t key_units, std::size_t value_units, int dim);
 
-/// … and unless k and v are of the expected shape [batch, kv_heads, tokens, dim], and q has queries for them.
+/// … and unless k and v are of the expected shape [batch, kv_heads, tokens, dim], with something in it, and q has queries for them.
 void check_chunk(const mx::array& q, const mx::array& k, const mx::array& v, const mx::Shape& expected);
 
 /// How many of `came` tokens, the last, are each sequence's, as spec.padding says for a cache of that offset whose sequences have
