@@ -248,6 +248,31 @@ TEST(PackedState, RefusesPaddingThatTokensContradict) {
   EXPECT_THAT(cache.tokens(), ::testing::ElementsAre(10, 7));
 }
 
+TEST(PackedState, ARefusedFirstCallFixesNothing) {
+  const Layer layer(every_method(0)[2], 4, 0, 100, 2);
+  PackedCache cache = layer.cache();
+  EXPECT_THAT([&] { layer.append(cache, 0, 10, {0, -1}); }, ThrowsMessage<std::invalid_argument>(HasSubstr("which leaves 11")));
+  EXPECT_EQ(checksum("", cache.state()), checksum("", layer.cache().state()));
+  const Layer alone = layer.alone(1);
+  PackedCache other = layer.cache();
+  EXPECT_TRUE(same(alone.append(cache, 0, 10), alone.append(other, 0, 10)));
+  EXPECT_THAT(cache.tokens(), ::testing::ElementsAre(10));
+}
+
+TEST(PackedState, RefusesChunksThatAreNone) {
+  const auto check = [](const mx::Shape& queries, const mx::Shape& keys) {
+    return [=] { check_chunk(mx::zeros(queries), mx::zeros(keys), mx::zeros(keys), keys); };
+  };
+  const auto refuses = [](const char* what) { return ThrowsMessage<std::invalid_argument>(HasSubstr(what)); };
+  EXPECT_NO_THROW(check({1, 4, 8, 32}, {1, 2, 8, 32})());
+  EXPECT_THAT(check({1, 5, 8, 32}, {1, 2, 8, 32}), refuses("queries of shape [1, 4, 8, 32], got [1, 5, 8, 32]"));
+  EXPECT_THAT(check({1, 0, 8, 32}, {1, 2, 8, 32}), refuses("queries of shape [1, 2, 8, 32], got [1, 0, 8, 32]"));
+  EXPECT_THAT(check({1, 4, 7, 32}, {1, 2, 8, 32}), refuses("queries of shape [1, 4, 8, 32], got [1, 4, 7, 32]"));
+  EXPECT_THAT(check({1, 4, 8, 32}, {1, 0, 8, 32}), refuses("one KV head and one token or more, got [1, 0, 8, 32]"));
+  EXPECT_THAT(check({1, 4, 0, 32}, {1, 2, 0, 32}), refuses("got [1, 2, 0, 32]"));
+  EXPECT_THAT(check({0, 4, 8, 32}, {0, 2, 8, 32}), refuses("got [0, 2, 8, 32]"));
+}
+
 TEST(PackedState, AnyBytesCanBeRead) {
   std::mt19937 random(0);
   auto methods = every_method(3);
@@ -298,6 +323,21 @@ TEST(PackedState, RefusesStatesThatDoNotFit) {
   EXPECT_THAT([&] { cache.restore(less); }, ThrowsMessage<std::invalid_argument>(HasSubstr("expected a state with window")));
   EXPECT_THAT([&] { wide.cache().restore(state); }, ThrowsMessage<std::invalid_argument>(HasSubstr("window: expected")));
   EXPECT_EQ(checksum("", cache.state()), checksum("", state));
+}
+
+TEST(PackedState, RefusesTokensOfNoHeads) {
+  const Layer layer(every_method(0)[2], 32, 4, 400);  // all heads alike
+  PackedCache cache = layer.cache();
+  layer.append(cache, 0, 300);
+  auto state = cache.state();
+  state.insert_or_assign("blocks", mx::zeros({1, 2, 0}, mx::uint8));
+  state.insert_or_assign("patch_errors", mx::zeros({1, 0, 2, 0}));
+  for (const char* name : {"sinks", "window"}) {
+    auto shape = state.at(name).shape();
+    shape[1] = 0;
+    state.insert_or_assign(name, mx::zeros(shape, mx::uint8));
+  }
+  EXPECT_THAT([&] { cache.restore(state); }, ThrowsMessage<std::invalid_argument>(HasSubstr("one KV head or more, got 0")));
 }
 
 }  // namespace

@@ -188,6 +188,59 @@ def test_what_is_wrong_is_said(config, says, folder, run):
         assert text in done.stderr or text == "[chat template]" and "[json]" in done.stderr, done.stderr
 
 
+# Templates that are so deep.
+DEEP = {
+    "parentheses": lambda n: "{{ " + "(" * n + "1" + ")" * n + " }}",
+    "lists": lambda n: "{{ " + "[" * n + "1" + "]" * n + " | length }}",
+    "objects": lambda n: "{{ " + "{'a': " * n + "1" + "}" * n + " | length }}",
+    "sums in sums": lambda n: "{{ " + "(" * (n // 2) + "1" + " + 1)" * (n // 2) + " }}",
+    "negations": lambda n: "{{ " + "not " * n + "true }}",
+    "signs": lambda n: "{% set a = 1 %}{{ " + "- " * n + "a }}",
+    "sums": lambda n: "{{ 1" + " + 1" * n + " }}",
+    "products": lambda n: "{{ 1" + " * 1" * n + " }}",
+    "comparisons": lambda n: "{{ 1 " + "in [1] or 1 " * (n // 3) + "}}",
+    "filters": lambda n: "{{ 'a'" + " | trim" * n + " }}",
+    "members": lambda n: "{% set a = namespace() %}{{ a" + ".b" * n + " is defined }}",
+    "calls": lambda n: "{{ 'a'" + ".strip()" * (n // 2) + " }}",
+    "tests": lambda n: "{{ 1" + " is defined and 1" * (n // 2) + " }}",
+    "choices": lambda n: "{{ 1" + " if false else 1" * n + " }}",
+    "if": lambda n: "{% if true %}" * n + "a" + "{% endif %}" * n,
+    "elif": lambda n: "{% if false %}" + "{% elif false %}" * n + "{% else %}a{% endif %}",
+    "for": lambda n: "{% for i in [1] %}" * n + "a" + "{% endfor %}" * n,
+    "macros": lambda n: "{% macro a() %}" * n + "a" + "{% endmacro %}" * n,
+    "filter blocks": lambda n: "{% filter trim %}" * n + "a" + "{% endfilter %}" * n,
+    "call blocks": lambda n: "{% macro a() %}{{ caller() }}{% endmacro %}" + "{% call a() %}" * (n - 1) + "a" + "{% endcall %}" * (n - 1),
+    "set blocks": lambda n: "{% set a %}" * n + "a" + "{% endset %}" * n,
+}
+
+
+@pytest.mark.parametrize("template", [pytest.param(of, id=name) for name, of in DEEP.items()])
+def test_templates_are_no_deeper_than_the_stack(template, folder, ours):
+    path = folder({"chat_template": template(18)})
+    if template is not DEEP["members"]:  # jinja2 has no members of what is not there
+        assert ours(path, "x") == [theirs(path, "x")]
+    for deep in (300, 30_000):
+        (made,) = ours(folder({"chat_template": template(deep)}), "x")
+        assert "[chat template]" in made["error"] and "at most 250 deep" in made["error"], made
+
+
+@pytest.mark.parametrize("piece", [
+    "{% set f(a=1) %}",  # a block, in spite of its "="
+    "{% if true %}{% endgeneration %}",
+    "{% set {% if true %}",
+])
+def test_nesting_cannot_be_hidden(piece, folder, ours):
+    (made,) = ours(folder({"chat_template": piece * 30_000}), "x")
+    assert "at most 250 deep" in made["error"], made
+
+
+def test_templates_may_be_long(folder, ours):
+    """What stands one after another is not deep."""
+    path = folder({"chat_template": "{% set a = 1 %}{% set b %}x{% endset %}{% if a + 1 > 1 %}{{ (a) }}{% elif (b) %}{% else %}{% endif %}{% for i in [1] %}{{ i }}{% endfor %}" * 1000
+                   + "{% set names = {" + ", ".join(f"'a{i}': 'b'" for i in range(1000)) + "} %}{{ names | length }}"})
+    assert ours(path, "x") == [theirs(path, "x")]
+
+
 def test_special_tokens_are_tokens_and_the_begin_is_not_doubled(demo_model, folder, run, ours, tools):
     """Of a tokenizer that puts a begin of text before what it is given, with special tokens that the template writes."""
     tokenizer = json.loads((demo_model / "tokenizer.json").read_text())

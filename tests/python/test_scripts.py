@@ -1,7 +1,10 @@
 """The scripts behind `make`, in a tree and on a PATH of stand-ins."""
+import hashlib
 import os
+import re
 import shutil
 import subprocess
+import tarfile
 
 import pytest
 
@@ -52,3 +55,42 @@ def test_build_folders_anywhere(tree, tmp_path, absolute):
     assert done.returncode == 0, done.stderr
     assert f"{build}/bin/veloxquant {build}/tools" in done.stdout
     assert done.stdout.strip().endswith("5 passed, 0 failed, 0 skipped")
+
+
+def test_an_engine_of_templates_is_replaced_once_another_is_there(tmp_path):
+    source = tmp_path / "xllamacpp-1" / "thirdparty" / "llama.cpp"
+    (source / "common" / "jinja").mkdir(parents=True)
+    (source / "LICENSE").write_text("licence")
+    (source / "common" / "jinja" / "lexer.cpp").write_text("new")
+    for name in ("jinja/caps.cpp", "unicode.cpp"):
+        (source / "common" / name).touch()
+    archive = tmp_path / "archive.tar.gz"
+    script, folder = tmp_path / "cmake" / "jinja.cmake", tmp_path / ".venv" / "jinja"
+    script.parent.mkdir()
+    folder.mkdir(parents=True)
+    (folder / "old").touch()
+
+    def fetch(digest):
+        text = (ROOT / "cmake" / "jinja.cmake").read_text()
+        script.write_text(re.sub(r"set\(jinja_sha256 .*\)", f"set(jinja_sha256 {digest})", re.sub(r"set\(jinja_url .*\)", f"set(jinja_url file://{archive})", text)))
+        return subprocess.run(["cmake", "-P", script], capture_output=True, text=True, timeout=60)
+
+    assert fetch("0" * 64).returncode and (folder / "old").exists()  # nothing to fetch
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(source.parents[1], source.parents[1].name)
+    assert "expected SHA-256 0000" in " ".join(fetch("0" * 64).stderr.split()) and (folder / "old").exists()
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    done = fetch(digest)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "jinja" / "lexer.cpp").read_text() == "new" and not (folder / "jinja" / "caps.cpp").exists()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["LICENSE", "jinja", "json.h", "unicode.cpp", digest])
+    assert [path.name for path in folder.parent.iterdir()] == ["jinja"]
+
+
+def test_a_folder_that_somebody_names_is_left_alone(tmp_path):
+    (tmp_path / "CMakeLists.txt").write_text(f"cmake_minimum_required(VERSION 3.25)\nproject(test NONE)\ninclude({ROOT}/cmake/jinja.cmake)\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "work").touch()
+    done = subprocess.run(["cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DVELOXQUANT_JINJA={tmp_path}/mine"], capture_output=True, text=True, timeout=60)
+    assert done.returncode and "is not a folder that" in " ".join(done.stderr.split())  # which CMake breaks into lines
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["work"]

@@ -69,8 +69,6 @@ class BlockCodec {
  public:
   virtual ~BlockCodec() = default;
 
-  std::size_t block_bytes() const { return shape_.bytes; }
-
   /// Appends vectors [n, dim] as tokens at … at + n − 1 of a block; at + n ≤ kPackedBlockTokens.
   virtual void append(std::span<const float> vectors, std::size_t at, std::uint8_t* block, OpenBlock& open) const = 0;
 

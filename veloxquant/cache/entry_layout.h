@@ -18,6 +18,10 @@ class EntryLayout {
   /// As sum_entries takes them, tables of 256 entries, which are copied.
   explicit EntryLayout(std::span<const LookupPiece> pieces);
 
+  // Groups point into tables, which moving leaves where they are.
+  EntryLayout(EntryLayout&&) = default;
+  EntryLayout& operator=(EntryLayout&&) = default;
+
   std::span<const EntryColumns> groups() const { return groups_; }
 
   /// Columns of a row in groups.

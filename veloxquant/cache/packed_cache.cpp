@@ -55,8 +55,10 @@ StateSizes PackedLayer::state_sizes(std::size_t kv_heads) const {
 const PackedLayer::Codecs& PackedLayer::codecs(const Rope& rope) const {
   std::call_once(made_, [&] {
     rope_ = rope;
-    for (const auto& unit : keys_) codecs_.keys.push_back(make_block_codec(unit, keys_before_rope_ ? &*rope_ : nullptr));
-    for (const auto& unit : values_) codecs_.values.push_back(make_block_codec(unit, nullptr));
+    Codecs made;  // none where one is refused
+    for (const auto& unit : keys_) made.keys.push_back(make_block_codec(unit, keys_before_rope_ ? &*rope_ : nullptr));
+    for (const auto& unit : values_) made.values.push_back(make_block_codec(unit, nullptr));
+    codecs_ = std::move(made);
   });
   return codecs_;
 }
@@ -355,12 +357,14 @@ void PackedCache::check_shapes(const mx::array& q, const mx::array& k, const mx:
   check_chunk(q, k, v, expected);
 }
 
-std::vector<PackedCache::Step> PackedCache::steps(int tokens, const AttentionSpec& spec) const {
-  const auto own = own_tokens(this->tokens(), offset(), tokens, spec);
+std::vector<PackedCache::Step> PackedCache::steps(int batch, int tokens, const AttentionSpec& spec) const {
+  auto held = this->tokens();
+  held.resize(static_cast<std::size_t>(batch));  // of a first call
+  const auto own = own_tokens(held, offset(), tokens, spec);
   std::vector<Step> steps;
-  for (std::size_t b = 0; b < sequences_.size(); ++b)
-    steps.push_back({.first = sequences_[b].tokens,
-                     .coded_before = sequences_[b].coded,
+  for (std::size_t b = 0; b < own.size(); ++b)
+    steps.push_back({.first = static_cast<std::size_t>(held[b]),
+                     .coded_before = sequences_.empty() ? 0 : sequences_[b].coded,
                      .skipped = static_cast<std::size_t>(tokens - own[b]),
                      .tokens = static_cast<std::size_t>(own[b])});
   return steps;
@@ -372,9 +376,8 @@ mx::array PackedCache::attend(const mx::array& q, const mx::array& k, const mx::
   const auto batch = static_cast<std::size_t>(k.shape(0)), kv_heads = static_cast<std::size_t>(k.shape(1)),
              tokens = static_cast<std::size_t>(k.shape(2)), dim = static_cast<std::size_t>(k.shape(3)), window = layer_->window(),
              sinks = layer_->sinks();
-  if (sequences_.empty()) sequences_.resize(batch);
-  const auto steps = this->steps(k.shape(2), spec);
-  begin(kv_heads);
+  const auto steps = this->steps(k.shape(0), k.shape(2), spec);
+  const auto& codecs = layer_->codecs(*spec.rope);
   std::vector<int> positions;  // of the first token that comes, be it padding
   for (const auto& step : steps) positions.push_back(static_cast<int>(step.first) - static_cast<int>(step.skipped));
   const int group = q.shape(1) / k.shape(1);
@@ -384,6 +387,9 @@ mx::array PackedCache::attend(const mx::array& q, const mx::array& k, const mx::
              values = as_floats(v), keys = as_floats(layer_->keys_before_rope() ? k : (*spec.rope)(k, positions));
   mx::eval({queries, keys, values});
 
+  // Nothing is refused from here on.
+  if (sequences_.empty()) sequences_.resize(batch);
+  begin(kv_heads);
   offset_ += tokens;
   for (std::size_t b = 0; b < batch; ++b) {
     sequences_[b].tokens += steps[b].tokens;
@@ -391,7 +397,6 @@ mx::array PackedCache::attend(const mx::array& q, const mx::array& k, const mx::
   }
   // What was in the window and what has come.
   std::vector<std::vector<float>> recent_keys(batch * kv_heads), recent_values(batch * kv_heads);
-  const auto& codecs = layer_->codecs(*spec.rope);
   parallel_for(batch * kv_heads, 1, [&](std::size_t i, std::size_t) {
     const std::size_t of_head = i % kv_heads;
     Sequence& sequence = sequences_[i / kv_heads];

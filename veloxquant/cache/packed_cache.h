@@ -89,7 +89,7 @@ class PackedCache : public PackedAttentionCache {
   struct Step;
   class Attention;
 
-  std::vector<Step> steps(int tokens, const AttentionSpec& spec) const;
+  std::vector<Step> steps(int batch, int tokens, const AttentionSpec& spec) const;
   void check_shapes(const mx::array& q, const mx::array& k, const mx::array& v) const;
   void begin(std::size_t kv_heads);
   std::size_t coded_of(const Sequence& sequence) const;  // once the window is as full as it may be

@@ -64,8 +64,4 @@ constexpr std::size_t tokens_in_last_block(std::size_t coded) {
   return coded == 0 ? 0 : (coded - 1) % kPackedBlockTokens + 1;
 }
 
-constexpr std::size_t blocks_of(std::size_t coded) {
-  return (coded + kPackedBlockTokens - 1) / kPackedBlockTokens;
-}
-
 }  // namespace veloxquant

@@ -14,11 +14,6 @@
 namespace veloxquant {
 namespace {
 
-int blocks_of(int coded) {
-  constexpr int kTokens = static_cast<int>(kPackedBlockTokens);
-  return (coded + kTokens - 1) / kTokens;
-}
-
 // A sequence of a state.
 struct Place {
   const CacheState* state;
@@ -83,15 +78,16 @@ int whole_number(const mx::array& array, std::size_t i, const char* name, int le
   return value;
 }
 
-mx::array int_array(const std::vector<int>& values) {
+}  // namespace
+
+mx::array int_array(std::span<const int> values) {
   const auto array = array_of_zeros({static_cast<int>(values.size())}, mx::int32);
   std::ranges::copy(values, const_cast<int*>(array.data<int>()));
   return array;
 }
 
-}  // namespace
-
 void check_units(int kv_heads, std::size_t key_units, std::size_t value_units) {
+  if (kv_heads < 1) throw_invalid("packed cache", "expected keys of one KV head or more, got {}", kv_heads);
   for (const std::size_t units : {key_units, value_units})
     if (units != 1 && units != static_cast<std::size_t>(kv_heads))
       throw_invalid("packed cache", "expected keys of {} KV heads, got {}", units, kv_heads);
@@ -103,10 +99,16 @@ void check_units(const mx::array& k, std::size_t key_units, std::size_t value_un
 }
 
 void check_chunk(const mx::array& q, const mx::array& k, const mx::array& v, const mx::Shape& expected) {
-  if (k.shape() != expected || v.shape() != expected || q.shape(0) != k.shape(0) || q.shape(1) % k.shape(1) != 0 ||
-      q.shape(2) != k.shape(2) || q.shape(3) != k.shape(3))
+  if (k.shape() != expected || v.shape() != expected)
     throw_invalid("packed cache", "expected keys and values of shape [{}], got [{}] and [{}]", fmt::join(expected, ", "),
                   fmt::join(k.shape(), ", "), fmt::join(v.shape(), ", "));
+  if (k.size() == 0)
+    throw_invalid("packed cache", "expected keys of one sequence, one KV head and one token or more, got [{}]",
+                  fmt::join(k.shape(), ", "));
+  auto queries = expected;
+  queries[1] = std::max(1, q.shape(1) / k.shape(1)) * k.shape(1);
+  if (q.shape() != queries)
+    throw_invalid("packed cache", "expected queries of shape [{}], got [{}]", fmt::join(queries, ", "), fmt::join(q.shape(), ", "));
 }
 
 std::vector<int> own_tokens(const std::vector<int>& tokens, int offset, int came, const AttentionSpec& spec) {

@@ -70,13 +70,16 @@ class InUse {
   Busy& busy_;
 };
 
-/// Throws std::invalid_argument unless there are as many units of keys and of values as KV heads, or one of each; …
+/// int32 [values], evaluated, and on the CPU.
+mx::array int_array(std::span<const int> values);
+
+/// Throws std::invalid_argument unless there are KV heads, and as many units of keys and of values, or one of each; …
 void check_units(int kv_heads, std::size_t key_units, std::size_t value_units);
 
 /// … unless `k`, the first that a cache is given, is of so many heads and dimensions; …
 void check_units(const mx::array& k, std::size_t key_units, std::size_t value_units, int dim);
 
-/// … and unless k and v are of the expected shape [batch, kv_heads, tokens, dim], and q has queries for them.
+/// … and unless k and v are of the expected shape [batch, kv_heads, tokens, dim], with something in it, and q has queries for them.
 void check_chunk(const mx::array& q, const mx::array& k, const mx::array& v, const mx::Shape& expected);
 
 /// How many of `came` tokens, the last, are each sequence's, as spec.padding says for a cache of that offset whose sequences have

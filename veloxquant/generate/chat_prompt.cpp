@@ -2,6 +2,8 @@
 
 #include <fmt/ranges.h>
 
+#include <algorithm>
+#include <set>
 #include <vector>
 
 #include "jinja/lexer.h"
@@ -16,6 +18,7 @@ namespace veloxquant {
 namespace {
 
 constexpr std::size_t kMaxTemplateBytes = std::size_t{1} << 20;
+constexpr std::size_t kMostNesting = 250;  // templates in use have up to 30; a stack of 8 MB holds some thousands
 constexpr const char* kField = "chat_template";
 
 struct Template {
@@ -63,6 +66,68 @@ void add_special_tokens(const nlohmann::json& json, nlohmann::ordered_json& vari
   }
 }
 
+// Whether the token, which is not the name of a statement, may make its expression deeper.
+bool deepens(const jinja::token& some) {
+  using jinja::token;
+  static const std::set<std::string> words = {"and", "or", "not", "in", "is", "if"};
+  switch (some.t) {
+    case token::open_paren:
+    case token::open_square_bracket:
+    case token::open_curly_bracket:
+    case token::dot:
+    case token::pipe:
+    case token::additive_binary_operator:
+    case token::multiplicative_binary_operator:
+    case token::comparison_binary_operator:
+    case token::unary_operator:
+      return true;
+    case token::identifier:
+      return words.contains(some.value);
+    default:
+      return false;
+  }
+}
+
+// Whether the statement whose name is there goes on to an end of its own.
+bool opens_block(const std::vector<jinja::token>& tokens, std::size_t name) {
+  using jinja::token;
+  static const std::set<std::string> blocks = {"if", "for", "macro", "call", "filter"};
+  if (tokens[name].value != "set") return blocks.contains(tokens[name].value);
+  // One without a value: what has its "=" in parentheses, of arguments, has none.
+  const auto from = tokens.begin() + static_cast<std::ptrdiff_t>(name);
+  const auto found = std::find_if(from, tokens.end(), [](const token& some) {
+    return some.t == token::equals || some.t == token::open_paren || some.t == token::close_statement ||
+           some.t == token::open_statement;
+  });
+  return found == tokens.end() || found->t != token::equals;
+}
+
+// The engine reads, runs and frees what is nested by functions that call themselves: what would overflow the stack is refused.
+// Counted is at least how deep it is: the blocks that are open, each elif as one more, and all operators and brackets of a tag.
+void check_nesting(const std::vector<jinja::token>& tokens) {
+  using jinja::token;
+  static const std::set<std::string> ends = {"endif", "endfor", "endmacro", "endcall", "endfilter", "endset"};
+  std::vector<std::size_t> blocks{0};  // how deep is what stands in each
+  std::size_t depth = 0;
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    if (i > 0 && tokens[i - 1].t == token::open_statement) {
+      if (opens_block(tokens, i))
+        blocks.push_back(blocks.back() + 1);
+      else if (tokens[i].value == "elif")
+        ++blocks.back();
+      else if (ends.contains(tokens[i].value) && blocks.size() > 1)
+        blocks.pop_back();
+      depth = blocks.back();
+    } else if (tokens[i].t == token::open_expression) {
+      depth = blocks.back();
+    } else if (deepens(tokens[i])) {
+      ++depth;
+    }
+    if (depth > kMostNesting)
+      throw std::runtime_error(fmt::format("expected blocks, brackets and operators at most {} deep, got more", kMostNesting));
+  }
+}
+
 }  // namespace
 
 std::string chat_prompt(const std::filesystem::path& folder, std::string_view message) {
@@ -77,6 +142,7 @@ std::string chat_prompt(const std::filesystem::path& folder, std::string_view me
   add_special_tokens(read_if_there(folder / "special_tokens_map.json"), variables);
   try {
     const auto tokens = jinja::lexer().tokenize(text);
+    check_nesting(tokens.tokens);
     const auto program = jinja::parse_from_tokens(tokens);
     jinja::context context(tokens.source);
     jinja::global_from_json(context, variables, /* mark_input= */ false);

@@ -1,6 +1,7 @@
 // How the codes of a unit lie in memory while a cache is in use: one definition for CPU, GPU and files.
 #pragma once
 
+#include <concepts>
 #include <cstddef>
 
 #include "veloxquant/kernels/lut_scan.h"
@@ -10,6 +11,13 @@ namespace veloxquant {
 
 /// Memory of a cache grows by so many tokens; the blocks of rotated_pq, which share patches, are as long.
 inline constexpr std::size_t kPackedBlockTokens = 256;
+
+/// That so many coded tokens stand in, the last filled or not.
+template <std::integral Count>
+constexpr Count blocks_of(Count coded) {
+  constexpr Count kTokens = kPackedBlockTokens;
+  return (coded + kTokens - 1) / kTokens;
+}
 
 /// Tokens of a tile, within a block.
 inline constexpr std::size_t kPackedTileTokens = 32;
