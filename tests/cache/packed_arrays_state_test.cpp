@@ -14,6 +14,7 @@ namespace {
 using namespace testing;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::IsEmpty;
 using ::testing::ThrowsMessage;
 
 constexpr int kDim = 32;
@@ -180,6 +181,11 @@ TEST(PackedArraysState, RefusesWhatDoesNotFit) {
   three.restore(empty_state(3));
   EXPECT_THAT([&] { layer.append(three, 0, 1); }, ThrowsMessage<std::invalid_argument>(HasSubstr("of shape [3, 2, 1, 32]")));
   EXPECT_EQ(checksum("", arrays.state()), checksum("", state));
+
+  // A first call that is refused settles nothing.
+  auto fresh = layer.arrays();
+  EXPECT_THROW(layer.append(fresh, 0, 3, {0, 9}), std::invalid_argument);
+  EXPECT_THAT(fresh.tokens(), IsEmpty());
 }
 
 }  // namespace

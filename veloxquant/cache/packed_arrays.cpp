@@ -38,10 +38,6 @@ mx::array side_of(const mx::array& vectors, int side) {
   return mx::squeeze(part(vectors, 2, side, side + 1), 2);
 }
 
-mx::array int_array(const std::vector<int>& values) {
-  return mx::array(values.data(), {static_cast<int>(values.size())});
-}
-
 // Rows [B, blocks, …] → `size` elements from `begin` on of each of `heads` that stand `stride` apart: [B, heads, blocks, size].
 mx::array of_heads(const mx::array& rows, int begin, int stride, int heads, int offset, int size) {
   const auto all = mx::reshape(part(rows, 2, begin, begin + heads * stride), {rows.shape(0), rows.shape(1), heads, stride});
@@ -79,10 +75,6 @@ mx::array seen_keys(const mx::array& query_positions, const mx::array& ends, con
 
 const GraphCodec& unit(const std::vector<GraphCodec>& side, int head) {
   return side[side.size() == 1 ? 0 : static_cast<std::size_t>(head)];
-}
-
-int blocks_of(int coded) {
-  return (coded + kBlock - 1) / kBlock;
 }
 
 int reach_of(const AttentionSpec& spec) {
@@ -156,11 +148,6 @@ std::size_t PackedArrays::nbytes() const {
   return bytes;
 }
 
-void PackedArrays::begin(const mx::array& k) {
-  check_units(k, layer_->keys.size(), layer_->values.size(), layer_->dim);
-  set_up(batch_ > 0 ? batch_ : k.shape(0), k.shape(1));
-}
-
 void PackedArrays::set_up(int batch, int kv_heads) {
   batch_ = batch;
   kv_heads_ = kv_heads;
@@ -180,10 +167,14 @@ void PackedArrays::set_up(int batch, int kv_heads) {
 
 mx::array PackedArrays::attend(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec) {
   const InUse in_use(busy_);
-  if (heads_.empty()) begin(k);
-  check_chunk(q, k, v, {batch_, kv_heads_, k.shape(2), layer_->dim});
-  if (const auto own = own_tokens(this->tokens(), offset_, k.shape(2), spec);
-      !sequences_.empty() || std::ranges::any_of(own, [&](int count) { return count < k.shape(2); }))
+  // A call that is refused changes nothing.
+  const int batch = batch_ > 0 ? batch_ : k.shape(0), kv_heads = heads_.empty() ? k.shape(1) : kv_heads_;
+  if (heads_.empty()) check_units(k, layer_->keys.size(), layer_->values.size(), layer_->dim);
+  check_chunk(q, k, v, {batch, kv_heads, k.shape(2), layer_->dim});
+  const auto held = batch_ > 0 ? this->tokens() : std::vector<int>(static_cast<std::size_t>(batch), 0);
+  const auto own = own_tokens(held, offset_, k.shape(2), spec);
+  if (heads_.empty()) set_up(batch, kv_heads);
+  if (!sequences_.empty() || std::ranges::any_of(own, [&](int count) { return count < k.shape(2); }))
     return attend_apart(q, k, v, own, spec);
   const int first = offset_, coded_before = coded_, tokens = k.shape(2), group = q.shape(1) / kv_heads_, dim = layer_->dim;
   const auto as_floats = [](const mx::array& x) { return mx::astype(x, mx::float32); };

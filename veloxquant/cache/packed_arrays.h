@@ -93,7 +93,6 @@ class PackedArrays : public PackedAttentionCache {
     mx::array sums, maximum, total;
   };
 
-  void begin(const mx::array& k);
   void set_up(int batch, int kv_heads);
 
   // Sequences on their own; the last own[b] of the tokens are those of sequence b.
