@@ -14,7 +14,6 @@ namespace {
 using namespace testing;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
-using ::testing::IsEmpty;
 using ::testing::ThrowsMessage;
 
 constexpr int kDim = 32;
@@ -185,7 +184,7 @@ TEST(PackedArraysState, RefusesWhatDoesNotFit) {
   // A first call that is refused settles nothing.
   auto fresh = layer.arrays();
   EXPECT_THROW(layer.append(fresh, 0, 3, {0, 9}), std::invalid_argument);
-  EXPECT_THAT(fresh.tokens(), IsEmpty());
+  EXPECT_TRUE(fresh.tokens().empty());
 }
 
 }  // namespace
