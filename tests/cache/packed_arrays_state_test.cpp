@@ -183,7 +183,7 @@ TEST(PackedArraysState, RefusesWhatDoesNotFit) {
 
   // A first call that is refused settles nothing.
   auto fresh = layer.arrays();
-  EXPECT_THROW(layer.append(fresh, 0, 3, {0, 9}), std::invalid_argument);
+  EXPECT_THROW(layer.append(fresh, 0, 3, {0, 1, 2}), std::invalid_argument);
   EXPECT_TRUE(fresh.tokens().empty());
 }
 
