@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <numbers>
+#include <variant>
 
 #include "mlx/backend/cuda/cuda.h"
 #include "mlx/ops.h"
@@ -14,12 +15,27 @@
 namespace veloxquant {
 namespace {
 
-// Of the GPUs that the kernels are tuned on, which have at least so many processors: more splits would wait for each other.
-constexpr int kProcessors = 132, kSharedBytes = 227 * 1024;
+// Of the GPU that the kernels are tuned on: more splits than processors would wait for each other.
+constexpr int kProcessors = 132;
 
 constexpr int kMostSplits = 1024;
 
 constexpr float kLog2E = std::numbers::log2e_v<float>, kAbsent = 1e37f;
+
+// Of shared memory, at most, for a block of threads on this GPU, by its compute capability (CUDA C++ Programming Guide, "Compute
+// capabilities"); 0 where it lacks instructions that the kernels are made of.
+int most_shared_bytes() {
+  const auto& info = mx::cu::device_info();
+  const auto number = [&](const char* name) {
+    const auto found = info.find(name);
+    const auto* value = found == info.end() ? nullptr : std::get_if<std::size_t>(&found->second);
+    return value ? *value : 0;
+  };
+  const auto major = number("compute_capability_major"), minor = number("compute_capability_minor");
+  if (major < 8) return 0;
+  if (major == 9 || major == 10) return 227 * 1024;
+  return (major == 8 && (minor == 0 || minor == 7) ? 163 : 99) * 1024;
+}
 
 int rounded_up(int x, int step) {
   return (x + step - 1) / step * step;
@@ -152,9 +168,10 @@ std::unique_ptr<const PackedKernels> PackedKernels::make(const std::vector<Quant
   const auto ours = [](const auto& side) {
     return std::all_of(side.begin(), side.end(), [](const auto& unit) { return unit.method == rotated_pq_method().name; });
   };
+  const int most_shared = most_shared_bytes();
   // Heads that share tables on one side alone would need two counts.
   if (!ours(keys) || !ours(values) || keys.size() != values.size()) return nullptr;
-  if (4 * exact_floats(keys[0].dim, window + sinks) > kSharedBytes) return nullptr;  // exact tokens are read at once
+  if (4 * exact_floats(keys[0].dim, window + sinks) > most_shared) return nullptr;  // exact tokens are read at once
   const std::vector<RotatedPqQuantizer> key_quantizers(keys.begin(), keys.end()), value_quantizers(values.begin(), values.end());
 
   std::unique_ptr<PackedKernels> made(new PackedKernels());
@@ -212,7 +229,7 @@ std::unique_ptr<const PackedKernels> PackedKernels::make(const std::vector<Quant
   // tiles are read later.
   SharedMemory shared{self.key_units_, self.value_units_, 0, true, planes ? 0 : self.dim_};
   const auto fits = [&] {
-    return shared.bytes(self.most_codes_) <= kSharedBytes &&
+    return shared.bytes(self.most_codes_) <= most_shared &&
            (self.most_patches_ == 0 || 2 * self.patch_stride_ + self.rest_bytes_ <= shared.tiles(self.most_codes_));
   };
   for (const bool values_here : {true, false}) {
@@ -283,7 +300,7 @@ std::unique_ptr<const PackedKernels> PackedKernels::make(const std::vector<Quant
       {"counts_of", "queries", "settings", "closed_blocks", "open_block", "exact_tokens", "layout_of", "key_tables", "key_units",
        "key_rests", "value_tables", "value_units", "heads", "turns", "full_inverse", "full_mean", "full_columns", "full_turns"},
       {"maxima", "totals", "sums"}, kBegin + kQueries + fmt::format(fmt::runtime(kAttend), kind, shared.tables()), kAttentionSource,
-      true, kSharedBytes);  // of one name there is one, with the memory that its first layer asks for
+      true, most_shared);  // of one name there is one, with the memory that its first layer asks for
   self.finish_ = mx::fast::cuda_kernel(
       fmt::format("packed_attention_end_{}", self.dim_),
       {"counts_of", "queries", "settings", "maxima", "totals", "sums", "layout_of", "inverse", "mean"}, {"out"},

@@ -18,11 +18,11 @@ namespace veloxquant {
 /// weights half precision: what attention gives is off by 4 to 8 % of what 2-bit storage costs it, in the root of the mean square.
 class PackedKernels {
  public:
-  /// `keys` and `values`: of each KV head, or one for all.  Null where the kernels do not serve: on another device; for methods
-  /// other than rotated_pq; where one side has a unit for each head and the other one for all; for sub-spaces of more than 32
-  /// dimensions; for heads of a number of dimensions that is no multiple of 16, or that turn in part and are lengthened by it,
-  /// unless keys are turned plane by plane (`plane`); for more exact tokens (window and sinks) than shared memory holds, 440 of 128
-  /// dimensions; and where keys have more tables than it holds (heads of 128: from about 3 bits on).
+  /// `keys` and `values`: of each KV head, or one for all.  Null where the kernels do not serve: on another device, or a GPU before
+  /// Ampere; for methods other than rotated_pq; where one side has a unit for each head and the other one for all; for sub-spaces
+  /// of more than 32 dimensions; for heads of a number of dimensions that is no multiple of 16, or that turn in part and are
+  /// lengthened by it, unless keys are turned plane by plane (`plane`); for more exact tokens (window and sinks) than shared memory
+  /// holds, 440 of 128 dimensions; and where keys have more tables than it holds (heads of 128: from about 3 bits on).
   static std::unique_ptr<const PackedKernels> make(const std::vector<QuantizerParameters>& keys,
                                                    const std::vector<QuantizerParameters>& values, int kv_heads, int window,
                                                    int sinks, const Rope& rope);
