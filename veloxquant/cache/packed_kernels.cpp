@@ -7,6 +7,7 @@
 #include <variant>
 
 #include "mlx/backend/cuda/cuda.h"
+#include "mlx/device.h"
 #include "mlx/ops.h"
 #include "veloxquant/cache/attention_tables.h"
 #include "veloxquant/kernels/cuda/sources.h"
@@ -25,7 +26,7 @@ constexpr float kLog2E = std::numbers::log2e_v<float>, kAbsent = 1e37f;
 // Of shared memory, at most, for a block of threads on this GPU, by its compute capability (CUDA C++ Programming Guide, "Compute
 // capabilities"); 0 where it lacks instructions that the kernels are made of.
 int most_shared_bytes() {
-  const auto& info = mx::cu::device_info();
+  const auto& info = mx::device_info(mx::Device::gpu);
   const auto number = [&](const char* name) {
     const auto found = info.find(name);
     const auto* value = found == info.end() ? nullptr : std::get_if<std::size_t>(&found->second);
