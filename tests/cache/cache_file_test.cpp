@@ -140,7 +140,7 @@ TEST_F(CacheFile, OtherShapesAreRefusedWithTheirLayer) {
   {
     const SafetensorsFile file(path);
     metadata = file.metadata();
-    for (const auto& [name, entry] : file.tensors()) arrays.emplace(name, as_array(entry, name, "x"));
+    for (const auto& [name, entry] : file.tensors()) arrays.emplace(name, on_cpu(as_array(entry, name, "x")));
   }
   const auto change = [&](const std::string& name, const mx::array& array, const char* problem) {
     auto changed = arrays;

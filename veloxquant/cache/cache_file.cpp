@@ -60,7 +60,7 @@ AttentionCaches load_caches(const std::filesystem::path& path, const Plan& plan)
   expect(file, "format", kFormat, where);
   expect(file, "version", kVersion, where);
   CacheState arrays;
-  for (const auto& [name, entry] : file.tensors()) arrays.emplace(name, as_array(entry, name, where));
+  for (const auto& [name, entry] : file.tensors()) arrays.emplace(name, on_cpu(as_array(entry, name, where)));
   const std::string& written = field(file, "plan", where);
   if (field(file, "checksum", where) != checksum(written, arrays))
     throw_failure("cache", "{}: the checksum does not match: the file is damaged", where);

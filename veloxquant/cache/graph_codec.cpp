@@ -11,15 +11,6 @@ namespace {
 constexpr int kBlock = static_cast<int>(kPackedBlockTokens);
 constexpr int kLoad = 16;  // bytes
 
-// x from `begin` to `end` of an axis, counted from the last (−1).
-mx::array part(const mx::array& x, int axis, int begin, int end) {
-  mx::Shape start(x.ndim(), 0), stop = x.shape();
-  const auto at = static_cast<std::size_t>(static_cast<int>(x.ndim()) + axis);
-  start[at] = begin;
-  stop[at] = end;
-  return mx::slice(x, start, stop);
-}
-
 mx::array filled_up(const mx::array& x, int axis, int length) {
   if (x.shape(axis) == length) return x;
   return mx::pad(x, {axis}, {0}, {length - x.shape(axis)}, mx::array(0, x.dtype()));

@@ -18,6 +18,15 @@
 
 namespace veloxquant {
 
+mx::array part(const mx::array& x, int axis, int begin, int end) {
+  if (begin == 0 && end == x.shape(axis)) return x;
+  const auto at = static_cast<std::size_t>(axis < 0 ? static_cast<int>(x.ndim()) + axis : axis);
+  mx::Shape start(x.ndim(), 0), stop = x.shape();
+  start[at] = begin;
+  stop[at] = end;
+  return mx::slice(x, start, stop);
+}
+
 mx::array number(double value) {
   return mx::array(static_cast<float>(value));
 }
@@ -36,14 +45,6 @@ mx::Shape with_last(mx::Shape shape, std::initializer_list<int> last) {
   shape.pop_back();
   for (const int size : last) shape.push_back(size);
   return shape;
-}
-
-mx::array last_axis(const mx::array& x, int begin, int end) {
-  if (begin == 0 && end == x.shape(-1)) return x;
-  mx::Shape start(x.ndim(), 0), stop = x.shape();
-  start.back() = begin;
-  stop.back() = end;
-  return mx::slice(x, start, stop);
 }
 
 mx::array pad_last_axis(const mx::array& x, int length, const char* mode = "constant") {
@@ -109,8 +110,8 @@ std::vector<mx::array> unpack_fields(const mx::array& bytes, const std::vector<B
   int begin = 0;
   for (const auto& field : layout) {
     const int end = begin + packed_bytes(field), digit = digit_bits(field), per_number = field.bits / digit;
-    const auto digits = to_digits(last_axis(bytes, begin, end), 8 / digit, digit);
-    fields.push_back(from_digits(mx::astype(last_axis(digits, 0, field.count * per_number), type_of(field)), per_number, digit));
+    const auto digits = to_digits(part(bytes, -1, begin, end), 8 / digit, digit);
+    fields.push_back(from_digits(mx::astype(part(digits, -1, 0, field.count * per_number), type_of(field)), per_number, digit));
     begin = end;
   }
   return fields;
@@ -130,7 +131,7 @@ mx::array in_groups(const mx::array& x, int size) {
 }
 
 mx::array out_of_groups(const mx::array& groups, int length) {
-  return last_axis(mx::flatten(groups, -2, -1), 0, length);
+  return part(mx::flatten(groups, -2, -1), -1, 0, length);
 }
 
 mx::array codes_of(const mx::array& x, const mx::array& offset, const mx::array& step, int bits) {
@@ -178,7 +179,7 @@ MethodGraph affine_graph(const QuantizerParameters& parameters, const Quantizer&
   const auto look_up = [=](const std::vector<mx::array>& fields) {
     const auto halves = from_half_bits(in_groups(fields[0], 2));
     const auto codes = mx::astype(in_groups(fields[1], size), mx::float32);
-    return out_of_groups(mx::add(mx::multiply(codes, last_axis(halves, 0, 1)), last_axis(halves, 1, 2)), dim);
+    return out_of_groups(mx::add(mx::multiply(codes, part(halves, -1, 0, 1)), part(halves, -1, 1, 2)), dim);
   };
   return {{{2 * groups, 16}, {dim, bits}}, as_it_is, quantise, look_up, sums_as_they_are};
 }
@@ -265,7 +266,7 @@ class Codebooks {
       found.push_back(mx::swapaxes(stages_ == 2 ? nearest_pairs(some) : mx::argmin(scores(some, 0), -1, true), 0, 1));
     }
     const auto codes = mx::reshape(found.size() == 1 ? found[0] : mx::concatenate(found, 0), {rows, count_ * stages_});
-    return mx::reshape(last_axis(codes, 0, codes_), with_last(z.shape(), {codes_}));
+    return mx::reshape(part(codes, -1, 0, codes_), with_last(z.shape(), {codes_}));
   }
 
   // Codes [..., codes] → z [..., dim].

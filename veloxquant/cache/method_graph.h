@@ -68,6 +68,9 @@ mx::array out_of_groups(const mx::array& groups, int length);
 /// The nearest of 2^bits levels, `offset` + `step` · code; 0 where there is no step.
 mx::array codes_of(const mx::array& x, const mx::array& offset, const mx::array& step, int bits);
 
+/// x from `begin` to `end` of an axis, −1 the last one.
+mx::array part(const mx::array& x, int axis, int begin, int end);
+
 mx::array number(double value);
 int bits_of(const QuantizerParameters& parameters);
 

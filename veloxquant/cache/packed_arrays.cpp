@@ -20,15 +20,6 @@ constexpr int kScoresAtOnce = 1 << 25;  // of those, over a stretch
 constexpr float kLowest = -1e30f;       // finite, so that differences of two are numbers
 constexpr int kKeys = 0, kValues = 1;   // of the axis of both
 
-// x from `begin` to `end` of one axis.
-mx::array part(const mx::array& x, std::size_t axis, int begin, int end) {
-  if (begin == 0 && end == x.shape(static_cast<int>(axis))) return x;
-  mx::Shape start(x.ndim(), 0), stop = x.shape();
-  start[axis] = begin;
-  stop[axis] = end;
-  return mx::slice(x, start, stop);
-}
-
 mx::array joined(const std::vector<mx::array>& parts, int axis) {
   return parts.size() == 1 ? parts[0] : mx::concatenate(parts, axis);
 }

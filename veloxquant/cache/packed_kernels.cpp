@@ -1,6 +1,6 @@
 #include "veloxquant/cache/packed_kernels.h"
 
-#include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <numbers>
@@ -20,6 +20,10 @@ namespace {
 constexpr int kProcessors = 132;
 
 constexpr int kMostSplits = 1024;
+
+// What the kernels read is what the CPU writes.
+static_assert(kTileTokens == kPackedTileTokens && kTileTokens * kTilesOfBlock == kPackedBlockTokens);
+static_assert(kBeam == RotatedPqQuantizer::kBeam && kPatchCentre == RotatedPqQuantizer::kPatchCentre);
 
 constexpr float kLog2E = std::numbers::log2e_v<float>, kAbsent = 1e37f;
 
@@ -247,10 +251,9 @@ std::unique_ptr<const PackedKernels> PackedKernels::make(const std::vector<Quant
   std::vector<std::uint8_t> key_bytes, value_bytes;
   std::vector<KeyUnit> key_units;
   std::vector<ValueUnit> value_units;
-  std::vector<float> rests, inverse, mean, full_mean(1);
-  std::vector<std::uint16_t> full_inverse(8);
+  std::vector<float> rests, inverse, mean, full_mean;
+  std::vector<std::uint16_t> full_inverse;
   const KeyPlaces places = key_places(self.dim_, rope);
-  if (!planes) full_inverse.clear(), full_mean.clear();
   for (const auto& quantizer : key_quantizers) {
     const auto units = static_cast<std::size_t>(self.key_units_);
     const auto tables = planes ? key_tables(quantizer, rope, units, columns) : rotated_key_tables(quantizer, units);
@@ -271,6 +274,11 @@ std::unique_ptr<const PackedKernels> PackedKernels::make(const std::vector<Quant
     veloxquant::append(mean, quantizer.mean());
     encoding.add(quantizer, most_subspaces);
   }
+  // An array that a kernel of this kind does not read has something in it all the same.
+  if (planes)
+    full_inverse.resize(2), full_mean.resize(1);
+  else
+    rests.resize(1);
   for (const auto& unit : key_units) whole = whole && in_one_word(unit.codes);
   for (const auto& unit : value_units) whole = whole && in_one_word(unit.codes);
   std::vector<std::uint32_t> turns;
@@ -279,8 +287,8 @@ std::unique_ptr<const PackedKernels> PackedKernels::make(const std::vector<Quant
       std::vector<PackedLayout>{{kv_heads, self.dim_, window, sinks, word, static_cast<int>(keys.size()), static_cast<int>(columns),
                                  static_cast<int>(turns.size()), error, static_cast<int>(most_subspaces)}});
   self.attention_ = {
-      layout, bytes(key_bytes), numbers(key_units), mx::astype(floats(planes ? rests : std::vector<float>(8)), mx::float16),
-      bytes(value_bytes), numbers(value_units), numbers(heads), numbers(turns),
+      layout, bytes(key_bytes), numbers(key_units), mx::astype(floats(rests), mx::float16), bytes(value_bytes),
+      numbers(value_units), numbers(heads), numbers(turns),
       // Pairs of halves.
       mx::array(reinterpret_cast<const std::int32_t*>(full_inverse.data()), {static_cast<int>(full_inverse.size() / 2)}, mx::int32),
       floats(full_mean), numbers(places.columns), numbers(places.turns)};
@@ -293,15 +301,14 @@ std::unique_ptr<const PackedKernels> PackedKernels::make(const std::vector<Quant
                     numbers(encoding.heads)};
 
   // Compiled by MLX when they are first called; of one name there is one.
-  const std::string kind = fmt::format("{}, {}, {}, {}, {}, {}", self.key_units_, self.value_units_, self.warps_, whole,
-                                       shared.values_here, shared.full_dim);
+  const int kind[] = {self.key_units_, self.value_units_, self.warps_, whole, shared.values_here, shared.full_dim};
   self.attend_ = mx::fast::cuda_kernel(
-      fmt::format("packed_attention_{}_{}_{}_{}_{}_{}", self.key_units_, self.value_units_, self.warps_, whole ? 1 : 0,
-                  shared.values_here ? 1 : 0, shared.full_dim),
+      fmt::format("packed_attention_{}", fmt::join(kind, "_")),
       {"counts_of", "queries", "settings", "closed_blocks", "open_block", "exact_tokens", "layout_of", "key_tables", "key_units",
        "key_rests", "value_tables", "value_units", "heads", "turns", "full_inverse", "full_mean", "full_columns", "full_turns"},
-      {"maxima", "totals", "sums"}, kBegin + kQueries + fmt::format(fmt::runtime(kAttend), kind, shared.tables()), kAttentionSource,
-      true, most_shared);  // of one name there is one, with the memory that its first layer asks for
+      {"maxima", "totals", "sums"},
+      kBegin + kQueries + fmt::format(fmt::runtime(kAttend), fmt::format("{}", fmt::join(kind, ", ")), shared.tables()),
+      kAttentionSource, true, most_shared);  // of one name there is one, with the memory that its first layer asks for
   self.finish_ = mx::fast::cuda_kernel(
       fmt::format("packed_attention_end_{}", self.dim_),
       {"counts_of", "queries", "settings", "maxima", "totals", "sums", "layout_of", "inverse", "mean"}, {"out"},

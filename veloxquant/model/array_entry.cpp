@@ -3,7 +3,6 @@
 #include <fmt/ostream.h>
 #include <fmt/ranges.h>
 
-#include <algorithm>
 #include <limits>
 #include <map>
 
@@ -51,9 +50,11 @@ mx::array as_array(const SafetensorsEntry& entry, const std::string& tensor, con
       throw_failure("safetensors", "{}: tensor {}: expected sizes below 2^31, got {}", source, tensor, size);
     shape.push_back(static_cast<int>(size));
   }
-  auto array = array_of_zeros(shape, type->second);
-  std::copy_n(entry.data.data(), entry.data.size(), array.data<std::byte>());
-  return array;
+  if (entry.data.empty()) return mx::zeros(shape, type->second);
+  auto bytes = shape.empty() ? mx::Shape{1} : shape;
+  bytes.back() *= static_cast<int>(mx::size_of(type->second));
+  const auto* data = reinterpret_cast<const std::uint8_t*>(entry.data.data());
+  return mx::reshape(mx::view(mx::array(data, bytes, mx::uint8), type->second), shape);
 }
 
 }  // namespace veloxquant

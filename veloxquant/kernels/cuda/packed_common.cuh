@@ -38,8 +38,6 @@ __device__ __forceinline__ float capped(float x, float cap) {
   return cap * (1.0f - __fdividef(2.0f, 1.0f + power_of_two(2.0f * 1.44269504f * __fdividef(x, cap))));
 }
 
-constexpr float kPatchCentre = 7.5f;
-
 struct QueryRows {
   const float* q;   // [batch · kv_heads, rows, dim], turned by their position
   int rows, dim;    // rows: query heads of a KV head

@@ -8,8 +8,6 @@
 
 namespace veloxquant {
 
-constexpr int kBeam = 8;
-
 struct EncodingTables {
   const float *transform, *mean;      // [2, heads, dim, dim], [2, heads, dim]
   const float* tables;                // of all sub-spaces

@@ -11,6 +11,8 @@ namespace veloxquant {
 
 constexpr int kTileTokens = 32, kTilesOfBlock = 8, kUnitDims = 8, kEntries = 256;
 constexpr int kExactGroup = 64;  // dimensions of an 8-bit token with a scale of their own
+constexpr int kBeam = 8;         // entries of the first of two tables that pairs are sought from
+constexpr float kPatchCentre = 7.5f;
 
 /// At most: of a block of threads that attends, tiles and patches on a side; of a unit's sub-space, dimensions; of a block,
 /// patches.
