@@ -25,19 +25,11 @@ struct Product {
   }
 };
 
-// The instruction set that is in use rounds a multiplication and an addition once.
-bool rounds_once() {
-  const float x = 1 + 0x1p-12f, minus = -(1 + 0x1p-11f);
-  float y = 0;
-  ordered_product(&x, 1, 1, 1, &x, 1, &minus, &y, 1);
-  return y != 0;
-}
-
 TEST(OrderedProduct, BitsAreThoseOfTheReferenceWhereStepsRoundOnce) {
   int targets = 0, once = 0;
   for_each_target([&] {
     ++targets;
-    once += rounds_once();
+    once += testing::rounds_once();
   });
   ASSERT_GT(targets, 0);
   for (const std::size_t rows : {1, 2, 3, 5, 6, 8, 13})
@@ -50,7 +42,7 @@ TEST(OrderedProduct, BitsAreThoseOfTheReferenceWhereStepsRoundOnce) {
           for_each_target([&] {
             const auto got = product.by(ordered_product);
             // Sums of `in` products of standard normals.
-            if (rounds_once()) {
+            if (testing::rounds_once()) {
               EXPECT_EQ(got, expected);
             }
             testing::expect_near(got, expected, 4e-7 * static_cast<double>(in + 4));

@@ -71,6 +71,7 @@ void multiply_all_rows(const OrderedProduct& p, std::size_t rows) {
   std::size_t row = 0;
   for (; row + 6 <= rows; row += 6) multiply_rows<6, 2>(p, row);
   for (; row + 3 <= rows; row += 3) multiply_rows<3, 4>(p, row);
+  for (; row + 2 <= rows; row += 2) multiply_rows<2, 4>(p, row);
   for (; row < rows; ++row) multiply_rows<1, 8>(p, row);
 }
 
