@@ -171,6 +171,12 @@ KeyTables rotated_key_tables(const RotatedPqQuantizer& keys, std::size_t units) 
   return made;
 }
 
+float key_offset(const KeyUnit& unit, std::size_t i) {
+  const std::uint16_t bits = unit.offsets[offset_place(i)];
+  const std::uint8_t bytes[2] = {static_cast<std::uint8_t>(bits), static_cast<std::uint8_t>(bits >> 8)};
+  return load_half(bytes) - 1024;
+}
+
 KeyPlaces key_places(int dim, const Rope& rope) {
   KeyPlaces places;
   const int turned = static_cast<int>(rope.frequencies().size());

@@ -47,6 +47,9 @@ KeyTables key_tables(const RotatedPqQuantizer& keys, const Rope& rope, std::size
 /// Of keys that are no planes: units of the rotated space, whose rest_begin and rest_count are its columns.
 KeyTables rotated_key_tables(const RotatedPqQuantizer& keys, std::size_t units);
 
+/// What is taken from the sum of the bytes of dimension i of a unit.
+float key_offset(const KeyUnit& unit, std::size_t i);
+
 /// A⁻¹ for these units as lanes of a product on tensor cores take it (FullKeyTables in packed_tiles.cuh), IEEE half:
 /// [dim / 8, units / 2, 32, 4].
 std::vector<std::uint16_t> inverse_fragments(const RotatedPqQuantizer& keys, const std::vector<KeyUnit>& units,
