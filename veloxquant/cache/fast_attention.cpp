@@ -86,6 +86,8 @@ std::unique_ptr<const FastAttention> FastAttention::make(const LayerUnits& keys,
         if (subspace.dim() > kMostWidth) return nullptr;
   // In planes where all heads' keys are.
   const bool planes = std::ranges::all_of(key_quantizers, [&](const auto* keys) { return rest_columns(*keys, rope) > 0; });
+  // Bytes of planes are those of vectors, which A⁻¹ is not to be multiplied with.
+  if (!planes && std::ranges::any_of(key_quantizers, [](const auto* keys) { return !keys->planes().empty(); })) return nullptr;
   if (!planes &&
       (self.dim_ % 16 != 0 || (rope.magnitude() != 1 && 2 * rope.frequencies().size() != static_cast<std::size_t>(self.dim_))))
     return nullptr;

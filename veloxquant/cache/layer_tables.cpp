@@ -294,6 +294,9 @@ std::variant<LayerWords, std::string> layer_tables(const LayerUnits& keys, const
   for (const auto* side : {&keys, &values})
     for (std::size_t unit = 0; unit < side->size(); ++unit)
       if (auto why = refusal(side->parameters(unit)); !why.empty()) return why;
+  // Entries of planes are pieces of keys, which are turned plane by plane or not at all.
+  for (const auto* unit : keys.rotated())
+    if (!unit->planes().empty() && rest_columns(*unit, rope) == 0) return "keys in planes that RoPE turns in part";
   Words words;
   words.words().resize((sizeof(LayerTables) + sizeof(std::int32_t) - 1) / sizeof(std::int32_t));
   const bool turned = quantizer_method(keys.parameters(0).method).keys_before_rope;
