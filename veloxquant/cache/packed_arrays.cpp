@@ -85,7 +85,7 @@ PackedArraysLayer::PackedArraysLayer(const std::vector<QuantizerParameters>& key
       key_parameters_(keys),
       value_parameters_(values) {
   const auto parameters = exact_parameters(Side::kKeys, dim);
-  exact = method_graph(parameters, *make_quantizer(parameters));
+  exact = method_graph(parameters, make_quantizer(parameters));
 }
 
 const PackedKernels* PackedArraysLayer::kernels(const Rope& rope, int kv_heads) const {

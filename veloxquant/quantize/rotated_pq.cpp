@@ -7,7 +7,7 @@
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/random.h"
 #include "veloxquant/kernels/gemm.h"
-#include "veloxquant/kernels/packed_lookup.h"
+#include "veloxquant/kernels/ordered_product.h"
 #include "veloxquant/quantize/half.h"
 #include "veloxquant/quantize/parameters.h"
 
@@ -90,13 +90,12 @@ std::vector<int> balance(const std::vector<double>& variances, const std::vector
   return places;
 }
 
-// y [rows, dim] = (x − mean) · matrix, the same to the last bit for any number of rows.
+// y [rows, dim] = (x − mean) · matrix.
 void rotate(const float* x, std::size_t rows, std::span<const float> mean, std::span<const float> matrix, float* y) {
   const std::size_t dim = mean.size();
   std::vector<float> centred(rows * dim);
   for (std::size_t i = 0; i < centred.size(); ++i) centred[i] = x[i] - mean[i % dim];
-  std::fill_n(y, rows * dim, 0.0f);
-  add_rows(centred.data(), rows, dim, matrix.data(), dim, dim, dim, y);
+  ordered_product(centred.data(), rows, dim, dim, matrix.data(), dim, nullptr, y, dim);
 }
 
 std::vector<float> to_float(std::span<const double> x) {
@@ -497,16 +496,20 @@ void RotatedPqQuantizer::encode_codes(std::span<const float> vectors, std::span<
   std::vector<float> z(tokens * dim_);
   rotate(vectors.data(), tokens, mean_, transform_, z.data());
   std::vector<std::uint16_t> wide(tokens * codes_);
-  std::size_t column = 0, code = 0;
-  for (const auto& subspace : subspaces_) {
-    subspace.encode(z.data() + column, tokens, dim_, wide.data() + code, codes_);
-    column += static_cast<std::size_t>(subspace.dim());
-    code += static_cast<std::size_t>(subspace.stages());
-  }
+  choose_codes(z, wide);
   std::copy(wide.begin(), wide.end(), codes.begin());
   if (rest.empty()) return;
   look_up(codes.data(), tokens, rest.data());
   for (std::size_t i = 0; i < z.size(); ++i) rest[i] = z[i] - rest[i];
+}
+
+void RotatedPqQuantizer::choose_codes(std::span<const float> z, std::span<std::uint16_t> codes) const {
+  std::size_t column = 0, code = 0;
+  for (const auto& subspace : subspaces_) {
+    subspace.encode(z.data() + column, z.size() / dim_, dim_, codes.data() + code, codes_);
+    column += static_cast<std::size_t>(subspace.dim());
+    code += static_cast<std::size_t>(subspace.stages());
+  }
 }
 
 void RotatedPqQuantizer::encode(std::span<const float> vectors, std::span<std::uint8_t> encoded) const {

@@ -116,6 +116,9 @@ class RotatedPqQuantizer : public Quantizer {
   /// empty.
   void encode_codes(std::span<const float> vectors, std::span<std::uint8_t> codes, std::span<float> rest) const;
 
+  /// Rotated vectors z [tokens, dim] → codes [tokens, codes].
+  void choose_codes(std::span<const float> z, std::span<std::uint16_t> codes) const;
+
   /// One patch, patch_bytes(dim) bytes: the rest [dim] of the token at `place` of its block.
   void write_patch(std::span<const float> rest, std::size_t place, std::uint8_t* bytes) const;
   static std::size_t patch_bytes(std::size_t dim);
