@@ -52,9 +52,9 @@ mx::array patched(const mx::array& z, const mx::array& looked_up, int patches) {
 
 }  // namespace
 
-RestoreGraph restore_graph(const QuantizerParameters& parameters, const Quantizer& quantizer) {
+RestoreGraph restore_graph(const QuantizerParameters& parameters, const std::shared_ptr<const Quantizer>& quantizer) {
   if (parameters.method == "kivi") return kivi_graph(parameters);
-  const int patches = parameters.method == "rotated_pq" ? static_cast<const RotatedPqQuantizer&>(quantizer).patches() : 0;
+  const int patches = parameters.method == "rotated_pq" ? static_cast<const RotatedPqQuantizer&>(*quantizer).patches() : 0;
   return [graph = method_graph(parameters, quantizer), patches](const mx::array& x) {
     const auto z = graph.forward(x), looked_up = graph.look_up(graph.quantise(z));
     return graph.back(patches > 0 ? patched(z, looked_up, patches) : looked_up, number(1));

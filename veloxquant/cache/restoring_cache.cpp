@@ -132,7 +132,7 @@ Restore make_restore(const std::vector<std::optional<QuantizerParameters>>& head
   bool before_rope = false;
   for (const auto& parameters : heads) {
     quantizers.push_back(parameters ? make_quantizer(*parameters) : nullptr);
-    graphs.push_back(parameters ? restore_graph(*parameters, *quantizers.back()) : [](const mx::array& x) { return x; });
+    graphs.push_back(parameters ? restore_graph(*parameters, quantizers.back()) : [](const mx::array& x) { return x; });
     if (!parameters) continue;
     group = std::lcm(group, quantizers.back()->token_group());
     before_rope = parameters->side == Side::kKeys && quantizer_method(parameters->method).keys_before_rope;
