@@ -12,6 +12,8 @@ import sys
 import tempfile
 import time
 
+import end_to_end
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PEER_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
 GOALS = {"demo": 6, "mid": 3}  # times faster than mlx_lm with OpenBLAS
@@ -26,11 +28,12 @@ class Table:
         self.rows = []
 
     def add(self, work, ours, theirs, peer, ratio, goal, also=True):
-        """`goal`: ">= 3" or "<= 1.8", of the ratio; `also`: what must hold besides."""
-        sign, bound = goal.split()
+        """`goal`: ">= 3" or "<= 1.8", of the ratio, or None; `also`: what must hold besides."""
+        sign, bound = goal.split() if goal else (">=", "0")
         met = (ratio >= float(bound) if sign == ">=" else ratio <= float(bound)) and bool(also)
+        goal = goal or "–"
         self.rows.append({"work": work, "ours": ours, "theirs": theirs, "peer": peer, "ratio": round(ratio, 3), "goal": goal, "met": met})
-        print(f"  {work}: {ratio:.2f} against {peer} (goal {goal}{'' if met else ', MISSED'})", flush=True)
+        print(f"  {work}: {ratio:.2f} against {peer} (goal {goal}{'' if met else ', MISSED'})" if goal != "–" else f"  {work}: {ratio:.2f} against {peer}", flush=True)
 
     def markdown(self):
         lines = ["| work | ours | peer or limit | theirs | ratio | goal | met |", "|---|---|---|---|---|---|---|"]
@@ -248,6 +251,7 @@ def main(build, models):
         engine_rows(table, programs / "engine_bench", folder, slow_peers=folder == models[0])
     sampling_and_probe_rows(table, programs / "engine_bench", models[0])
     memory_row(table, programs / "veloxquant", models[-1])
+    end_to_end.rows(table, build, "cpu", PEER_PYTHON, openblas(programs / "engine_bench"))
     (build / "bench.json").write_text(json.dumps(table.rows, indent=1) + "\n")
     print(f"\n{table.markdown()}\n\n{time.time() - start:.0f} s; {sum(not row['met'] for row in table.rows)} of {len(table.rows)} goals missed")
 

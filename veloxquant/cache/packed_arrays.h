@@ -59,6 +59,8 @@ class PackedArrays : public PackedAttentionCache {
   /// Allocated for tokens: blocks, window and sinks; codebooks are the layer's.
   std::size_t nbytes() const override;
 
+  std::string kernels() const override { return counts_ ? "cuda" : "graph"; }
+
   /// What is stored, which may still have to be evaluated.
   std::vector<mx::array> pending() const;
 
