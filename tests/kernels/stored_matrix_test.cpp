@@ -50,9 +50,8 @@ TEST(StoredMatrix, AllHalves) {
     if ((b & 0x7C00) != 0x7C00) bits.push_back(static_cast<std::uint16_t>(b));
   const StoredMatrix matrix(ElementType::kFloat16, bits.data());
   const MatrixPart all{0, 1, 0, bits.size()};
-  testing::for_each_target([&] {
-    EXPECT_EQ(restored(restore, matrix, bits.size(), all), restored(reference::restore, matrix, bits.size(), all));
-  });
+  testing::for_each_target(
+      [&] { EXPECT_EQ(restored(restore, matrix, bits.size(), all), restored(reference::restore, matrix, bits.size(), all)); });
 }
 
 TEST(StoredMatrix, RefusesWhatCannotBe) {

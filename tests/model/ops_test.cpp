@@ -175,8 +175,7 @@ TEST(Ops, StackOfPackedMatrices) {
     const auto x = normal({count, 1, 64}, 9), expected = mx::matmul(x, mx::swapaxes(mx::stack(restored, 0), -1, -2));
     for (const bool many : {false, true})
       EXPECT_LE(largest_difference(stack.product(x, mx::arange(count, mx::uint32), many), expected), 1e-4f);
-    for (int i = 0; i < count; ++i)
-      {
+    for (int i = 0; i < count; ++i) {
       std::vector<float> values(kInner * 64);
       restore(stack.stored(i), 64, {0, kInner, 0, 64}, values.data());
       EXPECT_LE(largest_difference(mx::array(values.data(), {kInner, 64}), restored[static_cast<std::size_t>(i)]), 1e-6f);

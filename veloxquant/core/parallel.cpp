@@ -73,8 +73,8 @@ bool spin(std::chrono::nanoseconds longest, Done done) {
   return false;
 }
 
-// Threads wait for a job, take ranges of it from a shared counter until none is left, and wait again.  A job is over when its ranges
-// are: threads that come later are not waited for, so that one which gets no processor holds nobody up.
+// Threads wait for a job, take ranges of it from a shared counter until none is left, and wait again.  A job is over when its
+// ranges are: threads that come later are not waited for, so that one which gets no processor holds nobody up.
 //
 // Jobs follow each other within microseconds while a layer is computed, where putting a thread to sleep and waking it costs about
 // as much as the job: threads look for the next job for kSpin before they sleep.  Not where there are more of them than processors.

@@ -13,6 +13,7 @@
 // clang-format off
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
+#include "veloxquant/kernels/rows-inl.h"
 #include "veloxquant/kernels/stored_rows-inl.h"
 // clang-format on
 
@@ -29,19 +30,6 @@ using V = hn::Vec<F>;
 // up to kTileRows rows of x by the rows of the weight that are left.
 constexpr std::size_t kTile = hn::MaxLanes(F());
 constexpr std::size_t kTileRows = kTile >= 8 ? 4 : kTile >= 4 ? 2 : 1;
-
-// sums[0 … n): vectors, n a power of two.  Afterwards neighbouring lanes of sums[0] are the sums of the vectors, in order.
-template <std::size_t n>
-void sum_vectors([[maybe_unused]] V* sums) {
-#if HWY_TARGET != HWY_SCALAR  // where a vector is its own sum, and Highway has no shuffles
-  const F d;
-  for (std::size_t i = 0; i < n / 2; ++i) {
-    const V a = sums[2 * i], b = sums[2 * i + 1];
-    sums[i] = hn::Add(hn::ConcatEven(d, b, a), hn::ConcatOdd(d, b, a));
-  }
-  if constexpr (n > 2) sum_vectors<n / 2>(sums);
-#endif
-}
 
 constexpr std::size_t kLine = 64;  // bytes of a cache line
 
@@ -174,9 +162,11 @@ HWY_EXPORT(multiply_few_rows);
 namespace {
 
 // Products are shared out as blocks of rows, which keep their part of x in the second-level cache while the weights pass by, and
-// where these are few, of outputs too: for many threads, yet not so small that a product gets thin.  Few rows have no such copy to
-// pay for, and take smaller blocks, of some ten microseconds.
-constexpr std::size_t kRows = 256, kFewBlocks = 8, kFewestOutputs = 128, kBlocksOfFewRows = 32, kFewestOutputsOfFewRows = 64;
+// where these are few, of outputs too: for many threads, yet not so small that a product gets thin.  Weights that are restored on
+// the way meet more rows at once.  Few rows have no copy of the weights to pay for, and take smaller blocks, of some ten
+// microseconds.
+constexpr std::size_t kRows = 256, kRowsOfRestored = 1024, kFewBlocks = 8, kFewestOutputs = 128, kBlocksOfFewRows = 32,
+                      kFewestOutputsOfFewRows = 64;
 static_assert(kFewestOutputs % kColumnStep == 0, "blocks of linear_backward are columns of the weight");
 
 // Fewer rows than this get our own product: at 32, sampling's batch, BLAS's copy of the weights took as long as its product.
@@ -199,16 +189,16 @@ std::size_t round_up(std::size_t x, std::size_t step) {
   return (x + step - 1) / step * step;
 }
 
-std::vector<Block> blocks_of(std::span<const LinearMap> maps, std::size_t rows, bool few) {
-  const std::size_t row_blocks = std::max<std::size_t>(1, (rows + kRows - 1) / kRows),
+std::vector<Block> blocks_of(std::span<const LinearMap> maps, std::size_t rows, std::size_t block_rows, bool few) {
+  const std::size_t row_blocks = std::max<std::size_t>(1, (rows + block_rows - 1) / block_rows),
                     share = few ? kBlocksOfFewRows : (kFewBlocks + row_blocks - 1) / row_blocks;
   const std::size_t outputs = round_up((total_out(maps) + share - 1) / share, few ? kFewestOutputsOfFewRows : kFewestOutputs);
   std::vector<Block> blocks;
-  for (std::size_t row = 0; row < rows; row += kRows) {
+  for (std::size_t row = 0; row < rows; row += block_rows) {
     std::size_t column = 0;
     for (const auto& map : maps) {
       for (std::size_t output = 0; output < map.out; output += outputs)
-        blocks.push_back({&map, row, std::min(kRows, rows - row), output, std::min(outputs, map.out - output), column});
+        blocks.push_back({&map, row, std::min(block_rows, rows - row), output, std::min(outputs, map.out - output), column});
       column += map.out;
     }
   }
@@ -230,8 +220,8 @@ void start_rows(const Block& block, std::size_t width, const float* residual, fl
   }
 }
 
-// A piece of a weight as restored for BLAS: it stays in the third-level cache, and has enough columns and rows that BLAS's copies of
-// what it is multiplied by do not count.
+// A piece of a weight as restored for BLAS: it stays in the third-level cache, and has enough columns and rows that BLAS's copies
+// of what it is multiplied by do not count.
 constexpr std::size_t kPanelSize = 1 << 19, kPanelColumns = 1024;
 static_assert(kPanelColumns % kColumnStep == 0);
 
@@ -248,6 +238,12 @@ void multiply(bool transposed, std::size_t m, std::size_t n, std::size_t k, cons
   gemm(false, transposed, size(m), size(n), size(k), 1.0f, a, size(lda), b, size(ldb), add ? 1.0f : 0.0f, c, size(ldc));
 }
 
+// visit(row, rows) for blocks of rows, which keep their part of x in the second-level cache.
+template <class Visit>
+void for_row_blocks(std::size_t rows, Visit visit) {
+  for (std::size_t row = 0; row < rows; row += kRows) visit(row, std::min(kRows, rows - row));
+}
+
 // y [rows, outs], `width` apart, = x [rows, in] · weight [outs, in] transposed; added to y where asked for.
 void multiply_many_rows(const float* x, std::size_t rows, std::size_t in, const StoredMatrix& weight, std::size_t outs, bool add,
                         float* y, std::size_t width) {
@@ -257,23 +253,36 @@ void multiply_many_rows(const float* x, std::size_t rows, std::size_t in, const 
   for (std::size_t o = 0; o < outs; o += panel_outs) {
     for (std::size_t k = 0; k < in; k += columns) {
       const MatrixPart part{o, std::min(panel_outs, outs - o), k, std::min(columns, in - k)};
-      multiply(true, rows, part.rows, part.columns, x + k, in, restored(weight, in, part), part.columns, add || k > 0, y + o,
-               width);
+      const float* panel = restored(weight, in, part);
+      for_row_blocks(rows, [&](std::size_t row, std::size_t count) {
+        multiply(true, count, part.rows, part.columns, x + row * in + k, in, panel, part.columns, add || k > 0, y + row * width + o,
+                 width);
+      });
     }
   }
 }
 
-// grad_x [rows, columns], `in` apart, = grad_y [rows, outs], `width` apart, · columns from `column` on of weight [outs, in]; added to
-// grad_x where asked for.
+// grad_x [rows, columns], `in` apart, = grad_y [rows, outs], `width` apart, · columns from `column` on of weight [outs, in]; added
+// to grad_x where asked for.
 void multiply_back(const float* grad_y, std::size_t rows, std::size_t width, const StoredMatrix& weight, std::size_t outs,
                    std::size_t in, std::size_t column, std::size_t columns, bool add, float* grad_x) {
   if (weight.type == ElementType::kFloat32)
-    return multiply(false, rows, columns, outs, grad_y, width, static_cast<const float*>(weight.values) + column, in, add, grad_x, in);
+    return multiply(false, rows, columns, outs, grad_y, width, static_cast<const float*>(weight.values) + column, in, add, grad_x,
+                    in);
   const std::size_t panel_outs = std::min(outs, std::max<std::size_t>(1, kPanelSize / columns));
   for (std::size_t o = 0; o < outs; o += panel_outs) {
     const MatrixPart part{o, std::min(panel_outs, outs - o), column, columns};
-    multiply(false, rows, columns, part.rows, grad_y + o, width, restored(weight, in, part), columns, add || o > 0, grad_x, in);
+    const float* panel = restored(weight, in, part);
+    for_row_blocks(rows, [&](std::size_t row, std::size_t count) {
+      multiply(false, count, columns, part.rows, grad_y + row * width + o, width, panel, columns, add || o > 0, grad_x + row * in,
+               in);
+    });
   }
+}
+
+std::size_t rows_of_block(std::span<const LinearMap> maps) {
+  const auto in_float32 = [](const LinearMap& map) { return map.weight.type == ElementType::kFloat32; };
+  return std::all_of(maps.begin(), maps.end(), in_float32) ? kRows : kRowsOfRestored;
 }
 
 void check(std::span<const LinearMap> maps, std::size_t in) {
@@ -285,7 +294,7 @@ void check(std::span<const LinearMap> maps, std::size_t in) {
 void linear(const float* x, std::size_t rows, std::size_t in, std::span<const LinearMap> maps, const float* residual, float* y) {
   check(maps, in);
   const std::size_t width = total_out(maps);
-  const auto blocks = blocks_of(maps, rows, rows < kFewestForGemm);
+  const auto blocks = blocks_of(maps, rows, rows_of_block(maps), rows < kFewestForGemm);
   parallel_for(blocks.size(), 1, [&](std::size_t i, std::size_t) {
     const Block& block = blocks[i];
     const std::size_t at = block.row * width + block.column + block.output;
@@ -303,7 +312,7 @@ void linear_backward(const float* grad_y, std::size_t rows, std::size_t in, std:
   const std::size_t width = total_out(maps);
   // Here the inputs are what a product puts out.
   const LinearMap inputs{{}, nullptr, in};
-  const auto blocks = blocks_of({&inputs, 1}, rows, false);
+  const auto blocks = blocks_of({&inputs, 1}, rows, rows_of_block(maps), false);
   parallel_for(blocks.size(), 1, [&](std::size_t i, std::size_t) {
     const Block& block = blocks[i];
     const float* gained = grad_y + block.row * width;

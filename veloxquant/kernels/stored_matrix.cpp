@@ -19,8 +19,8 @@ namespace HWY_NAMESPACE {
 void restore_part(const StoredMatrix& matrix, std::size_t columns, const MatrixPart& part, float* out) {
   visit_rows(matrix, columns, [&](auto rows) {
     const hn::ScalableTag<float> d;
-    const std::size_t lanes = hn::Lanes(d), end = part.column + part.columns,
-                      whole = part.column + part.columns / lanes * lanes, open = std::min(whole, rows.open());
+    const std::size_t lanes = hn::Lanes(d), end = part.column + part.columns, whole = part.column + part.columns / lanes * lanes,
+                      open = std::min(whole, rows.open());
     for (std::size_t r = 0; r < part.rows; ++r, out += part.columns) {
       rows.seek(part.row + r, 1);
       const auto row = rows.row(0);
@@ -49,8 +49,9 @@ StoredMatrix StoredMatrix::from_row(std::size_t row, std::size_t columns) const 
   };
   rest.values = skip(values, row * columns * static_cast<std::size_t>(bits) / 8);
   if (!packed()) return rest;
-  const std::size_t groups = row * (columns / group_size),
-                    scale_bytes = type != ElementType::kAffine ? 1 : scale_type == ElementType::kFloat32 ? 4 : 2;
+  const std::size_t groups = row * (columns / group_size), scale_bytes = type != ElementType::kAffine          ? 1
+                                                                         : scale_type == ElementType::kFloat32 ? 4
+                                                                                                               : 2;
   rest.scales = skip(scales, groups * scale_bytes);
   rest.biases = skip(biases, groups * scale_bytes);
   return rest;
@@ -77,7 +78,8 @@ void restore(const StoredMatrix& matrix, std::size_t columns, const MatrixPart& 
   matrix.check("restore", columns);
   if (part.column + part.columns > columns)
     throw_invalid("restore", "expected columns up to {}, got {} to {}", columns, part.column, part.column + part.columns);
-  if (matrix.packed() && (part.column % kColumnStep != 0 || (part.columns % kColumnStep != 0 && part.column + part.columns != columns)))
+  if (matrix.packed() &&
+      (part.column % kColumnStep != 0 || (part.columns % kColumnStep != 0 && part.column + part.columns != columns)))
     throw_invalid("restore", "expected columns of a packed matrix in steps of {}, got {} to {}", kColumnStep, part.column,
                   part.column + part.columns);
   HWY_DYNAMIC_DISPATCH(restore_part)(matrix, columns, part, out);

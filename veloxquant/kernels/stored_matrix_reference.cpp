@@ -28,8 +28,7 @@ unsigned code_at(const StoredMatrix& matrix, std::size_t columns, std::size_t ro
 double small_float(unsigned code, int exponent_bits, int mantissa_bits) {
   const int exponent = static_cast<int>(code >> mantissa_bits & ((1u << exponent_bits) - 1)), bias = (1 << (exponent_bits - 1)) - 1;
   const double fraction = static_cast<double>(code & ((1u << mantissa_bits) - 1)) / (1 << mantissa_bits);
-  const double magnitude =
-      exponent == 0 ? std::ldexp(fraction, 1 - bias) : std::ldexp(1 + fraction, exponent - bias);
+  const double magnitude = exponent == 0 ? std::ldexp(fraction, 1 - bias) : std::ldexp(1 + fraction, exponent - bias);
   return code >> (exponent_bits + mantissa_bits) & 1 ? -magnitude : magnitude;
 }
 

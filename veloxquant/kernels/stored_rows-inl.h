@@ -1,9 +1,9 @@
 // Rows of stored matrices as vectors of float32.  Included once for each target, after Highway.
 //
-// Each class of rows has the same members: seek(first, count) says which rows come next, row(i) is the i-th of them, group(k) what the
-// kGroup columns from k on share, load<kWhole>(k, group) a vector of them from k on, a multiple of the lanes; unless kWhole nothing
-// behind the row is read.  Up to column open() it may be.  at(k) is one column, byte(k) the address where it begins, row_bytes() the
-// distance of rows.
+// Each class of rows has the same members: seek(first, count) says which rows come next, row(i) is the i-th of them, group(k) what
+// the kGroup columns from k on share, load<kWhole>(k, group) a vector of them from k on, a multiple of the lanes; unless kWhole
+// nothing behind the row is read.  Up to column open() it may be.  at(k) is one column, byte(k) the address where it begins,
+// row_bytes() the distance of rows.
 #if defined(VELOXQUANT_KERNELS_STORED_ROWS_INL_H) == defined(HWY_TARGET_TOGGLE)
 #ifdef VELOXQUANT_KERNELS_STORED_ROWS_INL_H
 #undef VELOXQUANT_KERNELS_STORED_ROWS_INL_H
@@ -168,10 +168,14 @@ class PackedRows {
       return std::bit_cast<float>((code & 0x7F) << 20 | (code & 0x80) << 24) * 0x1p120f * scale;
     }
 #else
-    float at(std::size_t) const { return 0.0f; }  // rows of groups are whole vectors
+    float at(std::size_t) const {
+      return 0.0f;
+    }  // rows of groups are whole vectors
 #endif
 
-    const std::uint8_t* byte(std::size_t k) const { return codes + k * kBits / 8; }
+    const std::uint8_t* byte(std::size_t k) const {
+      return codes + k * kBits / 8;
+    }
 
    private:
 #if HWY_TARGET != HWY_SCALAR
@@ -214,7 +218,9 @@ class PackedRows {
     return {codes, codes + row_bytes_, scales_.data() + i * groups_, biases_.data() + i * groups_, group_shift_};
   }
 
-  std::size_t row_bytes() const { return row_bytes_; }
+  std::size_t row_bytes() const {
+    return row_bytes_;
+  }
 
   std::size_t open() const {
 #if HWY_TARGET == HWY_SCALAR
@@ -231,7 +237,8 @@ class PackedRows {
     if constexpr (kType == ElementType::kAffine) {
       if (matrix_.scale_type == ElementType::kFloat32) std::copy_n(static_cast<const float*>(from) + begin, count, to.data());
       if (matrix_.scale_type == ElementType::kFloat16) convert(static_cast<const hwy::float16_t*>(from) + begin, count, to.data());
-      if (matrix_.scale_type == ElementType::kBfloat16) convert(static_cast<const hwy::bfloat16_t*>(from) + begin, count, to.data());
+      if (matrix_.scale_type == ElementType::kBfloat16)
+        convert(static_cast<const hwy::bfloat16_t*>(from) + begin, count, to.data());
     } else {
       const auto power = [](std::uint32_t exponent) { return std::bit_cast<float>(exponent == 0 ? 1u << 22 : exponent << 23); };
       std::transform(static_cast<const std::uint8_t*>(from) + begin, static_cast<const std::uint8_t*>(from) + begin + count,
@@ -256,20 +263,32 @@ class PackedRows {
 template <class Visit>
 void visit_rows(const StoredMatrix& matrix, std::size_t columns, Visit visit) {
   switch (matrix.type) {
-    case ElementType::kFloat32: return visit(FloatRows<float>(matrix, columns));
-    case ElementType::kFloat16: return visit(FloatRows<hwy::float16_t>(matrix, columns));
-    case ElementType::kBfloat16: return visit(FloatRows<hwy::bfloat16_t>(matrix, columns));
-    case ElementType::kMxfp4: return visit(PackedRows<ElementType::kMxfp4, 4>(matrix, columns));
-    case ElementType::kMxfp8: return visit(PackedRows<ElementType::kMxfp8, 8>(matrix, columns));
-    case ElementType::kAffine: break;
+    case ElementType::kFloat32:
+      return visit(FloatRows<float>(matrix, columns));
+    case ElementType::kFloat16:
+      return visit(FloatRows<hwy::float16_t>(matrix, columns));
+    case ElementType::kBfloat16:
+      return visit(FloatRows<hwy::bfloat16_t>(matrix, columns));
+    case ElementType::kMxfp4:
+      return visit(PackedRows<ElementType::kMxfp4, 4>(matrix, columns));
+    case ElementType::kMxfp8:
+      return visit(PackedRows<ElementType::kMxfp8, 8>(matrix, columns));
+    case ElementType::kAffine:
+      break;
   }
   switch (matrix.bits) {
-    case 2: return visit(PackedRows<ElementType::kAffine, 2>(matrix, columns));
-    case 3: return visit(PackedRows<ElementType::kAffine, 3>(matrix, columns));
-    case 4: return visit(PackedRows<ElementType::kAffine, 4>(matrix, columns));
-    case 5: return visit(PackedRows<ElementType::kAffine, 5>(matrix, columns));
-    case 6: return visit(PackedRows<ElementType::kAffine, 6>(matrix, columns));
-    default: return visit(PackedRows<ElementType::kAffine, 8>(matrix, columns));
+    case 2:
+      return visit(PackedRows<ElementType::kAffine, 2>(matrix, columns));
+    case 3:
+      return visit(PackedRows<ElementType::kAffine, 3>(matrix, columns));
+    case 4:
+      return visit(PackedRows<ElementType::kAffine, 4>(matrix, columns));
+    case 5:
+      return visit(PackedRows<ElementType::kAffine, 5>(matrix, columns));
+    case 6:
+      return visit(PackedRows<ElementType::kAffine, 6>(matrix, columns));
+    default:
+      return visit(PackedRows<ElementType::kAffine, 8>(matrix, columns));
   }
 }
 

@@ -177,7 +177,7 @@ const mx::array& Matrix::array() const {
     if (forms_->array) return;
     const bool in_float32 = forms_->stored && forms_->stored->type == ElementType::kFloat32;
     forms_->array = in_float32 ? mx::array(static_cast<const float*>(forms_->stored->values), {rows_, columns_})
-                           : mx::array(floats().data(), {rows_, columns_});
+                               : mx::array(floats().data(), {rows_, columns_});
   });
   return *forms_->array;
 }

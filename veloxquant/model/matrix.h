@@ -33,8 +33,8 @@ inline constexpr int kFewTokens = 64;
 
 /// An immutable matrix [rows, columns].  Copies share it.
 ///
-/// Our CPU kernels read it as it is stored, where it lies in the mapped file if it comes from one.  So do MLX's operations on a GPU,
-/// in half precision or packed; those of the CPU read what was mapped from a file in float32.
+/// Our CPU kernels read it as it is stored, where it lies in the mapped file if it comes from one.  So do MLX's operations on a
+/// GPU, in half precision or packed; those of the CPU read what was mapped from a file in float32.
 class Matrix {
  public:
   /// `stored` lives as long as `owner`.  Throws std::invalid_argument for a form that cannot be.
