@@ -23,8 +23,9 @@ if(VELOXQUANT_ENGINE)
   install(TARGETS veloxquant_cli RUNTIME COMPONENT engine)
 endif()
 
+get_filename_component(openblas_folder ${VELOXQUANT_OPENBLAS} DIRECTORY)
 configure_package_config_file(cmake/veloxquantConfig.cmake.in veloxquantConfig.cmake INSTALL_DESTINATION ${package_dir})
 # Before 1.0 a minor version may change what the one before promised.
 write_basic_package_version_file(veloxquantConfigVersion.cmake COMPATIBILITY SameMinorVersion)
-install(FILES ${PROJECT_BINARY_DIR}/veloxquantConfig.cmake ${PROJECT_BINARY_DIR}/veloxquantConfigVersion.cmake
+install(FILES cmake/openblas.cmake ${PROJECT_BINARY_DIR}/veloxquantConfig.cmake ${PROJECT_BINARY_DIR}/veloxquantConfigVersion.cmake
         DESTINATION ${package_dir} COMPONENT base)

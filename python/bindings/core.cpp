@@ -6,6 +6,7 @@
 #include "mlx/ops.h"
 #include "veloxquant/core/warning.h"
 #include "veloxquant/kernels/gemm.h"
+#include "veloxquant/kernels/openblas.h"
 
 namespace veloxquant::python {
 
@@ -39,6 +40,8 @@ NB_MODULE(_core, module) {
   module.def("take_mlx_products", &take_mlx_products, "Have MLX multiply with this module's cblas_sgemm; whether it does.");
   module.def("gemm_calls", &veloxquant::gemm_calls, "Calls of this module's cblas_sgemm so far.");
   module.def("blas_description", &veloxquant::blas_description, "The BLAS that matrix products of this module come through.");
+  module.def("warn_of_narrow_kernel", &veloxquant::openblas::warn_of_narrow_kernel,
+             "Warns, once, where the BLAS has a kernel for an older processor.");
   bind_models(module);
   bind_live_model(module);
   bind_ratequant(module);

@@ -32,5 +32,6 @@ def _multiplies_with_ours(core):
 
 core = _load()
 core.take_mlx_products()
+core.warn_of_narrow_kernel()
 if not _multiplies_with_ours(core):
     warnings.warn("this MLX multiplies with a BLAS of its own, which may be slow, in models that mlx_lm runs on the CPU", stacklevel=3)

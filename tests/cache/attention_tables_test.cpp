@@ -58,7 +58,7 @@ std::vector<std::uint8_t> some_codes(int count, std::uint64_t seed) {
 
 class Tables : public ::testing::TestWithParam<Case> {};
 
-TEST_P(Tables, KeysAreThoseOfTheQuantizerToAStep) {
+TEST_P(Tables, KeysAreThoseOfTheQuantizer) {
   const auto [dim, codes] = GetParam();
   const auto quantizer = quantizer_of({dim, codes}, Side::kKeys);
   const Rope rope(RopeConfig{}, dim);
@@ -83,11 +83,11 @@ TEST_P(Tables, KeysAreThoseOfTheQuantizerToAStep) {
     for (std::size_t i = 0; i < z.size(); ++i)
       for (std::size_t j = 0; j < z.size(); ++j) expected[j] += z[i] * quantizer.inverse()[i * z.size() + j];
     const auto got = key_of(tables, token, rest, columns, dim);
-    for (std::size_t i = 0; i < z.size(); ++i) EXPECT_NEAR(got[i], expected[i], 1.01 * largest) << "dimension " << i;
+    for (std::size_t i = 0; i < z.size(); ++i) EXPECT_NEAR(got[i], expected[i], 0.02 * largest) << "dimension " << i;
   }
 }
 
-TEST_P(Tables, ValuesAreThoseOfTheQuantizerToAStep) {
+TEST_P(Tables, ValuesAreThoseOfTheQuantizer) {
   const auto [dim, codes] = GetParam();
   const auto quantizer = quantizer_of({dim, codes}, Side::kValues);
   const std::size_t units = (num_units(quantizer) + 7) / 8 * 8;
@@ -114,7 +114,7 @@ TEST_P(Tables, ValuesAreThoseOfTheQuantizerToAStep) {
         got[static_cast<std::size_t>(unit.column) + i] = static_cast<double>(unit.scale) * (entry(0) + entry(1)) + unit.low[i];
       }
     }
-    for (std::size_t i = 0; i < expected.size(); ++i) EXPECT_NEAR(got[i], expected[i], 1.01 * largest) << "column " << i;
+    for (std::size_t i = 0; i < expected.size(); ++i) EXPECT_NEAR(got[i], expected[i], 0.02 * largest) << "column " << i;
   }
 }
 
@@ -173,7 +173,7 @@ TEST_P(Tables, RotatedKeysTimesTheInverseAreThoseOfTheQuantizer) {
     for (std::size_t i = 0; i < z.size(); ++i) expected[j] += z[i] * quantizer.inverse()[i * z.size() + j];
     square += expected[j] * expected[j], error += (expected[j] - got[j]) * (expected[j] - got[j]);
   }
-  EXPECT_LT(std::sqrt(error), 0.03 * std::sqrt(square));
+  EXPECT_LT(std::sqrt(error), 2e-3 * std::sqrt(square));  // A⁻¹ in half precision
 }
 
 INSTANTIATE_TEST_SUITE_P(AttentionTables, Tables,
@@ -187,6 +187,20 @@ TEST(AttentionTables, KeysThatAreNotPlanesHaveNone) {
   const RotatedPqFitter fitter({x.data<float>(), x.size()}, 64, {}, Rotation::kFull);
   const RotatedPqQuantizer quantizer(fitter.fit(Side::kKeys, {.codes = 8, .stages = 2, .max_iter = 2}));
   EXPECT_EQ(rest_columns(quantizer, Rope(RopeConfig{}, 64)), 0u);
+}
+
+// Layers without RoPE: planes that do not turn.
+TEST(AttentionTables, PlanesNeedNotTurn) {
+  const auto quantizer = quantizer_of({64, 9}, Side::kKeys);
+  RopeConfig config;
+  config.dims = 0;
+  const Rope none(config, 64);
+  const std::size_t columns = rest_columns(quantizer, none);
+  ASSERT_GT(columns, 0u);
+  for (const auto& unit : key_tables(quantizer, none, num_units(quantizer), columns).units)
+    for (const unsigned turns : unit.turns) EXPECT_EQ(turns, 0u);
+  config.dims = 32;
+  EXPECT_EQ(rest_columns(quantizer, Rope(config, 64)), 0u);
 }
 
 TEST(AttentionTables, TurnsAreFractionsOfACircle) {

@@ -6,6 +6,7 @@
 #include "mlx/transforms.h"
 #include "tests/cache/packed_inputs.h"
 #include "veloxquant/cache/block_codec.h"
+#include "veloxquant/model/cpu_operation.h"
 
 namespace veloxquant {
 namespace {
@@ -25,9 +26,9 @@ QuantizerParameters rotated(int dim, int codes, int patches, int stages = 2) {
       .fit(Side::kValues, {.codes = codes, .stages = stages, .patches = patches, .max_iter = 2});
 }
 
-// Vectors of two rows appended in chunks, to blocks of each codec: bytes that differ are rare, since a vector within rounding of a
+// Vectors of two rows appended in chunks, to blocks of each codec: `other` bytes may differ, since a vector within rounding of a
 // boundary may get another code, and vectors are read alike.
-void expect_alike(const QuantizerParameters& parameters, const std::vector<int>& chunks) {
+void expect_alike(const QuantizerParameters& parameters, const std::vector<int>& chunks, int other) {
   const Rope rope({}, parameters.dim);
   const auto reference = make_block_codec(parameters, parameters.side == Side::kKeys ? &rope : nullptr);
   const GraphCodec codec(parameters);
@@ -61,8 +62,17 @@ void expect_alike(const QuantizerParameters& parameters, const std::vector<int>&
       EXPECT_NEAR(blocks.errors.data<float>()[row * static_cast<std::size_t>(codec.patches()) + p], open[row].patch_errors[p],
                   1e-4f * open[row].patch_errors[p]);
   }
-  EXPECT_LE(other_bytes, 4) << parameters.method;
-  EXPECT_LE(other_vectors, 2 * parameters.dim) << parameters.method;
+  EXPECT_LE(other_bytes, other) << parameters.method;
+  EXPECT_LE(other_vectors, other == 0 ? 0 : 2 * parameters.dim) << parameters.method;
+}
+
+// By MLX's own operations, whose products are a library's, and with our kernels, where codes are the quantizer's to the last bit;
+// turboquant scales after it has rotated, not before.
+void expect_alike(const QuantizerParameters& parameters, const std::vector<int>& chunks) {
+  constexpr int kRare = 4;
+  expect_alike(parameters, chunks, parameters.method == "turboquant" ? kRare : 0);
+  const MlxOperationsScope scope;
+  expect_alike(parameters, chunks, kRare);
 }
 
 const std::vector<std::vector<int>> kChunks = {{kBlock}, {1, 1, 1, 5, 40, 1, 130, 1, 76}, {3}, {100, 100}};

@@ -10,6 +10,7 @@
 
 #include "veloxquant/core/parallel.h"
 #include "veloxquant/core/random.h"
+#include "veloxquant/kernels/ordered_product.h"
 
 namespace veloxquant::testing {
 
@@ -35,6 +36,14 @@ void expect_same_on_any_threads(Compute compute) {
     EXPECT_EQ(compute(), alone) << threads << " threads";
   }
   set_num_threads(before);
+}
+
+/// The instruction set that is in use rounds a multiplication and an addition once.
+inline bool rounds_once() {
+  const float x = 1 + 0x1p-12f, minus = -(1 + 0x1p-11f);
+  float y = 0;
+  ordered_product(&x, 1, 1, 1, &x, 1, &minus, &y, 1);
+  return y != 0;
 }
 
 inline std::vector<float> normal_values(std::size_t count, std::uint64_t seed, double deviation = 1.0) {

@@ -124,10 +124,5 @@ TEST(Gemm, SameBitsOnAnyThreads) {
       [] { return Product{.transpose_a = true, .transpose_b = false, .m = 3, .n = 900, .k = 65}.by_cblas(kColumnMajor); });
 }
 
-// The linker drops OpenBLAS without a word under --as-needed, and products become 50 times slower.
-TEST(Gemm, OpenBlasDoesTheWork) {
-  EXPECT_NE(blas_description().find("OpenBLAS"), std::string::npos) << blas_description();
-}
-
 }  // namespace
 }  // namespace veloxquant

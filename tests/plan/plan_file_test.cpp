@@ -12,6 +12,7 @@
 #include "veloxquant/core/hash.h"
 #include "veloxquant/core/json.h"
 #include "veloxquant/core/safetensors.h"
+#include "veloxquant/quantize/rotated_pq.h"
 
 namespace veloxquant {
 namespace {
@@ -26,14 +27,22 @@ using testing::some_plan;
 struct Parts {
   nlohmann::ordered_json json;
   std::map<std::string, Tensor> tensors;
+  std::map<std::string, ByteTensor> byte_tensors;
   std::map<std::string, std::string> metadata;
+
+  std::map<std::string, SafetensorsEntry> entries() const {
+    std::map<std::string, SafetensorsEntry> result;
+    for (const auto& [name, tensor] : tensors) result[name] = {"F32", tensor.shape, std::as_bytes(std::span(tensor.values))};
+    for (const auto& [name, tensor] : byte_tensors) result[name] = {"U8", tensor.shape, std::as_bytes(std::span(tensor.values))};
+    return result;
+  }
 
   std::string checksum() const {
     std::string text = metadata.at("plan");
-    for (const auto& [name, tensor] : tensors) {
+    for (const auto& [name, entry] : entries()) {
       text += "\n" + name;
-      for (const auto size : tensor.shape) text += " " + std::to_string(size);
-      text.append(reinterpret_cast<const char*>(tensor.values.data()), tensor.values.size() * sizeof(float));
+      for (const auto size : entry.shape) text += " " + std::to_string(size);
+      text.append(reinterpret_cast<const char*>(entry.data.data()), entry.data.size());
     }
     return sha256(text);
   }
@@ -44,19 +53,25 @@ class PlanFile : public ::testing::Test {
   Parts parts_of(const Plan& plan) {
     write_plan(plan, path);
     const SafetensorsFile file(path);
-    Parts parts{.json = nlohmann::ordered_json::parse(file.metadata().at("plan")), .tensors = {}, .metadata = file.metadata()};
-    for (const auto& [name, entry] : file.tensors()) parts.tensors.emplace(name, to_float32(entry, name, "x"));
+    Parts parts{.json = nlohmann::ordered_json::parse(file.metadata().at("plan")), .tensors = {}, .byte_tensors = {}, .metadata = file.metadata()};
+    for (const auto& [name, entry] : file.tensors()) {
+      const auto* bytes = reinterpret_cast<const std::uint8_t*>(entry.data.data());
+      if (entry.dtype == "U8")
+        parts.byte_tensors.emplace(name, ByteTensor{entry.shape, {bytes, bytes + entry.data.size()}});
+      else
+        parts.tensors.emplace(name, to_float32(entry, name, "x"));
+    }
     return parts;
   }
 
   // What read_plan says of the file after `change`.
   template <class Change>
-  std::string problem(const Change& change) {
-    Parts parts = parts_of(some_plan());
+  std::string problem(const Change& change, const Plan& plan = some_plan()) {
+    Parts parts = parts_of(plan);
     change(parts);
     parts.metadata["plan"] = parts.json.dump();
     if (parts.metadata.contains("checksum")) parts.metadata["checksum"] = parts.checksum();
-    write_safetensors(path, parts.tensors, parts.metadata);
+    write_entries(path, parts.entries(), parts.metadata);
     const std::string text = message_of<std::runtime_error>([&] { read_plan(path); });
     EXPECT_TRUE(text.empty() || text.find("x.plan") != std::string::npos) << text;
     EXPECT_THAT(text, Not(HasSubstr("\n")));
@@ -87,7 +102,7 @@ TEST_F(PlanFile, SamePlanSameBytes) {
 TEST_F(PlanFile, IsTheDocumentedFile) {
   const Parts parts = parts_of(some_plan());
   EXPECT_EQ(parts.metadata.at("format"), "veloxquant-plan");
-  EXPECT_EQ(parts.metadata.at("version"), "3");
+  EXPECT_EQ(parts.metadata.at("version"), "4");
   EXPECT_EQ(parts.metadata.at("checksum"), parts.checksum());
   EXPECT_EQ(parts.tensors.at("layers.0.keys.codebook").shape, (std::vector<std::int64_t>{2, 2, 2}));
   EXPECT_EQ(parts.json.at("units").at(0).at("tensors").at("codebook"), "layers.0.keys.codebook");
@@ -134,7 +149,7 @@ TEST_F(PlanFile, OtherFilesAreNoPlans) {
 TEST_F(PlanFile, RefusesMetadataThatIsNotAPlans) {
   EXPECT_EQ(problem([](Parts&) {}), "");
   EXPECT_THAT(problem([](Parts& parts) { parts.metadata["format"] = "gguf"; }), HasSubstr("gguf"));
-  EXPECT_THAT(problem([](Parts& parts) { parts.metadata["version"] = "4"; }), AllOf(HasSubstr("version"), HasSubstr("got 4")));
+  EXPECT_THAT(problem([](Parts& parts) { parts.metadata["version"] = "5"; }), AllOf(HasSubstr("version"), HasSubstr("got 5")));
   EXPECT_THAT(problem([](Parts& parts) { parts.metadata["more"] = "x"; }), HasSubstr("metadata"));
   for (const char* field : {"format", "version", "checksum"})
     EXPECT_THAT(problem([&](Parts& parts) { parts.metadata.erase(field); }), HasSubstr(field));
@@ -231,6 +246,100 @@ TEST_F(PlanFile, RefusesTensorsThatDoNotFit) {
                 parts.tensors["layers.0.values.codebook"] = parts.tensors[codebook];
               }),
               HasSubstr("codebook"));
+}
+
+// Keys and values of rotated_pq, as formats up to 3 have them.
+QuantizerParameters float_unit(Side side, int plane) {
+  QuantizerParameters unit{.method = "rotated_pq",
+                           .side = side,
+                           .dim = 4,
+                           .numbers = {{"codes", 2}, {"stages", 2}, {"num_centroids", 3}, {"patches", 1}, {"plane", plane}},
+                           .tensors = {}};
+  unit.tensors = {{"mean", {{4}, {1, 2, 3, -4}}},
+                  {"transform", {{4, 4}, {2, 0, 0, 1, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1}}},
+                  {"codebook", {{2, 3, 4}, {1, 2, 3, 4, -1, -2, -3, -4, 0, 1, 0, 1, .1f, .2f, .3f, .4f, -.1f, 0, 0, 0, 0, 0, .5f, 0}}}};
+  return unit;
+}
+
+Plan plan_of_bytes() {
+  Plan plan = some_plan();
+  plan.model.num_layers = 1;
+  plan.units = {{0, Side::kKeys, with_byte_tables(float_unit(Side::kKeys, 1))},
+                {0, Side::kValues, with_byte_tables(float_unit(Side::kValues, 0))}};
+  return plan;
+}
+
+TEST_F(PlanFile, EntriesOfRotatedPqAreBytes) {
+  const Plan plan = plan_of_bytes();
+  const Parts parts = parts_of(plan);
+  EXPECT_EQ(read_plan(path), plan);
+  EXPECT_EQ(parts.byte_tensors.at("layers.0.keys.entries").shape, (std::vector<std::int64_t>{2, 3, 4}));
+  EXPECT_EQ(parts.tensors.at("layers.0.values.offsets").shape, (std::vector<std::int64_t>{2, 4}));
+  EXPECT_EQ(parts.tensors.at("layers.0.values.scales").shape, (std::vector<std::int64_t>{1}));
+  // Mean, transform, offsets and a scale; the entries.
+  EXPECT_EQ(constant_bytes(plan), 2 * ((4 + 16 + 8 + 1) * sizeof(float) + 2 * 3 * 4));
+}
+
+TEST_F(PlanFile, RefusesDamagedTablesOfBytes) {
+  const Plan plan = plan_of_bytes();
+  const std::string keys = "layers.0.keys.", entries = keys + "entries", offsets = keys + "offsets", scales = keys + "scales";
+  EXPECT_EQ(problem([](Parts&) {}, plan), "");
+  EXPECT_THAT(problem([&](Parts& parts) { parts.byte_tensors.erase(entries); }, plan), HasSubstr("entries"));
+  EXPECT_THAT(problem([&](Parts& parts) { parts.byte_tensors[entries].shape = {2, 4, 3}; }, plan), HasSubstr("entries"));
+  EXPECT_THAT(problem([&](Parts& parts) { parts.byte_tensors[entries].values.assign(24, 200); }, plan), HasSubstr("entries"));
+  EXPECT_THAT(problem([&](Parts& parts) { parts.tensors[offsets].values[1] = 0.25f; }, plan), HasSubstr("offsets"));
+  EXPECT_THAT(problem([&](Parts& parts) { parts.tensors[offsets].values[1] = 1e6f; }, plan), HasSubstr("offsets"));
+  for (const float value : {0.0f, -1.0f, std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()})
+    EXPECT_THAT(problem([&](Parts& parts) { parts.tensors[scales].values[0] = value; }, plan), HasSubstr("scales")) << value;
+  // Of another type.
+  EXPECT_THAT(problem(
+                  [&](Parts& parts) {
+                    parts.byte_tensors.erase(entries);
+                    parts.tensors[entries] = {{2, 3, 4}, std::vector<float>(24)};
+                  },
+                  plan),
+              HasSubstr("entries"));
+  EXPECT_THAT(problem(
+                  [&](Parts& parts) {
+                    parts.tensors.erase(scales);
+                    parts.byte_tensors[scales] = {{1}, {1}};
+                  },
+                  plan),
+              HasSubstr("scales"));
+}
+
+TEST_F(PlanFile, FloatEntriesOfFormat3AreRoundedAsTheyAreRead) {
+  const Plan plan = plan_of_bytes();
+  const auto as_format_3 = [](Parts& parts) {
+    parts.metadata["version"] = "3";
+    parts.byte_tensors.clear();
+    parts.tensors.clear();
+    int unit = 0;
+    for (const Side side : {Side::kKeys, Side::kValues}) {
+      auto names = nlohmann::ordered_json::object();
+      for (const auto& [name, tensor] : float_unit(side, 0).tensors) {
+        names[name] = "layers.0." + std::string(to_string(side)) + "." + name;
+        parts.tensors.emplace(names[name], tensor);
+      }
+      parts.json["units"][unit++]["tensors"] = names;
+    }
+  };
+  EXPECT_EQ(problem(as_format_3, plan), "");
+  EXPECT_EQ(read_plan(path), plan);
+  const auto damaged = [&](const auto& change) {
+    return problem([&](Parts& parts) { as_format_3(parts), change(parts); }, plan);
+  };
+  const std::string codebook = "layers.0.values.codebook";
+  EXPECT_THAT(damaged([&](Parts& parts) { parts.tensors[codebook].values[3] = std::numeric_limits<float>::infinity(); }),
+              HasSubstr("codebook"));
+  EXPECT_THAT(damaged([&](Parts& parts) { parts.tensors[codebook].shape = {3, 2, 4}; }), HasSubstr("codebook"));
+  EXPECT_THAT(damaged([&](Parts& parts) {
+                parts.tensors.erase(codebook);
+                parts.byte_tensors[codebook] = {{2, 3, 4}, std::vector<std::uint8_t>(24)};
+              }),
+              HasSubstr("codebook"));
+  // Bytes are of format 4.
+  EXPECT_THAT(problem([](Parts& parts) { parts.metadata["version"] = "3"; }, plan), HasSubstr("U8"));
 }
 
 // What could not be read is not written, and the old file stays.

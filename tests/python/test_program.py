@@ -6,6 +6,7 @@ import signal
 import struct
 import subprocess
 import time
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -24,6 +25,17 @@ def test_help_has_examples_and_version_names_blas(run):
     for command in "calibrate sensitivity allocate inspect verify evaluate generate".split():
         done = run(command, "--help")
         assert done.returncode == 0 and "Example: veloxquant " + command in done.stdout
+
+
+@pytest.mark.skipif(" avx2 " not in Path("/proc/cpuinfo").read_text(), reason="SSE is what this processor has")
+def test_a_product_for_an_older_processor_is_said_once(run, demo_model, text):
+    command = ["sensitivity", demo_model, "--samples", 1, "--length", 32, "--text", text, "--json"]
+    done = run(*command, env={**os.environ, "OPENBLAS_CORETYPE": "Prescott"})
+    assert done.returncode == 0
+    (line,) = (line for line in done.stderr.splitlines() if "OpenBLAS" in line)
+    assert line.startswith("veloxquant: warning: OpenBLAS multiplies with SSE") and line.endswith("unset OPENBLAS_CORETYPE, which is Prescott")
+    own = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
+    assert "OpenBLAS" not in run(*command, env=own).stderr
 
 
 def test_probe_saved_and_allocated_without_a_model(run, demo_model, text, tmp_path):

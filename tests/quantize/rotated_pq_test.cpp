@@ -270,7 +270,83 @@ TEST(RotatedPq, BadInput) {
   EXPECT_THAT(refused([](auto& p) { p.numbers.erase("patches"); }), HasSubstr("no number patches"));
   EXPECT_THAT(refused([](auto& p) { p.tensors.at("transform").values.assign(kDim * kDim, 0.0f); }), HasSubstr("transform"));
   EXPECT_THAT(refused([](auto& p) { p.tensors.at("mean").values[0] = std::numeric_limits<float>::infinity(); }), HasSubstr("mean"));
-  EXPECT_THAT(refused([](auto& p) { p.tensors.at("codebook").shape[2] = 31; }), HasSubstr("codebook"));
+  EXPECT_THAT(refused([](auto& p) { p.byte_tensors.at("entries").shape[2] = 31; }), HasSubstr("entries"));
+  EXPECT_THAT(refused([](auto& p) { p.byte_tensors.at("entries").values.pop_back(); }), HasSubstr("entries"));
+  EXPECT_THAT(refused([](auto& p) { p.byte_tensors.clear(); }), HasSubstr("entries"));
+  EXPECT_THAT(refused([](auto& p) { p.byte_tensors.at("entries").values.assign(2 * 256 * kDim, 128); }),
+              HasSubstr("sums of two up to 255, got 256"));
+  for (const float bad : {0.0f, -1.0f}) EXPECT_THAT(refused([&](auto& p) { p.tensors.at("scales").values[1] = bad; }), HasSubstr("scales"));
+  EXPECT_THAT(refused([](auto& p) { p.tensors.at("scales").values[1] = std::numeric_limits<float>::max(); }), HasSubstr("scales"));
+  EXPECT_THAT(refused([](auto& p) { p.tensors.at("scales").values[1] = std::numeric_limits<float>::quiet_NaN(); }), HasSubstr("scales"));
+  for (const float bad : {0.5f, 1001.0f, -1001.0f})
+    EXPECT_THAT(refused([&](auto& p) { p.tensors.at("offsets").values[3] = bad; }), HasSubstr("offsets"));
+  EXPECT_THAT(refused([](auto& p) {
+                p.tensors.at("offsets").values[3] = 600;
+                p.tensors.at("offsets").values[3 + kDim] = 600;
+              }),
+              HasSubstr("together"));
+  const auto plane = fitted(vectors, {.codes = 4}, {}, Rotation::kPlane);
+  auto mixed = plane;
+  mixed.tensors.at("transform").values[0 * kDim + kDim - 1] = mixed.tensors.at("transform").values[0];
+  for (std::size_t i = 0; i < kDim; ++i) mixed.tensors.at("transform").values[i * kDim + (i + 1) % kDim] += 0.01f;
+  EXPECT_THAT(problem([&] { make_quantizer(mixed); }), HasSubstr("planes"));
+}
+
+// What is looked up where attention reads bytes is what z comes from.
+TEST(RotatedPq, BytesAreEntriesOfTheirSpace) {
+  const auto vectors = correlated(700, 1);
+  for (const Rotation rotation : {Rotation::kFull, Rotation::kPlane}) {
+    const RotatedPqQuantizer quantizer(fitted(vectors, {.codes = 7}, {}, rotation));
+    ASSERT_EQ(quantizer.planes().empty(), rotation == Rotation::kFull);
+    std::size_t begin = 0;
+    for (std::size_t s = 0; s < quantizer.subspaces().size(); ++s) {
+      const auto& subspace = quantizer.subspaces()[s];
+      const ByteTables& bytes = quantizer.byte_tables()[s];
+      const auto width = static_cast<std::size_t>(subspace.dim());
+      for (std::size_t stage = 0; stage < bytes.entries.size(); ++stage)
+        for (const std::size_t entry : {std::size_t{0}, std::size_t{100}, std::size_t{255}})
+          for (std::size_t column = 0; column < width; ++column) {
+            const float* z = subspace.entry(static_cast<int>(stage), entry);
+            double expected = z[column];
+            if (rotation == Rotation::kPlane) {
+              const std::size_t dimension = quantizer.planes()[s][column / 2] + column % 2 * kDim / 2;
+              expected = stage == 0 ? quantizer.mean()[dimension] : 0;
+              for (std::size_t i = 0; i < width; ++i) expected += z[i] * quantizer.inverse()[(begin + i) * kDim + dimension];
+            }
+            EXPECT_NEAR(bytes.value(stage, entry, column), expected, 1e-4) << s << " " << stage << " " << entry;
+          }
+      begin += width;
+    }
+  }
+}
+
+// Those of format 3 of plans.
+TEST(RotatedPq, FloatCodebooksAreRounded) {
+  for (const Rotation rotation : {Rotation::kFull, Rotation::kPlane}) {
+    const auto vectors = correlated(1500, 1), test = correlated(300, 2);
+    const auto made = fitted(vectors, {.codes = 6}, {}, rotation);
+    const RotatedPqQuantizer quantizer(made);
+    Tensor codebook{{2, 256, kDim}, std::vector<float>(2 * 256 * kDim)};
+    std::size_t begin = 0;
+    for (const auto& subspace : quantizer.subspaces()) {
+      const auto width = static_cast<std::size_t>(subspace.dim());
+      for (std::size_t row = 0; row < static_cast<std::size_t>(subspace.stages()) * 256; ++row)
+        std::copy_n(subspace.entry(static_cast<int>(row / 256), row % 256), width, codebook.values.begin() + static_cast<std::ptrdiff_t>(row * kDim + begin));
+      begin += width;
+    }
+    auto old = made;
+    old.byte_tensors.clear();
+    old.tensors.erase("offsets");
+    old.tensors.erase("scales");
+    old.tensors.emplace("codebook", codebook);
+    const auto read = with_byte_tables(old);
+    EXPECT_NEAR(error(read, test), error(made, test), 0.02 * error(made, test));
+    EXPECT_EQ(with_byte_tables(old), read);
+    EXPECT_THROW(with_byte_tables(made), std::invalid_argument);
+    EXPECT_THROW(make_quantizer(old), std::invalid_argument);
+    old.tensors.at("codebook").shape[1] = 255;
+    EXPECT_THROW(with_byte_tables(old), std::invalid_argument);
+  }
 }
 
 // Widths are quotients: 8 · 29 / 56 times 56 / 8 is not 29 in floating point.

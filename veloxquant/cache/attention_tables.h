@@ -12,7 +12,7 @@
 
 namespace veloxquant {
 
-/// Entries are rounded to 1/253 of the range that a unit's sums have.
+/// Those of quantize/byte_tables.h, in the order of kernels.
 /// tables [256, 2, units, 8]: of both stages; sums of two entries are at most 255.
 struct KeyTables {
   std::vector<std::uint8_t> tables;
@@ -36,7 +36,7 @@ struct KeyPlaces {
 KeyPlaces key_places(int dim, const Rope& rope);
 
 /// Columns that a unit's patches are made of, at most, filled up to a multiple of 8; 0 where keys do not consist of planes that
-/// `rope` turns one by one: then there are no tables for them.
+/// `rope` turns one by one, or not at all: then there are no tables for them.
 std::size_t rest_columns(const RotatedPqQuantizer& keys, const Rope& rope);
 
 /// As many units as there are of keys or values, without filling up.
@@ -44,8 +44,11 @@ std::size_t num_units(const RotatedPqQuantizer& quantizer);
 
 /// Filled up to `units` that add nothing.
 KeyTables key_tables(const RotatedPqQuantizer& keys, const Rope& rope, std::size_t units, std::size_t rest_columns);
-/// Of keys that are no planes: units of the rotated space, whose rest_begin and rest_count are its columns.
+/// Of keys of Rotation::kFull: units of the rotated space, whose rest_begin and rest_count are its columns.
 KeyTables rotated_key_tables(const RotatedPqQuantizer& keys, std::size_t units);
+
+/// What is taken from the sum of the bytes of dimension i of a unit.
+float key_offset(const KeyUnit& unit, std::size_t i);
 
 /// A⁻¹ for these units as lanes of a product on tensor cores take it (FullKeyTables in packed_tiles.cuh), IEEE half:
 /// [dim / 8, units / 2, 32, 4].

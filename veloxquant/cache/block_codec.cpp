@@ -217,7 +217,7 @@ class RotatedKeysCodec : public RotatedPqCodec {
   // Cosines and sines of a position, as turn_pairs takes them.
   void append_angles(double position, float magnitude, std::vector<float>& cosines, std::vector<float>& sines) const {
     for (const std::size_t plane : planes_) {
-      const double angle = position * rope_->frequencies()[plane];
+      const double angle = rope_->frequencies().empty() ? 0.0 : position * rope_->frequencies()[plane];
       const auto c = magnitude * static_cast<float>(std::cos(angle)), s = magnitude * static_cast<float>(std::sin(angle));
       cosines.insert(cosines.end(), {c, c});
       sines.insert(sines.end(), {-s, s});
@@ -232,11 +232,12 @@ class RotatedKeysCodec : public RotatedPqCodec {
 // Sub-spaces that hold whole planes: A⁻¹ and μ are in the tables, which are looked up straight into scores.
 class PlaneKeysCodec : public RotatedKeysCodec {
  public:
-  PlaneKeysCodec(const QuantizerParameters& parameters, RotatedPqQuantizer quantizer, const Rope& rope,
-                 std::vector<FoldedSubspace> folded)
+  PlaneKeysCodec(const QuantizerParameters& parameters, RotatedPqQuantizer quantizer, const Rope& rope)
       : RotatedKeysCodec(parameters, std::move(quantizer), rope) {
+    const auto folded = folded_planes(quantizer_);
     set_order(planes_of(folded));
-    entries_ = EntryLayout(folded_pieces(folded));
+    std::vector<std::vector<float>> tables;
+    entries_ = EntryLayout(folded_pieces(folded, tables));
     for (std::size_t i = 0; i < dim_; ++i) {
       inverse_.resize((i + 1) * entries_.columns());
       for (std::size_t j = 0; j < dim_; ++j)
@@ -320,13 +321,16 @@ class PlaneKeysCodec : public RotatedKeysCodec {
     return planes;
   }
 
-  // With tables as EntryLayout reads them, in `folded`.
-  std::vector<LookupPiece> folded_pieces(std::vector<FoldedSubspace>& folded) const {
+  // As EntryLayout reads them, with tables that stand in `memory`.
+  std::vector<LookupPiece> folded_pieces(const std::vector<FoldedSubspace>& folded,
+                                         std::vector<std::vector<float>>& memory) const {
     std::vector<LookupPiece> pieces = pieces_;
+    memory.reserve(2 * pieces.size());
     for (std::size_t p = 0; p < pieces.size(); ++p)
-      for (std::size_t stage = 0; stage < folded[p].tables.size(); ++stage) {
-        auto& table = folded[p].tables[stage];
-        table.resize(kTableEntries * pieces[p].width);
+      for (std::size_t stage = 0; stage < folded[p].tables->entries.size(); ++stage) {
+        auto& table = memory.emplace_back(kTableEntries * pieces[p].width);
+        for (std::size_t i = 0; i < folded[p].tables->entries[stage].size(); ++i)
+          table[i] = folded[p].tables->value(stage, i / pieces[p].width, i % pieces[p].width);
         pieces[p].tables[stage] = table.data();
       }
     return pieces;
@@ -497,10 +501,11 @@ std::shared_ptr<const BlockCodec> make_block_codec(const QuantizerParameters& pa
   if (parameters.method == rotated_pq_method().name) {
     RotatedPqQuantizer quantizer(parameters);
     if (!keys) return std::make_shared<RotatedValuesCodec>(parameters, std::move(quantizer));
-    std::vector<FoldedSubspace> folded;
-    if (2 * rope->frequencies().size() == static_cast<std::size_t>(parameters.dim)) folded = folded_planes(quantizer);
-    if (folded.empty()) return std::make_shared<FullKeysCodec>(parameters, std::move(quantizer), *rope);
-    return std::make_shared<PlaneKeysCodec>(parameters, std::move(quantizer), *rope, std::move(folded));
+    const std::size_t turned = 2 * rope->frequencies().size();
+    const bool whole_planes = turned == 0 || turned == static_cast<std::size_t>(parameters.dim);
+    if (quantizer.planes().empty() || !whole_planes)
+      return std::make_shared<FullKeysCodec>(parameters, std::move(quantizer), *rope);
+    return std::make_shared<PlaneKeysCodec>(parameters, std::move(quantizer), *rope);
   }
   check_packable(parameters);
   if (has_vecinfer_codec(parameters)) return make_vecinfer_codec(parameters);

@@ -33,7 +33,7 @@ mx::array reordered(const mx::array& bytes, const std::optional<mx::array>& from
 
 GraphCodec::GraphCodec(const QuantizerParameters& parameters) : dim_(parameters.dim) {
   const auto shape = block_shape(parameters);
-  graph_ = method_graph(parameters, *make_quantizer(parameters));
+  graph_ = method_graph(parameters, make_quantizer(parameters));
   token_bytes_ = static_cast<int>(shape.token_bytes());
   patches_ = static_cast<int>(shape.patches);
   filled_bytes_ = static_cast<int>(shape.bytes);

@@ -12,9 +12,12 @@
 
 #include "mlx/ops.h"
 #include "veloxquant/kernels/hadamard.h"
+#include "veloxquant/kernels/ordered_product.h"
+#include "veloxquant/model/cpu_operation.h"
 #include "veloxquant/quantize/lloyd_max.h"
 #include "veloxquant/quantize/rotated_pq.h"
 #include "veloxquant/quantize/turboquant.h"
+#include "veloxquant/quantize/vecinfer.h"
 
 namespace veloxquant {
 
@@ -150,6 +153,33 @@ mx::array as_it_is(const mx::array& x) {
   return x;
 }
 
+// Codes are what our quantizers choose, bit for bit, where our kernels run: MLX's products there are a library's, which round by
+// the processor and by the number of rows.
+
+// x [..., n] · matrix [n, n], before codes are chosen.
+mx::array rotated(const mx::array& x, const mx::array& matrix) {
+  if (!own_kernels()) return mx::matmul(x, matrix);
+  return cpu_operation("Rotate", {mx::contiguous(x), mx::contiguous(matrix)}, {x.shape()},
+                       [](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+                         const auto n = static_cast<std::size_t>(in[1].shape(0));
+                         ordered_product(in[0].data<float>(), in[0].size() / n, n, n, in[1].data<float>(), n, nullptr,
+                                         out[0].data<float>(), n);
+                       })[0];
+}
+
+mx::array hadamard_rows(const mx::array& x, const mx::array& matrix) {
+  if (!own_kernels()) return mx::matmul(x, matrix);
+  return cpu_operation("Hadamard", {mx::contiguous(x)}, {x.shape()},
+                       [](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+                         std::copy_n(in[0].data<float>(), in[0].size(), out[0].data<float>());
+                         const auto n = static_cast<std::size_t>(in[0].shape(-1));
+                         hadamard(out[0].data<float>(), in[0].size() / n, n);
+                       })[0];
+}
+
+// Rows of rotated vectors [rows, dim] → codes [rows, codes].
+using ChooseCodes = std::function<void(std::span<const float> z, std::span<std::uint16_t> codes)>;
+
 // Of methods whose own space is the vectors': weights do not matter.
 mx::array sums_as_they_are(const mx::array& sums, const mx::array&) {
   return sums;
@@ -169,7 +199,7 @@ std::vector<mx::array> quantise_affine_groups(const mx::array& x, int bits) {
   return {scale, bias, codes_of(x, from_half_bits(bias), from_half_bits(scale), bits)};
 }
 
-MethodGraph affine_graph(const QuantizerParameters& parameters, const Quantizer&) {
+MethodGraph affine_graph(const QuantizerParameters& parameters, const std::shared_ptr<const Quantizer>&) {
   const int bits = bits_of(parameters), size = static_cast<int>(parameters.numbers.at("group_size")), dim = parameters.dim,
             groups = (dim + size - 1) / size;
   const auto quantise = [=](const mx::array& x) {
@@ -184,9 +214,9 @@ MethodGraph affine_graph(const QuantizerParameters& parameters, const Quantizer&
   return {{{2 * groups, 16}, {dim, bits}}, as_it_is, quantise, look_up, sums_as_they_are};
 }
 
-MethodGraph turboquant_graph(const QuantizerParameters& parameters, const Quantizer& quantizer) {
+MethodGraph turboquant_graph(const QuantizerParameters& parameters, const std::shared_ptr<const Quantizer>& quantizer) {
   const int dim = parameters.dim, bits = bits_of(parameters);
-  const auto matrix = as_array(static_cast<const TurboQuantizer&>(quantizer).rotation_matrix(), {dim, dim});
+  const auto matrix = as_array(static_cast<const TurboQuantizer&>(*quantizer).rotation_matrix(), {dim, dim});
   const LloydMax& table = lloyd_max(bits);
   const auto levels = as_array(table.levels, {static_cast<int>(table.levels.size())});
   const auto quantise = [=, boundaries = table.boundaries](const mx::array& rotated) {
@@ -200,7 +230,7 @@ MethodGraph turboquant_graph(const QuantizerParameters& parameters, const Quanti
     return mx::multiply(mx::take(levels, fields[1], 0), mx::divide(from_half_bits(fields[0]), number(std::sqrt(dim))));
   };
   return {{{1, 16}, {dim, bits}},
-          [=](const mx::array& x) { return mx::matmul(x, mx::transpose(matrix)); },
+          [=](const mx::array& x) { return rotated(x, mx::transpose(matrix)); },
           quantise,
           look_up,
           [=](const mx::array& sums, const mx::array&) { return mx::matmul(sums, matrix); }};
@@ -216,8 +246,9 @@ class Codebooks {
     const float* tables;
   };
 
-  Codebooks(const std::vector<Subspace>& subspaces, int centroids)
-      : count_(static_cast<int>(subspaces.size())), centroids_(centroids) {
+  // choose: empty, or what chooses the same codes where our kernels run.
+  Codebooks(const std::vector<Subspace>& subspaces, int centroids, ChooseCodes choose)
+      : count_(static_cast<int>(subspaces.size())), centroids_(centroids), choose_(std::move(choose)) {
     int dim = 0;
     bool alike = true;
     for (const auto& subspace : subspaces) {
@@ -256,13 +287,16 @@ class Codebooks {
   // z [..., dim] → codes [..., codes], sub-space after sub-space.
   mx::array nearest(const mx::array& z) const {
     const int dim = z.shape(-1), rows = static_cast<int>(z.size()) / dim;
+    if (choose_ && own_kernels()) return chosen(z);
     auto wide = mx::reshape(z, {rows, dim});
     if (into_) wide = mx::take(pad_last_axis(wide, dim + 1), *into_, -1);
     const auto pieces = mx::transpose(mx::reshape(wide, {rows, count_, width_}), {1, 0, 2});
     std::vector<mx::array> found;
     const int step = std::max(1, kFloatsAtOnce / (count_ * centroids_ * (stages_ == 2 ? kBeam : 1)));
     for (int begin = 0; begin < rows; begin += step) {
-      const auto some = mx::slice(pieces, {0, begin, 0}, {count_, std::min(rows, begin + step), width_});
+      auto some = mx::slice(pieces, {0, begin, 0}, {count_, std::min(rows, begin + step), width_});
+      // One after another: MLX would compute the scores of all of them before it looks at any.
+      if (!found.empty()) some = mx::depends({some}, {found.back()})[0];
       found.push_back(mx::swapaxes(stages_ == 2 ? nearest_pairs(some) : mx::argmin(scores(some, 0), -1, true), 0, 1));
     }
     const auto codes = mx::reshape(found.size() == 1 ? found[0] : mx::concatenate(found, 0), {rows, count_ * stages_});
@@ -282,6 +316,15 @@ class Codebooks {
   static constexpr int kEntries = 256;  // any byte is a code: those of a damaged file are read as zeros
   static constexpr int kBeam = RotatedPqQuantizer::kBeam;
   static constexpr int kFloatsAtOnce = 1 << 25;  // of scores
+
+  mx::array chosen(const mx::array& z) const {
+    return cpu_operation("ChooseCodes", {mx::contiguous(z)}, {with_last(z.shape(), {codes_})},
+                         [choose = choose_](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+                           std::vector<std::uint16_t> codes(out[0].size());
+                           choose({in[0].data<float>(), in[0].size()}, codes);
+                           std::copy(codes.begin(), codes.end(), out[0].data<float>());
+                         })[0];
+  }
 
   // The centroids of all sub-spaces: [count, centroids, width].
   mx::array table(int stage) const {
@@ -310,12 +353,13 @@ class Codebooks {
   }
 
   int count_, centroids_, codes_ = 0, stages_ = 1, width_ = 1;
+  ChooseCodes choose_;
   mx::array tables_ = mx::array(0.0f), half_norms_ = tables_;  // [count · stages · entries, width], [count, stages, centroids]
   mx::array first_entries_ = tables_;                          // [count, stages]: where each table begins
   std::optional<mx::array> into_, out_of_;                     // columns of pieces and of z, where widths differ
 };
 
-MethodGraph vecinfer_graph(const QuantizerParameters& parameters, const Quantizer&) {
+MethodGraph vecinfer_graph(const QuantizerParameters& parameters, const std::shared_ptr<const Quantizer>& quantizer) {
   const int dim = parameters.dim;
   const Tensor& tensor = parameters.tensors.at("codebook");
   const auto subspaces = static_cast<std::size_t>(tensor.shape[0]);
@@ -324,7 +368,10 @@ MethodGraph vecinfer_graph(const QuantizerParameters& parameters, const Quantize
   std::vector<Codebooks::Subspace> parts;
   for (std::size_t s = 0; s < subspaces; ++s)
     parts.push_back({1, width, tensor.values.data() + s * tensor.values.size() / subspaces});
-  const auto codebooks = std::make_shared<const Codebooks>(parts, centroids);
+  ChooseCodes choose;
+  if (own_kernels())
+    choose = [quantizer](auto z, auto codes) { static_cast<const VecInferQuantizer&>(*quantizer).codebook().encode(z, codes); };
+  const auto codebooks = std::make_shared<const Codebooks>(parts, centroids, std::move(choose));
   MethodGraph graph{{{codebooks->codes(), bits}},
                     as_it_is,
                     [codebooks](const mx::array& z) { return std::vector<mx::array>{codebooks->nearest(z)}; },
@@ -333,21 +380,24 @@ MethodGraph vecinfer_graph(const QuantizerParameters& parameters, const Quantize
   if (parameters.side == Side::kValues) return graph;
   const auto factors = as_array(parameters.tensors.at("smooth_factors").values, {dim});
   const auto transform = as_array(walsh_hadamard_matrix(static_cast<std::size_t>(dim)), {dim, dim});
-  graph.forward = [=](const mx::array& x) { return mx::matmul(mx::divide(x, factors), transform); };
+  graph.forward = [=](const mx::array& x) { return hadamard_rows(mx::divide(x, factors), transform); };
   graph.back = [=](const mx::array& sums, const mx::array&) { return mx::multiply(mx::matmul(sums, transform), factors); };
   return graph;
 }
 
-MethodGraph rotated_pq_graph(const QuantizerParameters&, const Quantizer& quantizer) {
-  const auto& rotated = static_cast<const RotatedPqQuantizer&>(quantizer);
-  const int dim = rotated.dim();
-  const auto mean = as_array(rotated.mean(), {dim}), transform = as_array(rotated.transform(), {dim, dim}),
-             inverse = as_array(rotated.inverse(), {dim, dim});
+MethodGraph rotated_pq_graph(const QuantizerParameters&, const std::shared_ptr<const Quantizer>& quantizer) {
+  const auto& pq = static_cast<const RotatedPqQuantizer&>(*quantizer);
+  const int dim = pq.dim();
+  const auto mean = as_array(pq.mean(), {dim}), transform = as_array(pq.transform(), {dim, dim}),
+             inverse = as_array(pq.inverse(), {dim, dim});
   std::vector<Codebooks::Subspace> parts;
-  for (const auto& subspace : rotated.subspaces()) parts.push_back({subspace.stages(), subspace.dim(), subspace.entry(0, 0)});
-  const auto codebooks = std::make_shared<const Codebooks>(parts, rotated.subspaces()[0].num_centroids());
+  for (const auto& subspace : pq.subspaces()) parts.push_back({subspace.stages(), subspace.dim(), subspace.entry(0, 0)});
+  ChooseCodes choose;
+  if (own_kernels())
+    choose = [quantizer](auto z, auto codes) { static_cast<const RotatedPqQuantizer&>(*quantizer).choose_codes(z, codes); };
+  const auto codebooks = std::make_shared<const Codebooks>(parts, pq.subspaces()[0].num_centroids(), std::move(choose));
   return {{{codebooks->codes(), 8}},
-          [=](const mx::array& x) { return mx::matmul(mx::subtract(x, mean), transform); },
+          [=](const mx::array& x) { return rotated(mx::subtract(x, mean), transform); },
           [codebooks](const mx::array& z) { return std::vector<mx::array>{codebooks->nearest(z)}; },
           [codebooks](const std::vector<mx::array>& fields) { return codebooks->look_up(fields[0]); },
           [=](const mx::array& sums, const mx::array& totals) {
@@ -357,7 +407,7 @@ MethodGraph rotated_pq_graph(const QuantizerParameters&, const Quantizer& quanti
 
 struct Row {
   std::string_view method;
-  MethodGraph (*make)(const QuantizerParameters& parameters, const Quantizer& quantizer);
+  MethodGraph (*make)(const QuantizerParameters& parameters, const std::shared_ptr<const Quantizer>& quantizer);
 };
 
 constexpr Row kTable[] = {
@@ -365,7 +415,7 @@ constexpr Row kTable[] = {
 
 }  // namespace
 
-MethodGraph method_graph(const QuantizerParameters& parameters, const Quantizer& quantizer) {
+MethodGraph method_graph(const QuantizerParameters& parameters, const std::shared_ptr<const Quantizer>& quantizer) {
   for (const auto& row : kTable)
     if (row.method == parameters.method) return row.make(parameters, quantizer);
   throw std::logic_error("no graph for the method " + parameters.method);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <string_view>
 #include <vector>
 
@@ -28,8 +29,8 @@ std::vector<mx::array> unpack_fields(const mx::array& bytes, const std::vector<B
 mx::array half_bits(const mx::array& x);
 mx::array from_half_bits(const mx::array& bits);
 
-/// A method of quantizer_methods() that stores tokens one by one; rotated_pq without its patches.  To float precision: a vector
-/// within rounding of a boundary between two codes may get the other one.
+/// A method of quantizer_methods() that stores tokens one by one; rotated_pq without its patches.  MLX's own operations are right
+/// to float precision: a vector within rounding of a boundary between two codes may get the other one.
 struct MethodGraph {
   std::vector<BitField> layout;  // of an encoded token
 
@@ -48,8 +49,9 @@ struct MethodGraph {
   mx::array decode(const mx::array& bytes) const;
 };
 
-/// Throws std::logic_error for a method that has no row in the table of method_graph.cpp.
-MethodGraph method_graph(const QuantizerParameters& parameters, const Quantizer& quantizer);
+/// Throws std::logic_error for a method that has no row in the table of method_graph.cpp.  The quantizer is kept where our kernels
+/// run (own_kernels() when this is called), and chooses the codes there.
+MethodGraph method_graph(const QuantizerParameters& parameters, const std::shared_ptr<const Quantizer>& quantizer);
 
 /// Which of the errors [..., n] are the `count` largest, the earlier of equal ones: bool [..., n].
 mx::array largest(const mx::array& errors, int count);

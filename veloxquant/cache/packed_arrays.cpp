@@ -85,12 +85,16 @@ PackedArraysLayer::PackedArraysLayer(const std::vector<QuantizerParameters>& key
       key_parameters_(keys),
       value_parameters_(values) {
   const auto parameters = exact_parameters(Side::kKeys, dim);
-  exact = method_graph(parameters, *make_quantizer(parameters));
+  exact = method_graph(parameters, make_quantizer(parameters));
 }
 
 const PackedKernels* PackedArraysLayer::kernels(const Rope& rope, int kv_heads) const {
   std::call_once(made_, [&] {
-    kernels_ = PackedKernels::make(key_parameters_, value_parameters_, kv_heads, window, sinks, rope);
+    auto made = PackedKernels::make(key_parameters_, value_parameters_, kv_heads, window, sinks, rope);
+    if (auto* why = std::get_if<std::string>(&made))
+      refusal_ = std::move(*why);
+    else
+      kernels_ = std::move(std::get<0>(made));
     key_parameters_.clear(), value_parameters_.clear();
   });
   return kernels_ && kernels_->kv_heads() == kv_heads ? kernels_.get() : nullptr;
@@ -170,16 +174,15 @@ mx::array PackedArrays::attend(const mx::array& q, const mx::array& k, const mx:
   const int first = offset_, coded_before = coded_, tokens = k.shape(2), group = q.shape(1) / kv_heads_, dim = layer_->dim;
   const auto as_floats = [](const mx::array& x) { return mx::astype(x, mx::float32); };
   const auto keys = as_floats(layer_->keys_before_rope ? k : (*spec.rope)(k, first)), values = as_floats(v);
-  if (tokens == 1 && spec.sliding_window == 0)
-    if (const auto* kernels = layer_->kernels(*spec.rope, kv_heads_)) {
-      append_one(*kernels, keys, values);
-      const auto out =
-          kernels->attend(as_floats((*spec.rope)(q, first)), closed_, {exact_, *open_, errors_, *counts_}, coded_, spec);
-      return mx::depends({mx::astype(out, q.dtype())}, pending())[0];
-    }
+  const auto* kernels = layer_->kernels(*spec.rope, kv_heads_);
+  if (kernels && tokens == 1) {
+    append_one(*kernels, keys, values);
+    const auto out = kernels->attend(as_floats((*spec.rope)(q, first)), closed_, {exact_, *open_, errors_}, {coded_, offset_}, spec);
+    return mx::depends({mx::astype(out, q.dtype())}, pending())[0];
+  }
   const auto queries =
       mx::reshape(mx::multiply(as_floats((*spec.rope)(q, first)), mx::array(spec.scale)), {batch_, kv_heads_, group, tokens, dim});
-  const Recent recent = append(keys, values);
+  const Recent recent = kernels ? append_many(*kernels, keys, values) : append(keys, values);
 
   const int step = std::clamp(kScoresAtOnce / (kStretch * kBlock * batch_ * kv_heads_ * group), 1, kMostQueries);
   std::vector<mx::array> results;
@@ -189,7 +192,7 @@ mx::array PackedArrays::attend(const mx::array& q, const mx::array& k, const mx:
     for (int row = 0; row < rows; ++row) positions[static_cast<std::size_t>(row)] = first + begin + row % count;
     const Queries some{mx::reshape(part(queries, 3, begin, begin + count), {batch_, kv_heads_, rows, dim}), first + begin, count,
                        mx::reshape(int_array(positions), {rows, 1}), coded_before};
-    auto sums = attend_coded(some, spec);
+    auto sums = attend_coded(some, kernels, spec);
     if (const auto exact = attend_exact(some, recent, spec); exact && sums) {
       const auto maximum = mx::maximum(sums->maximum, exact->maximum);
       const auto coded_weight = mx::exp(mx::subtract(sums->maximum, maximum)),
@@ -225,21 +228,42 @@ void PackedArrays::store_exact(const mx::array& bytes, int first, int begin, int
   exact_ = mx::slice_update(*exact_, part(bytes, 3, begin - first, end - first), start, stop);
 }
 
+// How many tokens are codes once there are `offset`.
+int PackedArrays::coded_at(int offset) const {
+  return std::max(coded_, offset - layer_->window - layer_->sinks);
+}
+
 void PackedArrays::append_one(const PackedKernels& kernels, const mx::array& k, const mx::array& v) {
-  if (!counts_) counts_ = PackedKernels::counts(coded_, offset_);
-  const int before = coded_, window = layer_->window, sinks = layer_->sinks;
-  coded_ = std::max(coded_, ++offset_ - window - sinks);
-  const auto state = kernels.append({exact_, *open_, errors_, *counts_}, k, v);
-  exact_ = state.exact, open_ = state.open, errors_ = state.errors, counts_ = state.counts;
-  if (coded_ > before && coded_ % kBlock == 0) closed_ = closed_ ? mx::concatenate({*closed_, *open_}, 1) : *open_;
+  const PackedKernels::Counts before{coded_, offset_}, after{coded_at(offset_ + 1), offset_ + 1};
+  const auto state = kernels.append({exact_, *open_, errors_}, k, v, before, after);
+  exact_ = state.exact, open_ = state.open, errors_ = state.errors;
+  coded_ = after.coded, offset_ = after.offset;
+  if (coded_ > before.coded && coded_ % kBlock == 0) closed_ = closed_ ? mx::concatenate({*closed_, *open_}, 1) : *open_;
+}
+
+PackedArrays::Recent PackedArrays::append_many(const PackedKernels& kernels, const mx::array& k, const mx::array& v) {
+  const PackedKernels::Counts before{coded_, offset_}, after{coded_at(offset_ + k.shape(2)), offset_ + k.shape(2)};
+  const auto rounded = kernels.round(exact_, k, v, before, after);
+  exact_ = rounded.exact;
+  coded_ = after.coded, offset_ = after.offset;
+  if (coded_ > before.coded) {
+    const auto [blocks, errors] = kernels.encode({exact_, *open_, errors_}, rounded, before, after);
+    if (errors) errors_ = errors;
+    const int whole = coded_ / kBlock - before.coded / kBlock;
+    if (whole > 0) {
+      const auto some = part(blocks, 1, 0, whole);
+      closed_ = closed_ ? mx::concatenate({*closed_, some}, 1) : some;
+    }
+    open_ = coded_ % kBlock > 0 ? part(blocks, 1, whole, whole + 1) : mx::zeros_like(*open_);
+  }
+  return {rounded.begin, part(rounded.vectors, 3, rounded.sinks, rounded.vectors.shape(3))};
 }
 
 PackedArrays::Recent PackedArrays::append(const mx::array& k, const mx::array& v) {
   const int tokens = k.shape(2), window = layer_->window, sinks = layer_->sinks, first = offset_, end = first + tokens,
             coded_before = coded_;
   offset_ = end;
-  coded_ = std::max(coded_, end - window - sinks);
-  counts_.reset();
+  coded_ = coded_at(end);
   const auto arrived = mx::stack({k, v}, 2), bytes = layer_->exact.encode(arrived);
   const int begin = std::min(sinks + coded_before, end), skipped = std::max(begin, first) - first;
   Recent recent{begin, part(arrived, 3, skipped, tokens)};
@@ -354,35 +378,52 @@ void PackedArrays::extend(std::optional<Partial>& partial, const Queries& querie
   partial = now;
 }
 
-std::optional<PackedArrays::Partial> PackedArrays::attend_coded(const Queries& queries, const AttentionSpec& spec) const {
+// Codes from the begin of a block on: keys, turned, and values, these in the space of their codecs where there are no kernels.
+PackedArrays::Vectors PackedArrays::restored(int from, int tokens, const PackedKernels* kernels, const AttentionSpec& spec) const {
+  if (kernels) {
+    const auto [keys, values] = kernels->restore(closed_, *open_, coded_, from, tokens);
+    return {keys, values};
+  }
+  const auto rows = blocks(from / kBlock, (from + tokens + kBlock - 1) / kBlock);
+  std::vector<mx::array> keys, values;
+  for (const auto& some : heads_) {
+    const auto bytes = [&](int offset, int size) {
+      return mx::reshape(of_heads(rows, some.bytes, some.bytes_of_one(), some.count, offset, size),
+                         {batch_ * some.count, rows.shape(1), size});
+    };
+    const auto by_heads = [&](const mx::array& x) { return mx::reshape(x, {batch_, some.count, tokens, layer_->dim}); };
+    const int key_bytes = some.keys->block_bytes();
+    keys.push_back(by_heads(some.keys->decode(bytes(0, key_bytes), tokens)));
+    values.push_back(by_heads(some.values->look_up(bytes(key_bytes, some.values->block_bytes()), tokens)));
+  }
+  return {turned(joined(keys, 1), layer_->sinks + from, spec), joined(values, 1)};
+}
+
+std::optional<PackedArrays::Partial> PackedArrays::attend_coded(const Queries& queries, const PackedKernels* kernels,
+                                                                const AttentionSpec& spec) const {
   const int window = layer_->window, sinks = layer_->sinks, reach = reach_of(spec);
   // Coded tokens that some query sees, from the begin of a block on.
   const int all_see = std::max(queries.coded, queries.first + 1 - window - sinks),
             end = std::min(coded_, std::max(queries.coded, queries.first + queries.tokens - window - sinks)),
             begin = spec.sliding_window > 0 ? std::max(0, queries.first + 1 - reach - sinks) / kBlock * kBlock : 0;
+  // Kernels restore as many at once as scores have room.  What all queries see needs no mask, and is read apart.
+  const int rows = batch_ * queries.q.shape(1) * queries.q.shape(2),
+            stretch = kernels ? std::max(kStretch, kScoresAtOnce / rows / kBlock) * kBlock : kStretch * kBlock,
+            unmasked = all_see / kBlock * kBlock;
   std::optional<Partial> partial;
-  for (int from = begin; from < end; from += kStretch * kBlock) {
-    const int tokens = std::min(kStretch * kBlock, end - from), position = sinks + from;
-    const auto rows = blocks(from / kBlock, (from + tokens + kBlock - 1) / kBlock);
-    std::vector<mx::array> keys, values;
-    for (const auto& some : heads_) {
-      const auto bytes = [&](int offset, int size) {
-        return mx::reshape(of_heads(rows, some.bytes, some.bytes_of_one(), some.count, offset, size),
-                           {batch_ * some.count, rows.shape(1), size});
-      };
-      const auto by_heads = [&](const mx::array& x) { return mx::reshape(x, {batch_, some.count, tokens, layer_->dim}); };
-      const int key_bytes = some.keys->block_bytes();
-      keys.push_back(by_heads(some.keys->decode(bytes(0, key_bytes), tokens)));
-      values.push_back(by_heads(some.values->look_up(bytes(key_bytes, some.values->block_bytes()), tokens)));
-    }
+  for (int from = begin; from < end;) {
+    const int to = std::min({from + stretch, end, kernels && from < unmasked ? unmasked : end}), tokens = to - from,
+              position = sinks + from;
+    const auto [keys, values] = restored(from, tokens, kernels, spec);
     std::optional<mx::array> seen;
-    if (from + tokens > all_see || spec.sliding_window > 0) {
+    if (to > all_see || spec.sliding_window > 0) {
       const auto ends = mx::maximum(mx::add(queries.positions, mx::array(1 - window)), mx::array(sinks + queries.coded));
       seen = seen_keys(queries.positions, ends, mx::arange(position, position + tokens), mx::array(reach));
     }
-    extend(partial, queries, turned(joined(keys, 1), position, spec), joined(values, 1), seen, spec.soft_cap);
+    extend(partial, queries, keys, values, seen, spec.soft_cap);
+    from = to;
   }
-  if (!partial) return partial;
+  if (!partial || kernels) return partial;
   std::vector<mx::array> sums;
   for (const auto& some : heads_) {
     const auto of = [&](const mx::array& x) { return part(x, 1, some.first, some.first + some.count); };
@@ -421,7 +462,7 @@ mx::array PackedArrays::attend_apart(const mx::array& q, const mx::array& k, con
     std::vector<PackedArrays> sequences;
     for (int b = 0; b < batch_; ++b) sequences.push_back(sequence(b));
     sequences_ = std::move(sequences);
-    for (auto* array : {&closed_, &open_, &errors_, &exact_, &counts_}) array->reset();
+    for (auto* array : {&closed_, &open_, &errors_, &exact_}) array->reset();
     coded_ = 0;
   }
   AttentionSpec alone = spec;
@@ -453,7 +494,6 @@ int PackedArrays::trim(int tokens) {
   const InUse in_use(busy_);
   const int dropped = std::clamp(tokens, 0, offset_);
   offset_ -= dropped;
-  counts_.reset();
   for (auto& sequence : sequences_) sequence.trim(dropped);
   keep_coded(std::min(coded_, std::max(0, offset_ - layer_->sinks)));
   return dropped;

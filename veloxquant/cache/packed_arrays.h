@@ -4,6 +4,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "mlx/array.h"
@@ -31,10 +32,14 @@ class PackedArraysLayer {
   /// Null where they do not serve.  Made at the first call for its rope, which a layer has one of, and number of KV heads.
   const PackedKernels* kernels(const Rope& rope, int kv_heads) const;
 
+  /// Why kernels() is null after it was called; empty where it is not.
+  const std::string& refusal() const { return refusal_; }
+
  private:
   mutable std::vector<QuantizerParameters> key_parameters_, value_parameters_;  // until then
   mutable std::once_flag made_;
   mutable std::unique_ptr<const PackedKernels> kernels_;
+  mutable std::string refusal_;  // why there are none
 };
 
 /// What PackedCache stores and sees, in arrays: nothing is evaluated while tokens are appended and attended to, and nothing comes
@@ -53,6 +58,8 @@ class PackedArrays : public PackedAttentionCache {
 
   /// Allocated for tokens: blocks, window and sinks; codebooks are the layer's.
   std::size_t nbytes() const override;
+
+  std::string kernels() const override { return counts_ ? "cuda" : "graph"; }
 
   /// What is stored, which may still have to be evaluated.
   std::vector<mx::array> pending() const;
@@ -80,6 +87,10 @@ class PackedArrays : public PackedAttentionCache {
     mx::array vectors;
   };
 
+  struct Vectors {
+    mx::array keys, values;  // [B, H, n, D]
+  };
+
   // Queries [B, H, rows, D], scaled; rows are the heads of a group, and in each so many tokens from position `first` on.
   struct Queries {
     mx::array q;
@@ -103,7 +114,9 @@ class PackedArrays : public PackedAttentionCache {
 
   // k and v [B, H, T, D] float32: stores them, and encodes what leaves the window.
   Recent append(const mx::array& k, const mx::array& v);
+  int coded_at(int offset) const;
   void append_one(const PackedKernels& kernels, const mx::array& k, const mx::array& v);
+  Recent append_many(const PackedKernels& kernels, const mx::array& k, const mx::array& v);
   mx::array exact_bytes(int begin, int end) const;
   void store_exact(const mx::array& bytes, int first, int begin, int end);
   void append_coded(const mx::array& vectors, int index);
@@ -111,9 +124,10 @@ class PackedArrays : public PackedAttentionCache {
   void keep_coded(int kept);
 
   // Over codes; over the sinks and what is recent.  None where no query sees any.
-  std::optional<Partial> attend_coded(const Queries& queries, const AttentionSpec& spec) const;
+  std::optional<Partial> attend_coded(const Queries& queries, const PackedKernels* kernels, const AttentionSpec& spec) const;
   std::optional<Partial> attend_exact(const Queries& queries, const Recent& recent, const AttentionSpec& spec) const;
   mx::array blocks(int begin, int end) const;
+  Vectors restored(int from, int tokens, const PackedKernels* kernels, const AttentionSpec& spec) const;
 
   // each(codec, first byte of its block in a row, first of its errors) for the keys and values of one head after another.
   template <class Each>
@@ -136,7 +150,6 @@ class PackedArrays : public PackedAttentionCache {
   std::optional<mx::array> closed_;  // uint8 [B, blocks, bytes]: whole blocks
   std::optional<mx::array> open_;    // uint8 [B, 1, bytes]: the one that grows
   std::optional<mx::array> errors_;  // float32 [B, 1, patches]: what those of the last block have lost
-  std::optional<mx::array> counts_;  // of the kernels, where the last token came by them
   std::optional<mx::array> exact_;  // uint8 [B, H, 2, sinks + window, bytes of a token]: position p ≥ sinks at sinks + p % window
 };
 

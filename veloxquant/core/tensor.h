@@ -1,4 +1,4 @@
-// A plain float32 array with a shape, for what passes between files, quantizers and plans.
+// Plain arrays with a shape, for what passes between files, quantizers and plans.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,14 @@ struct Tensor {
   std::vector<float> values;
 
   bool operator==(const Tensor&) const = default;
+};
+
+/// The same of bytes.
+struct ByteTensor {
+  std::vector<std::int64_t> shape;
+  std::vector<std::uint8_t> values;
+
+  bool operator==(const ByteTensor&) const = default;
 };
 
 }  // namespace veloxquant

@@ -37,6 +37,9 @@ class AttentionCache {
 
   /// Bytes that the stored tokens take.
   virtual std::size_t nbytes() const = 0;
+
+  /// What attends to the newest token: "cpu", kernels of ours; "cuda", kernels of ours; "graph", operations of MLX.
+  virtual std::string kernels() const;
 };
 
 /// Arrays that say, by name, all that a cache holds.

@@ -7,6 +7,7 @@
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
 #include "veloxquant/core/error.h"
+#include "veloxquant/kernels/openblas.h"
 #include "veloxquant/model/experts.h"
 #include "veloxquant/model/ops.h"
 #include "veloxquant/model/weights.h"
@@ -122,6 +123,7 @@ Model Model::from_arrays(std::string_view config_json, const std::map<std::strin
 }
 
 Model::Model(ModelConfig config, Weights weights) : LanguageModel(config, make_identity(config, weights)) {
+  openblas::warn_of_narrow_kernel();
   const ModelConfig& c = config_;
   for (const auto& rope : c.ropes) ropes_.emplace_back(rope, c.head_dim);
   Reader reader(weights, c);

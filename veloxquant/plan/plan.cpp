@@ -66,8 +66,10 @@ double effective_bits(const Plan& plan) {
 
 std::size_t constant_bytes(const Plan& plan) {
   std::size_t bytes = 0;
-  for (const auto& unit : plan.units)
+  for (const auto& unit : plan.units) {
     for (const auto& [name, tensor] : unit.quantizer.tensors) bytes += tensor.values.size() * sizeof(float);
+    for (const auto& [name, tensor] : unit.quantizer.byte_tensors) bytes += tensor.values.size();
+  }
   return bytes;
 }
 

@@ -9,15 +9,18 @@
 #include "veloxquant/core/hash.h"
 #include "veloxquant/core/json.h"
 #include "veloxquant/core/safetensors.h"
+#include "veloxquant/quantize/rotated_pq.h"
 
 namespace veloxquant {
 namespace {
 
 using Json = nlohmann::ordered_json;
-using Tensors = std::map<std::string, Tensor>;
+// By name.  Views of what is in a plan, or in a file.
+using Entries = std::map<std::string, SafetensorsEntry>;
 
 constexpr const char* kFormat = "veloxquant-plan";
-constexpr int kVersion = 3;  // 1: units have neither head nor predicted_kl; 2: no layer slides
+// 1: units have neither head nor predicted_kl; 2: no layer slides; 3: entries of rotated_pq are float32.
+constexpr int kVersion = 4;
 constexpr std::int64_t kMaxSize = 1 << 24;
 
 // As config.json may say; far beyond any model.
@@ -52,6 +55,7 @@ ModelIdentity read_model(const JsonObject& json) {
 Json unit_json(const UnitPlan& unit) {
   auto tensors = Json::object();
   for (const auto& [name, tensor] : unit.quantizer.tensors) tensors[name] = tensor_name(unit, name);
+  for (const auto& [name, tensor] : unit.quantizer.byte_tensors) tensors[name] = tensor_name(unit, name);
   return {{"layer", unit.layer},
           {"side", to_string(unit.side)},
           {"head", unit.head ? Json(*unit.head) : Json(nullptr)},
@@ -62,8 +66,8 @@ Json unit_json(const UnitPlan& unit) {
           {"predicted_kl", unit.predicted_kl ? Json(*unit.predicted_kl) : Json(nullptr)}};
 }
 
-// Takes the tensors of the unit out of `tensors`.
-UnitPlan read_unit(const JsonObject& json, int version, Tensors& tensors) {
+// Takes the tensors of the unit out of `entries`.
+UnitPlan read_unit(const JsonObject& json, int version, Entries& entries) {
   if (version == 1) {
     json.expect_only({"layer", "side", "method", "dim", "numbers", "tensors"});
   } else {
@@ -82,11 +86,26 @@ UnitPlan read_unit(const JsonObject& json, int version, Tensors& tensors) {
   for (const auto& [name, value] : json.at("numbers").items()) unit.quantizer.numbers[name] = numbers.integer(name);
   for (const auto& [name, value] : json.at("tensors").items()) {
     const std::string in_file = names.string(name);
-    const auto found = tensors.find(in_file);
-    if (in_file != tensor_name(unit, name) || found == tensors.end())
+    const auto found = entries.find(in_file);
+    if (in_file != tensor_name(unit, name) || found == entries.end())
       names.refuse(name, fmt::format("the name of a tensor in the file, {}", tensor_name(unit, name)));
-    unit.quantizer.tensors.emplace(name, std::move(found->second));
-    tensors.erase(found);
+    const auto& [type, shape, data] = found->second;
+    if (type == "U8" && version > 3) {
+      const auto* bytes = reinterpret_cast<const std::uint8_t*>(data.data());
+      unit.quantizer.byte_tensors.emplace(name, ByteTensor{shape, {bytes, bytes + data.size()}});
+    } else if (type == "F32") {
+      unit.quantizer.tensors.emplace(name, to_float32(found->second, in_file, json.where()));
+    } else {
+      throw_failure("plan", "{}: tensor {}: expected F32{}, got {}", json.where(), in_file, version > 3 ? " or U8" : "", type);
+    }
+    entries.erase(found);
+  }
+  if (version <= 3 && unit.quantizer.method == rotated_pq_method().name) {
+    try {
+      unit.quantizer = with_byte_tables(std::move(unit.quantizer));
+    } catch (const std::invalid_argument& error) {
+      throw_failure("plan", "{}: {}", json.where(), error.what());
+    }
   }
   if (version > 1 && !json.at("predicted_kl").is_null()) unit.predicted_kl = json.number("predicted_kl", 0);
   return unit;
@@ -157,22 +176,28 @@ std::string plan_text(const Plan& plan) {
 }
 
 // Over the JSON and, in order of name, the shapes and bytes of all tensors.
-std::string checksum(const std::string& json, const Tensors& tensors) {
+std::string checksum(const std::string& json, const Entries& entries) {
   Sha256 hash;
   hash.add(json);
-  for (const auto& [name, tensor] : tensors) {
+  for (const auto& [name, entry] : entries) {
     hash.add(fmt::format("\n{}", name));
-    for (const auto size : tensor.shape) hash.add(fmt::format(" {}", size));
-    hash.add({reinterpret_cast<const char*>(tensor.values.data()), tensor.values.size() * sizeof(float)});
+    for (const auto size : entry.shape) hash.add(fmt::format(" {}", size));
+    hash.add({reinterpret_cast<const char*>(entry.data.data()), entry.data.size()});
   }
   return hash.hex();
 }
 
-Tensors all_tensors(const Plan& plan) {
-  Tensors tensors;
-  for (const auto& unit : plan.units)
-    for (const auto& [name, tensor] : unit.quantizer.tensors) tensors.emplace(tensor_name(unit, name), tensor);
-  return tensors;
+Entries all_entries(const Plan& plan) {
+  Entries entries;
+  const auto add = [&](const UnitPlan& unit, const auto& tensors, const char* type) {
+    for (const auto& [name, tensor] : tensors)
+      entries.emplace(tensor_name(unit, name), SafetensorsEntry{type, tensor.shape, std::as_bytes(std::span(tensor.values))});
+  };
+  for (const auto& unit : plan.units) {
+    add(unit, unit.quantizer.tensors, "F32");
+    add(unit, unit.quantizer.byte_tensors, "U8");
+  }
+  return entries;
 }
 
 const std::string& metadata_field(const SafetensorsFile& file, const std::string& field, const std::string& path) {
@@ -181,7 +206,7 @@ const std::string& metadata_field(const SafetensorsFile& file, const std::string
   return found->second;
 }
 
-Plan parse_plan(const std::string& text, int version, Tensors tensors, const std::string& where) {
+Plan parse_plan(const std::string& text, int version, Entries entries, const std::string& where) {
   const auto document = parse_json(text, where);
   const JsonObject json(document, where);
   std::vector<std::string_view> fields = {"model", "window", "sinks", "units", "provenance", "predicted_kl", "effective_bits"};
@@ -193,7 +218,7 @@ Plan parse_plan(const std::string& text, int version, Tensors tensors, const std
   plan.sinks = static_cast<int>(json.integer("sinks", 0, kMaxSize));
   if (!json.at("units").is_array()) json.refuse("units", "a list");
   for (const auto& item : json.at("units"))
-    plan.units.push_back(read_unit({item, fmt::format("{}: units[{}]", where, plan.units.size())}, version, tensors));
+    plan.units.push_back(read_unit({item, fmt::format("{}: units[{}]", where, plan.units.size())}, version, entries));
   if (version > 2) {
     if (!json.at("sliding").is_array()) json.refuse("sliding", "a list");
     for (const auto& item : json.at("sliding")) {
@@ -205,7 +230,7 @@ Plan parse_plan(const std::string& text, int version, Tensors tensors, const std
   }
   plan.provenance = read_provenance(json.object("provenance"));
   if (!json.at("predicted_kl").is_null()) plan.predicted_kl = json.number("predicted_kl", 0);
-  if (!tensors.empty()) throw_failure("plan", "{}: tensor {} belongs to no unit", where, tensors.begin()->first);
+  if (!entries.empty()) throw_failure("plan", "{}: tensor {} belongs to no unit", where, entries.begin()->first);
   try {
     check_plan(plan);
   } catch (const std::invalid_argument& error) {
@@ -220,11 +245,10 @@ Plan parse_plan(const std::string& text, int version, Tensors tensors, const std
 
 void write_plan(const Plan& plan, const std::filesystem::path& path) {
   const std::string json = plan_text(plan);
-  const Tensors tensors = all_tensors(plan);
-  parse_plan(json, kVersion, tensors, path.string());  // so that what is written can be read
-  write_safetensors(
-      path, tensors,
-      {{"format", kFormat}, {"version", std::to_string(kVersion)}, {"plan", json}, {"checksum", checksum(json, tensors)}});
+  const Entries entries = all_entries(plan);
+  parse_plan(json, kVersion, entries, path.string());  // so that what is written can be read
+  write_entries(path, entries,
+                {{"format", kFormat}, {"version", std::to_string(kVersion)}, {"plan", json}, {"checksum", checksum(json, entries)}});
 }
 
 Plan read_plan(const std::filesystem::path& path) {
@@ -233,25 +257,20 @@ Plan read_plan(const std::filesystem::path& path) {
   if (metadata_field(file, "format", where) != kFormat)
     throw_failure("plan", "{}: format: expected {}, got {}", where, kFormat, file.metadata().at("format"));
   const std::string& version = metadata_field(file, "version", where);
-  if (version != "1" && version != "2" && version != "3")
+  if (version.size() != 1 || version[0] < '1' || version[0] > '0' + kVersion)
     throw_failure("plan", "{}: version: expected 1 to {}, got {}", where, kVersion, version);
   if (file.metadata().size() != 4)
     throw_failure("plan", "{}: expected the metadata format, version, plan and checksum, got {} fields", where,
                   file.metadata().size());
-  Tensors tensors;
-  for (const auto& [name, entry] : file.tensors()) {
-    if (entry.dtype != "F32") throw_failure("plan", "{}: tensor {}: expected F32, got {}", where, name, entry.dtype);
-    tensors.emplace(name, to_float32(entry, name, where));
-  }
   const std::string& json = metadata_field(file, "plan", where);
-  if (metadata_field(file, "checksum", where) != checksum(json, tensors))
+  if (metadata_field(file, "checksum", where) != checksum(json, file.tensors()))
     throw_failure("plan", "{}: the checksum does not match: the file is damaged", where);
-  return parse_plan(json, version[0] - '0', std::move(tensors), where);
+  return parse_plan(json, version[0] - '0', file.tensors(), where);
 }
 
 std::string plan_identity(const Plan& plan) {
   return fmt::format("{} {} {:.3g} bits {}", plan.model.architecture, plan.provenance.method, effective_bits(plan),
-                     checksum(plan_text(plan), all_tensors(plan)));
+                     checksum(plan_text(plan), all_entries(plan)));
 }
 
 Json describe_plan(const Plan& plan) {

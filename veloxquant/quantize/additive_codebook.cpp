@@ -3,9 +3,8 @@
 #include <algorithm>
 
 #include "veloxquant/core/random.h"
-#include "veloxquant/kernels/gemm.h"
 #include "veloxquant/kernels/nearest_pair.h"
-#include "veloxquant/kernels/packed_lookup.h"
+#include "veloxquant/kernels/ordered_product.h"
 #include "veloxquant/quantize/kmeans.h"
 
 namespace veloxquant {
@@ -60,9 +59,11 @@ void AdditiveCodebook::prepare() {
   opposite_.resize(tables_.size());
   for (std::size_t i = 0; i < half_norms_.size(); ++i)
     for (std::size_t j = 0; j < dim_; ++j) opposite_[j * half_norms_.size() + i] = -tables_[i * dim_ + j];
+  std::vector<float> second(count_ * dim_);  // by dimension
+  for (std::size_t i = 0; i < count_; ++i)
+    for (std::size_t j = 0; j < dim_; ++j) second[j * count_ + i] = entry(1, i)[j];
   cross_.resize(count_ * count_);
-  const int count = static_cast<int>(count_), dim = static_cast<int>(dim_);
-  gemm(false, true, count, count, dim, 1.0f, entry(0, 0), dim, entry(1, 0), dim, 0.0f, cross_.data(), count);
+  ordered_product(entry(0, 0), count_, dim_, dim_, second.data(), count_, nullptr, cross_.data(), count_);
 }
 
 AdditiveCodebook AdditiveCodebook::train(const float* points, std::size_t rows, std::size_t stride, int dim,
@@ -105,10 +106,8 @@ void AdditiveCodebook::encode_pairs(const float* points, std::size_t rows, std::
   std::vector<float> scores(std::min(rows, kBlockRows) * 2 * count_);
   for (std::size_t begin = 0; begin < rows; begin += kBlockRows) {
     const std::size_t block = std::min(kBlockRows, rows - begin);
-    for (std::size_t r = 0; r < block; ++r)
-      std::copy(half_norms_.begin(), half_norms_.end(), scores.begin() + static_cast<std::ptrdiff_t>(r * 2 * count_));
-    // Not BLAS, whose sums depend on how many rows there are: a token has the same codes however it comes.
-    add_rows(points + begin * stride, block, stride, opposite_.data(), dim_, 2 * count_, 2 * count_, scores.data());
+    ordered_product(points + begin * stride, block, dim_, stride, opposite_.data(), 2 * count_, half_norms_.data(), scores.data(),
+                    2 * count_);
     for (std::size_t r = 0; r < block; ++r) {
       float* first = scores.data() + r * 2 * count_;
       const auto pair = nearest_pair(first, first + count_, cross_.data(), count_, std::min(kBeam, count_));

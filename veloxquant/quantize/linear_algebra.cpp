@@ -5,24 +5,19 @@
 
 #include "veloxquant/core/error.h"
 #include "veloxquant/kernels/gemm.h"
-
-// LAPACK stores by columns: a symmetric matrix is the same either way, other ones are transposed.
-extern "C" {
-void dsyev_(const char* job, const char* triangle, const int* n, double* a, const int* lda, double* w, double* work,
-            const int* lwork, int* info);
-void dgesv_(const int* n, const int* nrhs, double* a, const int* lda, int* pivots, double* b, const int* ldb, int* info);
-}
+#include "veloxquant/kernels/openblas.h"
 
 namespace veloxquant {
+
+// LAPACK stores by columns: a symmetric matrix is the same either way, other ones are transposed.
 
 SymmetricEigen symmetric_eigen(SquareMatrix matrix, std::size_t n) {
   SymmetricEigen eigen{std::vector<double>(n), std::move(matrix)};
   const int size = static_cast<int>(n), work_size = std::max(1, 34 * size);
   std::vector<double> work(static_cast<std::size_t>(work_size));
-  int info = 0;
   keep_blas_on_one_thread();
-  dsyev_("V", "U", &size, eigen.vectors.data(), &size, eigen.values.data(), work.data(), &work_size, &info);
-  if (info != 0) throw_failure("linear algebra", "the eigenvalues of a {} by {} matrix do not converge", n, n);
+  if (openblas::dsyev(size, eigen.vectors.data(), eigen.values.data(), work.data(), work_size) != 0)
+    throw_failure("linear algebra", "the eigenvalues of a {} by {} matrix do not converge", n, n);
   return eigen;
 }
 
@@ -53,11 +48,10 @@ SquareMatrix inverse(const SquareMatrix& matrix, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) result[i * n + i] = 1;
   const int size = static_cast<int>(n);
   std::vector<int> pivots(n);
-  int info = 0;
   keep_blas_on_one_thread();
   // The columns that LAPACK sees are our rows: it inverts the transpose into the transpose.
-  dgesv_(&size, &size, a.data(), &size, pivots.data(), result.data(), &size, &info);
-  if (info != 0) throw_failure("linear algebra", "a {} by {} matrix has no inverse", n, n);
+  if (openblas::dgesv(size, a.data(), pivots.data(), result.data()) != 0)
+    throw_failure("linear algebra", "a {} by {} matrix has no inverse", n, n);
   return result;
 }
 

@@ -23,11 +23,12 @@ void expect_keys(const QuantizerParameters& parameters, const Map& map, std::ini
 }  // namespace
 
 void expect_parameters(const QuantizerParameters& parameters, std::initializer_list<std::string_view> numbers,
-                       std::initializer_list<std::string_view> tensors) {
+                       std::initializer_list<std::string_view> tensors, std::initializer_list<std::string_view> byte_tensors) {
   if (parameters.dim < 1 || parameters.dim > 65536)
     throw_invalid(parameters.method, "dim: expected 1 to 65536, got {}", parameters.dim);
   expect_keys(parameters, parameters.numbers, numbers, "number");
   expect_keys(parameters, parameters.tensors, tensors, "tensor");
+  expect_keys(parameters, parameters.byte_tensors, byte_tensors, "tensor of bytes");
 }
 
 std::int64_t number_in(const QuantizerParameters& parameters, std::string_view name, std::int64_t min, std::int64_t max) {
@@ -36,8 +37,11 @@ std::int64_t number_in(const QuantizerParameters& parameters, std::string_view n
   return value;
 }
 
-const Tensor& tensor_of(const QuantizerParameters& parameters, std::string_view name, const std::vector<std::int64_t>& shape) {
-  const Tensor& tensor = parameters.tensors.at(std::string(name));
+namespace {
+
+template <class AnyTensor>
+void check_shape(const QuantizerParameters& parameters, std::string_view name, const std::vector<std::int64_t>& shape,
+                 const AnyTensor& tensor) {
   if (tensor.shape != shape)
     throw_invalid(parameters.method, "{}: expected shape [{}], got [{}]", name, fmt::join(shape, ", "),
                   fmt::join(tensor.shape, ", "));
@@ -45,8 +49,22 @@ const Tensor& tensor_of(const QuantizerParameters& parameters, std::string_view 
   for (const auto axis : shape) size *= static_cast<std::size_t>(axis);
   if (tensor.values.size() != size)
     throw_invalid(parameters.method, "{}: expected {} values, got {}", name, size, tensor.values.size());
+}
+
+}  // namespace
+
+const Tensor& tensor_of(const QuantizerParameters& parameters, std::string_view name, const std::vector<std::int64_t>& shape) {
+  const Tensor& tensor = parameters.tensors.at(std::string(name));
+  check_shape(parameters, name, shape, tensor);
   for (const float value : tensor.values)
     if (!std::isfinite(value)) throw_invalid(parameters.method, "{}: expected finite values, got {}", name, value);
+  return tensor;
+}
+
+const ByteTensor& byte_tensor_of(const QuantizerParameters& parameters, std::string_view name,
+                                 const std::vector<std::int64_t>& shape) {
+  const ByteTensor& tensor = parameters.byte_tensors.at(std::string(name));
+  check_shape(parameters, name, shape, tensor);
   return tensor;
 }
 

@@ -11,15 +11,17 @@
 
 namespace veloxquant {
 
-/// Throws std::invalid_argument unless the parameters hold exactly these numbers and tensors.
+/// Throws std::invalid_argument unless the parameters hold exactly these numbers, tensors and tensors of bytes.
 void expect_parameters(const QuantizerParameters& parameters, std::initializer_list<std::string_view> numbers,
-                       std::initializer_list<std::string_view> tensors);
+                       std::initializer_list<std::string_view> tensors, std::initializer_list<std::string_view> byte_tensors = {});
 
 /// A number in [min, max]; throws std::invalid_argument that names it.
 std::int64_t number_in(const QuantizerParameters& parameters, std::string_view name, std::int64_t min, std::int64_t max);
 
 /// A tensor of this shape with finite values; throws std::invalid_argument that names it.
 const Tensor& tensor_of(const QuantizerParameters& parameters, std::string_view name, const std::vector<std::int64_t>& shape);
+const ByteTensor& byte_tensor_of(const QuantizerParameters& parameters, std::string_view name,
+                                 const std::vector<std::int64_t>& shape);
 
 /// `width` as a whole number of bits that the method offers for this dim; throws std::invalid_argument that lists the widths, or
 /// says which dims the method offers any for.

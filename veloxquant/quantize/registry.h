@@ -26,6 +26,7 @@ struct QuantizerParameters {
   int dim = 0;                                  // elements of a vector
   std::map<std::string, std::int64_t> numbers;  // such as "bits", "group_size", "seed"
   std::map<std::string, Tensor> tensors;  // such as "smooth_factors" [dim], "codebook" [num_subspaces, num_centroids, subspace_dim]
+  std::map<std::string, ByteTensor> byte_tensors = {};  // such as "entries"; names are other ones than those of tensors
 
   bool operator==(const QuantizerParameters&) const = default;
 };

@@ -7,7 +7,7 @@
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/random.h"
 #include "veloxquant/kernels/gemm.h"
-#include "veloxquant/kernels/packed_lookup.h"
+#include "veloxquant/kernels/ordered_product.h"
 #include "veloxquant/quantize/half.h"
 #include "veloxquant/quantize/parameters.h"
 
@@ -90,13 +90,12 @@ std::vector<int> balance(const std::vector<double>& variances, const std::vector
   return places;
 }
 
-// y [rows, dim] = (x − mean) · matrix, the same to the last bit for any number of rows.
+// y [rows, dim] = (x − mean) · matrix.
 void rotate(const float* x, std::size_t rows, std::span<const float> mean, std::span<const float> matrix, float* y) {
   const std::size_t dim = mean.size();
   std::vector<float> centred(rows * dim);
   for (std::size_t i = 0; i < centred.size(); ++i) centred[i] = x[i] - mean[i % dim];
-  std::fill_n(y, rows * dim, 0.0f);
-  add_rows(centred.data(), rows, dim, matrix.data(), dim, dim, dim, y);
+  ordered_product(centred.data(), rows, dim, dim, matrix.data(), dim, nullptr, y, dim);
 }
 
 std::vector<float> to_float(std::span<const double> x) {
@@ -262,41 +261,230 @@ QuantizerParameters RotatedPqFitter::fit(Side side, const RotatedPqOptions& opti
   parameters.tensors.emplace("mean", Tensor{{dim}, mean});
   parameters.tensors.emplace("transform", matrix_tensor(transform, dim_));
   parameters.tensors.emplace("codebook", std::move(codebook));
-  return parameters;
+  return with_byte_tables(std::move(parameters));
 }
 
-RotatedPqQuantizer::RotatedPqQuantizer(const QuantizerParameters& parameters) {
-  expect_parameters(parameters, {"codes", "stages", "num_centroids", "patches", "plane"}, {"mean", "transform", "codebook"});
+namespace {
+
+// What the numbers of a unit, its mean and its transform say.
+struct Basis {
+  Rotation rotation;
+  int dim, codes, stages, centroids, patches;
+  std::vector<Subspace> subspaces;
+  std::vector<float> mean, transform, inverse;
+  std::vector<std::vector<std::size_t>> planes;  // kPlane: of each sub-space
+
+  std::size_t width() const { return static_cast<std::size_t>(dim); }
+
+  // Dimensions of a vector that are the columns of a sub-space of kPlane.
+  std::vector<std::size_t> dimensions(std::size_t subspace) const {
+    std::vector<std::size_t> result;
+    for (const std::size_t plane : planes[subspace]) result.insert(result.end(), {plane, plane + width() / 2});
+    return result;
+  }
+};
+
+// The planes that columns begin … begin + width − 1 of the transform read.
+std::vector<std::size_t> planes_read(const std::vector<float>& transform, std::size_t dim, const Subspace& subspace) {
+  std::vector<std::size_t> planes;
+  for (std::size_t plane = 0; plane < dim / 2; ++plane) {
+    bool here = false;
+    for (const std::size_t row : {plane, plane + dim / 2})
+      for (int i = subspace.begin; i < subspace.begin + subspace.width; ++i)
+        here |= transform[row * dim + static_cast<std::size_t>(i)] != 0;
+    if (here) planes.push_back(plane);
+  }
+  return planes;
+}
+
+Basis basis_of(const QuantizerParameters& parameters) {
   const int dim = parameters.dim;
   const auto number = [&](const char* name, std::int64_t least, std::int64_t most) {
     return static_cast<int>(number_in(parameters, name, least, most));
   };
-  const Rotation rotation = number("plane", 0, 1) == 1 ? Rotation::kPlane : Rotation::kFull;
-  if (rotation == Rotation::kPlane && dim % 2 != 0) throw_invalid(kName, "plane: expected an even dim, got {}", dim);
-  const int codes = number("codes", 1, most_codes(dim, rotation)), stages = number("stages", 1, AdditiveCodebook::kMaxStages),
-            centroids = number("num_centroids", 1, kMaxCentroids);
-  dim_ = static_cast<std::size_t>(dim);
-  codes_ = static_cast<std::size_t>(codes);
-  patches_ = static_cast<std::size_t>(number("patches", 0, kMaxPatches));
-  mean_ = tensor_of(parameters, "mean", {dim}).values;
-  transform_ = tensor_of(parameters, "transform", {dim, dim}).values;
+  Basis basis;
+  basis.rotation = number("plane", 0, 1) == 1 ? Rotation::kPlane : Rotation::kFull;
+  if (basis.rotation == Rotation::kPlane && dim % 2 != 0) throw_invalid(kName, "plane: expected an even dim, got {}", dim);
+  basis.dim = dim;
+  basis.codes = number("codes", 1, most_codes(dim, basis.rotation));
+  basis.stages = number("stages", 1, AdditiveCodebook::kMaxStages);
+  basis.centroids = number("num_centroids", 1, kMaxCentroids);
+  basis.patches = number("patches", 0, kMaxPatches);
+  basis.subspaces = layout(dim, basis.codes, basis.stages, basis.rotation);
+  basis.mean = tensor_of(parameters, "mean", {dim}).values;
+  basis.transform = tensor_of(parameters, "transform", {dim, dim}).values;
   try {
-    inverse_ = to_float(veloxquant::inverse(SquareMatrix(transform_.begin(), transform_.end()), dim_));
+    basis.inverse = to_float(veloxquant::inverse(SquareMatrix(basis.transform.begin(), basis.transform.end()), basis.width()));
   } catch (const std::runtime_error& error) {
     throw_invalid(kName, "transform: {}", error.what());
   }
-  for (const float value : inverse_)
+  for (const float value : basis.inverse)
     if (!std::isfinite(value)) throw_invalid(kName, "transform: its inverse holds {}", value);
-  const auto& codebook = tensor_of(parameters, "codebook", {stages, centroids, dim}).values;
-  const auto count = static_cast<std::size_t>(centroids);
-  for (const auto& subspace : layout(dim, codes, stages, rotation)) {
-    std::vector<float> tables;
-    for (std::size_t row = 0; row < static_cast<std::size_t>(subspace.codes) * count; ++row) {
-      const auto begin = codebook.begin() + static_cast<std::ptrdiff_t>(row * dim_) + subspace.begin;
-      tables.insert(tables.end(), begin, begin + subspace.width);
-    }
-    subspaces_.emplace_back(std::move(tables), subspace.codes, centroids, subspace.width);
+  if (basis.rotation == Rotation::kFull) return basis;
+  for (const auto& subspace : basis.subspaces) {
+    basis.planes.push_back(planes_read(basis.transform, basis.width(), subspace));
+    if (2 * basis.planes.back().size() != static_cast<std::size_t>(subspace.width))
+      throw_invalid(kName, "transform: expected columns {} to {} to read {} planes, got {}", subspace.begin,
+                    subspace.begin + subspace.width - 1, subspace.width / 2, basis.planes.back().size());
   }
+  return basis;
+}
+
+// One stage of a sub-space, [entries, width], to where its bytes are from z (inverse A⁻¹, with μ in the first stage), or back
+// (transform A, μ taken out before).
+std::vector<float> to_planes(const Basis& basis, std::size_t subspace, int stage, std::vector<float> table) {
+  const auto dimensions = basis.dimensions(subspace);
+  const std::size_t width = dimensions.size(), begin = static_cast<std::size_t>(basis.subspaces[subspace].begin);
+  std::vector<float> turned(table.size());
+  for (std::size_t entry = 0; entry < table.size(); entry += width)
+    for (std::size_t j = 0; j < width; ++j) {
+      double sum = stage == 0 ? basis.mean[dimensions[j]] : 0.0f;
+      for (std::size_t i = 0; i < width; ++i)
+        sum += static_cast<double>(table[entry + i]) * basis.inverse[(begin + i) * basis.width() + dimensions[j]];
+      turned[entry + j] = static_cast<float>(sum);
+    }
+  return turned;
+}
+
+std::vector<float> from_planes(const Basis& basis, std::size_t subspace, int stage, std::vector<float> table) {
+  const auto dimensions = basis.dimensions(subspace);
+  const std::size_t width = dimensions.size(), begin = static_cast<std::size_t>(basis.subspaces[subspace].begin);
+  std::vector<float> turned(table.size());
+  for (std::size_t entry = 0; entry < table.size(); entry += width)
+    for (std::size_t j = 0; j < width; ++j) {
+      double sum = 0;
+      for (std::size_t i = 0; i < width; ++i)
+        sum += (static_cast<double>(table[entry + i]) - (stage == 0 ? basis.mean[dimensions[i]] : 0.0f)) *
+               basis.transform[dimensions[i] * basis.width() + begin + j];
+      turned[entry + j] = static_cast<float>(sum);
+    }
+  return turned;
+}
+
+// Where entry `entry` of a stage stands in tensors [stages, num_centroids, dim], in the columns of a sub-space.
+std::size_t place_of_entry(const Basis& basis, const Subspace& subspace, int stage, std::size_t entry) {
+  return (static_cast<std::size_t>(stage * basis.centroids) + entry) * basis.width() + static_cast<std::size_t>(subspace.begin);
+}
+
+void expect_names(const QuantizerParameters& parameters, std::initializer_list<std::string_view> tensors,
+                  std::initializer_list<std::string_view> byte_tensors) {
+  expect_parameters(parameters, {"codes", "stages", "num_centroids", "patches", "plane"}, tensors, byte_tensors);
+}
+
+// Those of a sub-space, out of tensors of all of them; units: those of the sub-spaces before it.
+ByteTables tables_of(const Basis& basis, const Subspace& subspace, std::size_t units, const ByteTensor& entries,
+                     const Tensor& offsets, const Tensor& scales) {
+  const auto width = static_cast<std::size_t>(subspace.width), begin = static_cast<std::size_t>(subspace.begin);
+  ByteTables tables{width, {}, {}, {}};
+  for (int stage = 0; stage < subspace.codes; ++stage) {
+    auto& table = tables.entries.emplace_back();
+    for (std::size_t entry = 0; entry < static_cast<std::size_t>(basis.centroids); ++entry) {
+      const auto row = entries.values.begin() + static_cast<std::ptrdiff_t>(place_of_entry(basis, subspace, stage, entry));
+      table.insert(table.end(), row, row + subspace.width);
+    }
+    const auto row = offsets.values.begin() + static_cast<std::ptrdiff_t>(static_cast<std::size_t>(stage) * basis.width() + begin);
+    tables.offsets.emplace_back(row, row + subspace.width);
+  }
+  const auto first = scales.values.begin() + static_cast<std::ptrdiff_t>(units);
+  tables.scales.assign(first, first + static_cast<std::ptrdiff_t>(byte_units(width)));
+  return tables;
+}
+
+void check_tables(const ByteTables& tables) {
+  for (const float scale : tables.scales)
+    if (!(scale > 0)) throw_invalid(kName, "scales: expected positive values, got {}", scale);
+  for (std::size_t column = 0; column < tables.width; ++column) {
+    int sum = 0;
+    for (std::size_t stage = 0; stage < tables.entries.size(); ++stage) {
+      const float offset = tables.offsets[stage][column];
+      if (!(std::abs(offset) <= kMostByteOffset) || offset != std::nearbyint(offset))
+        throw_invalid(kName, "offsets: expected whole numbers from -{0} to {0}, got {1}", kMostByteOffset, offset);
+      int most = 0;
+      for (std::size_t at = column; at < tables.entries[stage].size(); at += tables.width)
+        most = std::max<int>(most, tables.entries[stage][at]);
+      sum += most;
+    }
+    if (std::abs(tables.offset(column)) > kMostByteOffset)
+      throw_invalid(kName, "offsets: expected those of both stages to be within {0} of 0 together, got {1}", kMostByteOffset,
+                    tables.offset(column));
+    if (sum > kMostByteSum) throw_invalid(kName, "entries: expected sums of two up to {}, got {}", kMostByteSum, sum);
+  }
+}
+
+}  // namespace
+
+QuantizerParameters with_byte_tables(QuantizerParameters parameters) {
+  expect_names(parameters, {"mean", "transform", "codebook"}, {});
+  const Basis basis = basis_of(parameters);
+  const auto& codebook = tensor_of(parameters, "codebook", {basis.stages, basis.centroids, basis.dim}).values;
+  ByteTensor entries{{basis.stages, basis.centroids, basis.dim}, std::vector<std::uint8_t>(codebook.size())};
+  Tensor offsets{{basis.stages, basis.dim}, std::vector<float>(static_cast<std::size_t>(basis.stages) * basis.width())};
+  std::vector<float> scales;
+  for (std::size_t s = 0; s < basis.subspaces.size(); ++s) {
+    const auto& subspace = basis.subspaces[s];
+    std::vector<std::vector<float>> tables(static_cast<std::size_t>(subspace.codes));
+    for (int stage = 0; stage < subspace.codes; ++stage) {
+      auto& table = tables[static_cast<std::size_t>(stage)];
+      for (std::size_t entry = 0; entry < static_cast<std::size_t>(basis.centroids); ++entry) {
+        const auto row = codebook.begin() + static_cast<std::ptrdiff_t>(place_of_entry(basis, subspace, stage, entry));
+        table.insert(table.end(), row, row + subspace.width);
+      }
+      if (!basis.planes.empty()) table = to_planes(basis, s, stage, std::move(table));
+      for (const float value : table)
+        if (!std::isfinite(value)) throw_invalid(kName, "codebook: an entry is {} where it is rounded", value);
+    }
+    const auto rounded = round_to_bytes(tables, static_cast<std::size_t>(subspace.width));
+    for (std::size_t stage = 0; stage < tables.size(); ++stage) {
+      for (std::size_t entry = 0; entry < static_cast<std::size_t>(basis.centroids); ++entry)
+        std::copy_n(rounded.entries[stage].begin() + static_cast<std::ptrdiff_t>(entry * rounded.width), rounded.width,
+                    entries.values.begin() +
+                        static_cast<std::ptrdiff_t>(place_of_entry(basis, subspace, static_cast<int>(stage), entry)));
+      std::copy(rounded.offsets[stage].begin(), rounded.offsets[stage].end(),
+                offsets.values.begin() + static_cast<std::ptrdiff_t>(stage * basis.width()) + subspace.begin);
+    }
+    scales.insert(scales.end(), rounded.scales.begin(), rounded.scales.end());
+  }
+  parameters.tensors.erase("codebook");
+  parameters.byte_tensors.emplace("entries", std::move(entries));
+  parameters.tensors.emplace("offsets", std::move(offsets));
+  parameters.tensors.emplace("scales", Tensor{{static_cast<std::int64_t>(scales.size())}, std::move(scales)});
+  return parameters;
+}
+
+RotatedPqQuantizer::RotatedPqQuantizer(const QuantizerParameters& parameters) {
+  expect_names(parameters, {"mean", "transform", "offsets", "scales"}, {"entries"});
+  Basis basis = basis_of(parameters);
+  dim_ = basis.width();
+  codes_ = static_cast<std::size_t>(basis.codes);
+  patches_ = static_cast<std::size_t>(basis.patches);
+  std::size_t units = 0;
+  for (const auto& subspace : basis.subspaces) units += byte_units(static_cast<std::size_t>(subspace.width));
+  const auto& entries = byte_tensor_of(parameters, "entries", {basis.stages, basis.centroids, basis.dim});
+  const auto &offsets = tensor_of(parameters, "offsets", {basis.stages, basis.dim}),
+             &scales = tensor_of(parameters, "scales", {static_cast<std::int64_t>(units)});
+  units = 0;
+  for (std::size_t s = 0; s < basis.subspaces.size(); ++s) {
+    const auto& subspace = basis.subspaces[s];
+    const auto& bytes = byte_tables_.emplace_back(tables_of(basis, subspace, units, entries, offsets, scales));
+    check_tables(bytes);
+    units += bytes.scales.size();
+    std::vector<float> tables;
+    for (int stage = 0; stage < subspace.codes; ++stage) {
+      std::vector<float> table;
+      for (std::size_t entry = 0; entry < static_cast<std::size_t>(basis.centroids); ++entry)
+        for (std::size_t column = 0; column < bytes.width; ++column)
+          table.push_back(bytes.value(static_cast<std::size_t>(stage), entry, column));
+      if (!basis.planes.empty()) table = from_planes(basis, s, stage, std::move(table));
+      for (const float value : table)
+        if (!std::isfinite(value)) throw_invalid(kName, "scales: an entry is {}", value);
+      tables.insert(tables.end(), table.begin(), table.end());
+    }
+    subspaces_.emplace_back(std::move(tables), subspace.codes, basis.centroids, subspace.width);
+  }
+  mean_ = std::move(basis.mean);
+  transform_ = std::move(basis.transform);
+  inverse_ = std::move(basis.inverse);
+  planes_ = std::move(basis.planes);
 }
 
 std::size_t RotatedPqQuantizer::encoded_bytes(std::size_t tokens) const {
@@ -308,16 +496,20 @@ void RotatedPqQuantizer::encode_codes(std::span<const float> vectors, std::span<
   std::vector<float> z(tokens * dim_);
   rotate(vectors.data(), tokens, mean_, transform_, z.data());
   std::vector<std::uint16_t> wide(tokens * codes_);
-  std::size_t column = 0, code = 0;
-  for (const auto& subspace : subspaces_) {
-    subspace.encode(z.data() + column, tokens, dim_, wide.data() + code, codes_);
-    column += static_cast<std::size_t>(subspace.dim());
-    code += static_cast<std::size_t>(subspace.stages());
-  }
+  choose_codes(z, wide);
   std::copy(wide.begin(), wide.end(), codes.begin());
   if (rest.empty()) return;
   look_up(codes.data(), tokens, rest.data());
   for (std::size_t i = 0; i < z.size(); ++i) rest[i] = z[i] - rest[i];
+}
+
+void RotatedPqQuantizer::choose_codes(std::span<const float> z, std::span<std::uint16_t> codes) const {
+  std::size_t column = 0, code = 0;
+  for (const auto& subspace : subspaces_) {
+    subspace.encode(z.data() + column, z.size() / dim_, dim_, codes.data() + code, codes_);
+    column += static_cast<std::size_t>(subspace.dim());
+    code += static_cast<std::size_t>(subspace.stages());
+  }
 }
 
 void RotatedPqQuantizer::encode(std::span<const float> vectors, std::span<std::uint8_t> encoded) const {

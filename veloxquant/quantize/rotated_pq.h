@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "veloxquant/quantize/additive_codebook.h"
+#include "veloxquant/quantize/byte_tables.h"
 #include "veloxquant/quantize/linear_algebra.h"
 #include "veloxquant/quantize/packed_layout.h"
 #include "veloxquant/quantize/registry.h"
@@ -68,6 +69,10 @@ class RotatedPqFitter {
   std::vector<double> variances_;  // kFull: of those columns
 };
 
+/// Entries are bytes (byte_tables.h), in the space in which attention looks them up: of z with Rotation::kFull; of the vectors
+/// themselves, μ in the first stage, with kPlane, where a sub-space is a few planes.  Whatever encodes, restores or attends uses
+/// these entries: sums of them in z are exact to the rounding of float32.
+///
 /// Encoded: in blocks of 256 tokens, the codes [tokens, codes] of one byte, then the patches of those `patches` vectors of the
 /// block that lost most by the metric: place in the block (1 byte), scale (half), and 4-bit residuals in the metric's basis.  A
 /// block that still grows has as many, so that it can be encoded as tokens come: a vector that loses more than one of those patched
@@ -94,6 +99,13 @@ class RotatedPqQuantizer : public Quantizer {
   const std::vector<float>& inverse() const { return inverse_; }
   const std::vector<AdditiveCodebook>& subspaces() const { return subspaces_; }
 
+  /// The entries of each sub-space as they are stored.
+  const std::vector<ByteTables>& byte_tables() const { return byte_tables_; }
+
+  /// kPlane: of each sub-space its planes i, ascending; its columns of byte_tables() are the dimensions i and i + dim/2 of each.
+  /// Otherwise none, and its columns are those of z.
+  const std::vector<std::vector<std::size_t>>& planes() const { return planes_; }
+
   std::size_t encoded_bytes(std::size_t tokens) const override;
   void encode(std::span<const float> vectors, std::span<std::uint8_t> encoded) const override;
   void decode(std::span<const std::uint8_t> encoded, std::span<float> vectors) const override;
@@ -103,6 +115,9 @@ class RotatedPqQuantizer : public Quantizer {
   /// vectors [tokens, dim] → codes [tokens, codes], and what these leave of the rotated vectors, [tokens, dim], unless `rest` is
   /// empty.
   void encode_codes(std::span<const float> vectors, std::span<std::uint8_t> codes, std::span<float> rest) const;
+
+  /// Rotated vectors z [tokens, dim] → codes [tokens, codes].
+  void choose_codes(std::span<const float> z, std::span<std::uint16_t> codes) const;
 
   /// One patch, patch_bytes(dim) bytes: the rest [dim] of the token at `place` of its block.
   void write_patch(std::span<const float> rest, std::size_t place, std::uint8_t* bytes) const;
@@ -122,7 +137,13 @@ class RotatedPqQuantizer : public Quantizer {
   std::size_t dim_, codes_, patches_;
   std::vector<float> mean_, transform_, inverse_;  // [dim], [dim, dim]
   std::vector<AdditiveCodebook> subspaces_;
+  std::vector<ByteTables> byte_tables_;
+  std::vector<std::vector<std::size_t>> planes_;
 };
+
+/// Parameters as plans up to format 3 have them, with a `codebook` [stages, num_centroids, dim] of float32 in z, to what
+/// RotatedPqQuantizer takes: rounded as fitting rounds.  Throws std::invalid_argument as making it does.
+QuantizerParameters with_byte_tables(QuantizerParameters parameters);
 
 /// Bytes that `tokens` vectors take with that many codes and patches.
 std::size_t rotated_pq_bytes(int dim, int codes, int patches, std::size_t tokens);

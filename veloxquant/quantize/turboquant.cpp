@@ -9,6 +9,7 @@
 #include "veloxquant/kernels/bit_packing.h"
 #include "veloxquant/kernels/gemm.h"
 #include "veloxquant/kernels/hadamard.h"
+#include "veloxquant/kernels/ordered_product.h"
 #include "veloxquant/quantize/half.h"
 #include "veloxquant/quantize/parameters.h"
 
@@ -76,7 +77,10 @@ TurboQuantizer::TurboQuantizer(int dim, int bits, std::uint64_t seed) : dim_(dim
 const TurboQuantizer::Rotation& TurboQuantizer::rotation() const {
   std::call_once(made_, [this] {
     if (!is_power_of_two(static_cast<std::size_t>(dim_))) {
-      rotation_.matrix = random_orthogonal(static_cast<std::size_t>(dim_), seed_);
+      const auto dim = static_cast<std::size_t>(dim_);
+      rotation_.matrix = random_orthogonal(dim, seed_);
+      rotation_.transposed.resize(dim * dim);
+      for (std::size_t i = 0; i < dim * dim; ++i) rotation_.transposed[i % dim * dim + i / dim] = rotation_.matrix[i];
       return;
     }
     Random random(seed_);
@@ -91,20 +95,20 @@ std::size_t TurboQuantizer::encoded_bytes(std::size_t tokens) const {
 
 void TurboQuantizer::rotate(std::vector<float>& rows) const {
   const auto dim = static_cast<std::size_t>(dim_), count = rows.size() / dim;
-  const auto& [signs, matrix] = rotation();
+  const auto& [signs, matrix, transposed] = rotation();
   if (matrix.empty()) {
     for (std::size_t i = 0; i < rows.size(); ++i) rows[i] *= signs[i % dim];
     hadamard(rows.data(), count, dim);
     return;
   }
   std::vector<float> rotated(rows.size());
-  gemm(false, true, static_cast<int>(count), dim_, dim_, 1.0f, rows.data(), dim_, matrix.data(), dim_, 0.0f, rotated.data(), dim_);
+  ordered_product(rows.data(), count, dim, dim, transposed.data(), dim, nullptr, rotated.data(), dim);
   rows.swap(rotated);
 }
 
 void TurboQuantizer::rotate_back(std::span<float> rows) const {
   const auto dim = static_cast<std::size_t>(dim_), count = rows.size() / dim;
-  const auto& [signs, matrix] = rotation();
+  const auto& [signs, matrix, _] = rotation();
   if (matrix.empty()) {
     hadamard(rows.data(), count, dim);
     for (std::size_t i = 0; i < rows.size(); ++i) rows[i] *= signs[i % dim];
@@ -116,7 +120,7 @@ void TurboQuantizer::rotate_back(std::span<float> rows) const {
 
 std::vector<float> TurboQuantizer::rotation_matrix() const {
   const auto dim = static_cast<std::size_t>(dim_);
-  const auto& [signs, matrix] = rotation();
+  const auto& [signs, matrix, _] = rotation();
   if (!matrix.empty()) return matrix;
   std::vector<float> product = walsh_hadamard_matrix(dim);
   for (std::size_t i = 0; i < product.size(); ++i) product[i] *= signs[i % dim];

@@ -27,8 +27,8 @@ class TurboQuantizer : public Quantizer {
 
  private:
   struct Rotation {
-    std::vector<float> signs;   // [dim], where dim is a power of two
-    std::vector<float> matrix;  // [dim, dim], where it is not
+    std::vector<float> signs;               // [dim], where dim is a power of two
+    std::vector<float> matrix, transposed;  // [dim, dim], where it is not
   };
 
   const Rotation& rotation() const;

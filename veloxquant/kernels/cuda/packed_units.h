@@ -18,6 +18,9 @@ constexpr float kPatchCentre = 7.5f;
 /// patches.
 constexpr int kTilesAtOnce = 512, kPatchesAtOnce = 256, kMostWidth = 32, kMostPatches = 64;
 
+/// What kernels of any plan serve at most: dimensions of a head (even), and of a sub-space.
+constexpr int kMostDim = 256, kMostSubspace = 128;
+
 /// Query heads that are handled together; tiles that are on their way while one is handled.
 constexpr int kQueriesAtOnce = 4, kTilesAhead = 2;
 
@@ -32,8 +35,31 @@ VELOXQUANT_ANYWHERE constexpr int blocks_of_exact(int sequence_heads, int splits
 VELOXQUANT_ANYWHERE constexpr int exact_floats(int dim, int tokens) {
   return tokens * (dim + kQueriesAtOnce);
 }
-VELOXQUANT_ANYWHERE constexpr int finish_floats(int dim, int splits) {
-  return kQueriesAtOnce * (dim + splits + 2 + kFinishThreads);
+VELOXQUANT_ANYWHERE constexpr int finish_floats(int dim, int parts) {
+  return kQueriesAtOnce * (dim + parts + 1 + kFinishThreads);
+}
+
+/// Kernels of any plan: threads that look a tile up, and that round a token; floats between columns of a tile in shared memory, one
+/// more than its tokens, so that neither lanes of tokens nor lanes of columns share banks; parts that attention is cut into, at most.
+constexpr int kLookUpThreads = 256, kRoundThreads = 128, kTileStride = kTileTokens + 1, kMostParts = 1024;
+
+/// Floats of shared memory: to attend to a tile, to restore it, to round a token, to encode one, and to encode a tile, with sub-spaces
+/// of up to so many dimensions.
+VELOXQUANT_ANYWHERE constexpr int attention_floats(int dim) {
+  return 2 * dim * kTileStride + kQueriesAtOnce * (dim + 3 * kTileTokens + 4);
+}
+VELOXQUANT_ANYWHERE constexpr int restore_floats(int dim) {
+  return 2 * dim * kTileStride;
+}
+VELOXQUANT_ANYWHERE constexpr int round_floats(int dim) {
+  return 2 * dim + 8;
+}
+VELOXQUANT_ANYWHERE constexpr int encode_token_floats(int dim, int most_width) {
+  return 2 * dim + kEncodingThreads + kEncodingThreads / 32 * (most_width * kBeam + 1) + kMostPatches + (2 * dim + 16 + 3) / 4 +
+         (dim + 3) / 4;
+}
+VELOXQUANT_ANYWHERE constexpr int encode_tile_floats(int dim, int most_width) {
+  return 2 * kTileTokens * dim + kEncodingThreads / 32 * most_width * kBeam + kTileTokens * ((dim + 3) / 4);
 }
 
 /// Eight dimensions of a key that one entry of each of two tables makes up: four planes that RoPE turns, as (x, y) after one
@@ -79,6 +105,40 @@ struct EncodingSubspace {
 
 struct EncodingHead {
   int word, codes, patches, subspaces, error;  // of the layer's block, from which word on; of the errors, from which on
+};
+
+/// Eight columns at most that an entry of one table, or the sum of one of each of two, makes up, from `column` on: of values and of
+/// keys that are no planes of the rotated space, of others dimensions of a key in the order of LayerTables.  Entries are bytes, and
+/// then scale · (first + second) + low, or floats of one table.
+struct alignas(16) TableUnit {
+  int codes[2];  // which of a token's codes; twice the same one, and a second table of zeros, where there is one table
+  float scale;
+  int column, width, unused[3];
+  float low[8];
+};
+
+/// How the codes of tokens stand in their block: as PackedCodes or scan_place in quantize/ have them.
+enum class CodeOrder : int { kTiles, kScan };
+
+/// One side of one KV head.  Places are in words of the layer's tables.
+struct SideTables {
+  int word, codes, patches, error;          // of the layer's block, from which word on; of the errors, from which on
+  CodeOrder order;
+  int float_entries;                        // 0: bytes [256, 2, units, 8], else floats [256, units, 8]
+  int num_units, units, entries;            // TableUnit
+  int num_subspaces, subspaces;             // EncodingSubspace, to encode
+  int transform, mean;                      // A and μ, [dim, dim] and [dim]
+  int inverse, inverse_mean;                // A⁻¹ and μ; of keys with columns in the order of `dims`
+  int planes;                               // keys whose units are dimensions, with A⁻¹ and μ in them
+  int dims, turns;                          // keys: of each column its dimension, [dim]; of each two their RoPE, [dim / 2]
+};
+
+/// What all kernels of a layer read, at the begin of an array of words.
+struct LayerTables {
+  int kv_heads, dim, window, sinks, block_words, num_errors;
+  int sides;           // SideTables [2, kv_heads], of keys and of values
+  int turned, turns;   // dimensions i and i + turned of keys are turned by turns[i]; 0 where keys are stored turned
+  float magnitude;     // of turned keys
 };
 
 }  // namespace veloxquant
