@@ -32,6 +32,9 @@ class PackedArraysLayer {
   /// Null where they do not serve.  Made at the first call for its rope, which a layer has one of, and number of KV heads.
   const PackedKernels* kernels(const Rope& rope, int kv_heads) const;
 
+  /// Whether the last kernels() that was asked for are there.
+  bool served() const { return kernels_ != nullptr; }
+
   /// Why kernels() is null after it was called; empty where it is not.
   const std::string& refusal() const { return refusal_; }
 
@@ -59,7 +62,7 @@ class PackedArrays : public PackedAttentionCache {
   /// Allocated for tokens: blocks, window and sinks; codebooks are the layer's.
   std::size_t nbytes() const override;
 
-  std::string kernels() const override { return counts_ ? "cuda" : "graph"; }
+  std::string kernels() const override { return layer_->served() ? "cuda" : "graph"; }
 
   /// What is stored, which may still have to be evaluated.
   std::vector<mx::array> pending() const;
