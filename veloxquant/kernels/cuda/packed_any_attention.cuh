@@ -136,20 +136,26 @@ class AnyAttentionBlock {
       if (item >= pairs + rest) {
         const int i = (item - pairs - rest) * width;
         exact_values(value, dim_, i, fours, there, x);
-        for (int j = 0; j < width; ++j) values_[(i + j) * kTileStride + lane] = x[j];
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          if (j < width) values_[(i + j) * kTileStride + lane] = x[j];
         continue;
       }
       const int i = item < pairs ? item * width : 2 * turned + (item - pairs) * width;
       exact_values(key, dim_, i, fours, there, x);
       if (item < pairs) {
         exact_values(key, dim_, i + turned, fours, there, y);
-        for (int j = 0; j < width; ++j) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (j >= width) break;
           const float2 angle = cosine_and_sine(turns[i + j], position);
           turn_back(x[j], y[j], layer_.magnitude * angle.x, -layer_.magnitude * angle.y);
           keys_[(i + j + turned) * kTileStride + lane] = y[j];
         }
       }
-      for (int j = 0; j < width; ++j) keys_[(i + j) * kTileStride + lane] = x[j];
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (j < width) keys_[(i + j) * kTileStride + lane] = x[j];
     }
     return token < tokens && position >= a_.first_seen;
   }
