@@ -137,7 +137,7 @@ def rows(table, build, device, peer_python, blas=None, turns=3, eight_b=False):
 
     folder = build / "bench"
     folder.mkdir(exist_ok=True)
-    environment = {"OPENBLAS": blas} if blas else {}
+    environment = {"OPENBLAS": str(blas)} if blas else {}
     program = build / "bin" / "veloxquant"
 
     def compare(model, title, lengths, goals, gguf=None, samples=4):

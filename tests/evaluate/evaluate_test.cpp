@@ -48,7 +48,8 @@ double peak_bytes(int length, const std::vector<Storage>& storages) {
 TEST(Evaluate, MemoryGrowsWithTheTokensOfOneLayer) {
   const std::vector<Storage> one = {peer_storage("kivi2+window", demo_model())};
   peak_bytes(64, one);  // weights are converted at first use
-  // Nothing grows with the square of the tokens (4 heads' scores: 268 MB), nor with all 12 layers (their keys and values: 12 KiB a token).
+  // Nothing grows with the square of the tokens (4 heads' scores: 268 MB), nor with all 12 layers (their keys and values: 12 KiB a
+  // token).
   const double small = peak_bytes(1024, one), large = peak_bytes(4096, one), by_token = (large - small) / 3072;
   EXPECT_LE(by_token, 16 << 10);
   // A storage more is its hidden states more.

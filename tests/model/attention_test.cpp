@@ -72,7 +72,8 @@ TEST(AttentionOperation, MlxOperationsNeedNoSquareOfTheTokens) {
   const MlxOperationsScope scope;
   for (const int near : {0, 32}) {
     const auto at_once = std::int64_t{1} << 16;  // 256 KiB, where all are 4 MiB and 64 MiB
-    const auto small = static_cast<double>(peak_bytes(512, near, at_once)), large = static_cast<double>(peak_bytes(2048, near, at_once));
+    const auto small = static_cast<double>(peak_bytes(512, near, at_once)),
+               large = static_cast<double>(peak_bytes(2048, near, at_once));
     EXPECT_LE(large / small, 4.5) << near;
     EXPECT_LE(large, 8 << 20) << near;
     EXPECT_GE(peak_bytes(2048, near, std::int64_t{1} << 30), std::size_t{64} << 20) << near;
