@@ -32,7 +32,7 @@ MODELS ?= $(wildcard ../shared/models/mid)
 
 bench: build
 	bash scripts/setup.sh --bench
-	cmake --build $(BUILD) --parallel $(JOBS) --target engine_bench kernels_bench packed_bench prefill_bench
+	cmake --build $(BUILD) --parallel $(JOBS) --target engine_bench kernels_bench packed_bench prefill_bench openblas_for_peers
 	.venv-bench/bin/python bench/run.py $(BUILD) $(MODELS)
 
 GPU_PYTHON ?= .venv-cuda/bin/python

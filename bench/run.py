@@ -70,7 +70,10 @@ def peers(*arguments, **environment):
 
 
 def openblas(engine_bench):
-    """The OpenBLAS that our programs are linked to."""
+    """The OpenBLAS that our programs are linked to, under the names that MLX calls."""
+    renamed = engine_bench.parent.parent / "bench" / "libopenblas_for_peers.so"
+    if renamed.exists():
+        return renamed
     libraries = subprocess.run(["ldd", engine_bench], check=True, capture_output=True, text=True).stdout
     found = re.search(r"libopenblas\S* => (\S+)", libraries)
     if not found:
@@ -120,6 +123,19 @@ def targets():
     yield "", {}
     if "avx512f" in pathlib.Path("/proc/cpuinfo").read_text():
         yield ", AVX2", {"VELOXQUANT_BENCH_TARGET": "AVX2", "OPENBLAS_CORETYPE": "Haswell"}
+
+
+def sgemm_rows(table, kernels_bench):
+    for suffix, environment in targets():
+        for threads in (1, THREADS):
+            # One after the other, three times: a machine's speed drifts over minutes.
+            ours = theirs = float("inf")
+            for _ in range(3):
+                run = google_benchmark(kernels_bench, f"--benchmark_filter=^sgemm_on/{threads}/", environment=environment)[f"sgemm_on/{threads}"]
+                ours = min(ours, run["seconds"])
+                theirs = min(theirs, peers("numpy", OPENBLAS_NUM_THREADS=str(threads), **environment)["sgemm"])
+            table.add(f"sgemm 1024x1024x1024, threads: {threads}{suffix}", run["flops"] / ours, run["flops"] / theirs, "NumPy's wheel, FLOP/s",
+                      theirs / ours, ">= 0.95")
 
 
 def product_quantisation_rows(table, kernels_bench):
@@ -227,6 +243,7 @@ def main(build, models):
     if len(models) == 1:
         print("no model besides the bundled one: rows of mid are not measured, and memory is that of the bundled model")
     table = Table()
+    sgemm_rows(table, programs / "kernels_bench")
     product_quantisation_rows(table, programs / "kernels_bench")
     packed_attention_rows(table, programs / "packed_bench")
     prefill_rows(table, programs / "prefill_bench", models[0])

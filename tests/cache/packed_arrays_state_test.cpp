@@ -30,7 +30,9 @@ struct Layer {
       : x(batch, tokens, kDim),
         packed_layer(std::make_shared<PackedLayer>(units.keys, units.values, window, sinks)),
         arrays_layer(std::make_shared<PackedArraysLayer>(units.keys, units.values, window, sinks)),
-        rounding(units.keys[0].method == "vecinfer" ? kScanRounding : kRounding) {}
+        rounding(units.keys[0].method == "vecinfer"     ? kScanRounding
+                 : units.keys[0].method == "rotated_pq" ? kWholeRounding
+                                                        : kRounding) {}
 
   PackedCache packed() const { return PackedCache(packed_layer); }
   PackedArrays arrays() const { return PackedArrays(arrays_layer); }

@@ -56,7 +56,7 @@ Difference compare(const Sequence& x, const Stored& stored, Exact exact, const s
 // zero, where sums of 8-bit values often are.
 constexpr Difference kOtherCodes = {1e-3f, 0.15f};
 
-void expect_alike(Difference difference, Difference most = {kRounding, kRounding}) {
+void expect_alike(Difference difference, Difference most = {0.1f * kWholeRounding, kWholeRounding}) {
   EXPECT_LT(difference.mean, most.mean);
   EXPECT_LT(difference.largest, most.largest);
 }

@@ -90,6 +90,9 @@ inline constexpr int kTokens = 580;
 
 inline constexpr double kRounding = 2e-5;  // of sums in another order, relative to the largest value
 
+// Where few queries attend to rotated_pq on the CPU: keys are whole numbers of 12 to 15 bits, and queries of about 11.
+inline constexpr double kWholeRounding = 5e-3;
+
 // Where scores are sums of integers: half a step of 2⁻¹⁶, or for 4-bit codes 2⁻¹⁴, of the widest range of a code's products.  Those
 // of few tokens with unlike values show it most.
 inline constexpr double kScanRounding = 2e-4, kNibbleScanRounding = 1.5e-3;

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "tests/kernels/every_target.h"
 #include "veloxquant/quantize/packed_layout.h"
 
@@ -12,81 +14,162 @@ using testing::expect_near;
 using testing::for_each_target;
 using testing::normal_values;
 
+std::vector<std::int16_t> whole_numbers(std::size_t count, int most, std::uint64_t seed) {
+  Random random(seed);
+  std::vector<std::int16_t> values(count);
+  for (auto& value : values) value = static_cast<std::int16_t>(static_cast<int>(random.below(static_cast<std::uint64_t>(2 * most + 1))) - most);
+  return values;
+}
+
 // A block of random codes, two a group and those of the last word closer together.
 struct Codes {
   PackedCodes layout;
   std::vector<std::uint8_t> bytes;
-  std::vector<std::vector<float>> tables;
+  std::vector<std::vector<std::uint8_t>> tables;
   std::vector<EntryColumns> groups;
 
-  explicit Codes(std::size_t num_groups) : layout{2 * num_groups}, bytes(layout.block_bytes()) {
+  explicit Codes(std::size_t num_groups, std::size_t fewer = 0) : layout{2 * num_groups - fewer}, bytes(layout.block_bytes()) {
     Random random(num_groups);
     for (auto& byte : bytes) byte = static_cast<std::uint8_t>(random.below(256));
-    for (std::size_t code = 0; code < 2 * num_groups; ++code) tables.push_back(normal_values(256 * kEntryColumns, code));
+    for (std::size_t code = 0; code < 2 * num_groups; ++code) {
+      auto& table = tables.emplace_back(256 * kEntryColumns + kEntryPadding);
+      for (auto& byte : table) byte = static_cast<std::uint8_t>(random.below(code % 2 == 0 ? 156 : 101));
+    }
+    // Where there are fewer codes, the last one is read by the others.
+    const auto place = [&](std::size_t code) { return layout.place(std::min(code, layout.codes - 1)); };
     for (std::size_t code = 0; code < 2 * num_groups; code += 2)
-      groups.push_back({{layout.place(code), layout.place(code + 1)}, {tables[code].data(), tables[code + 1].data()}});
+      groups.push_back({{place(code), place(code + 1)}, {tables[code].data(), tables[code + 1].data()}});
   }
 
   BlockOfTiles block(std::size_t tokens) const { return {bytes.data(), layout.tile_bytes(), kPackedTileTokens, tokens}; }
 };
 
 constexpr std::size_t kTokens[] = {1, 7, 8, 9, 31, 32, 33, 100, 256};
+constexpr std::size_t kStretches = kPackedBlockTokens / kTurnedTokens;
 
-TEST(EntryScan, TurnsRowsAsTheReferenceDoes) {
-  for (const std::size_t groups : {1, 3}) {
-    for (const std::size_t rows : {1, 5}) {
-      const auto from = normal_values(groups * rows * kEntryColumns, 1), angles = normal_values(groups * 2 * kEntryColumns, 2);
+TEST(EntryScan, TurnsAndRoundsRowsAsTheReferenceDoes) {
+  for (const std::size_t rows : {1, 3})
+    for (const std::size_t count : {1, 5}) {
+      const auto from = normal_values(rows * count * kTurnColumns, 1, 9000), angles = normal_values(rows * kTurnColumns, 2);
       std::vector<float> expected(from.size());
-      reference::turn_rows(from.data(), groups, rows, angles.data(), expected.data());
+      std::vector<std::int16_t> expected_whole(from.size());
+      reference::turn_rows(from.data(), rows, count, angles.data(), expected.data());
+      const auto few = normal_values(from.size(), 3, 6000);
+      reference::round_rows(few.data(), few.size(), expected_whole.data());
       for_each_target([&] {
         std::vector<float> to(from.size());
-        turn_rows(from.data(), groups, rows, angles.data(), to.data());
-        expect_near(to, expected, 1e-6, 1e-6);
+        turn_rows(from.data(), rows, count, angles.data(), to.data());
+        expect_near(to, expected, 1e-2, 1e-6);
+        std::vector<std::int16_t> whole(few.size());
+        round_rows(few.data(), few.size(), whole.data());
+        EXPECT_EQ(whole, expected_whole);
       });
     }
-  }
 }
 
+// Whole numbers: the same on every target.
 TEST(EntryScan, ScoresAsTheReferenceDoes) {
-  for (const std::size_t groups : {1, 3, 4, 8}) {
-    const Codes codes(groups);
-    const auto angles = normal_values(groups * kTurnedTokens * 2 * kEntryColumns, 1);
+  for (const std::size_t groups : {4, 8, 12})
+    for (const std::size_t fewer : {0, 1, 2, 3}) {
+      const Codes codes(groups, fewer);
+      const std::size_t rows = groups / kTurnGroups;
+      const auto angles = whole_numbers(rows * kTurnedTokens * kTurnColumns, 23000, 1),
+                 offsets = whole_numbers(rows * kTurnColumns, 100 << 6, 3);
+      for (const std::size_t queries : {1, 2, 3, 4, 6, 7}) {
+        const auto q = whole_numbers(kStretches * rows * queries * kTurnColumns, 500, 2);
+        const auto factors = normal_values(queries, 4, 1e-6);
+        for (const std::size_t tokens : kTokens) {
+          SCOPED_TRACE(::testing::Message() << groups << " groups, " << queries << " queries, " << tokens << " tokens");
+          const std::size_t stride = tokens + 3;
+          const TurnedQueries turned{q.data(), queries, factors.data()};
+          const KeyGrid grid{offsets.data(), 6, angles.data()};
+          std::vector<float> expected(queries * stride, 7.0f);
+          reference::score_entries(codes.block(tokens), codes.groups, grid, turned, expected.data(), stride);
+          for_each_target([&] {
+            std::vector<float> scores(expected.size(), 7.0f);
+            score_entries(codes.block(tokens), codes.groups, grid, turned, scores.data(), stride);
+            EXPECT_EQ(scores, expected);
+          });
+        }
+      }
+    }
+}
+
+TEST(EntryScan, ScoresOfWideKeysAsTheReferenceDoes) {
+  for (const std::size_t rows : {1, 2, 3}) {
+    const auto angles = whole_numbers(rows * kTurnedTokens * kTurnColumns, 23000, 1);
     for (const std::size_t queries : {1, 2, 3, 4, 7}) {
-      const auto q = normal_values(kPackedBlockTokens / kTurnedTokens * groups * queries * kEntryColumns, 2);
+      const auto q = whole_numbers(kStretches * rows * queries * kTurnColumns, 500, 2);
+      const auto factors = normal_values(queries, 4, 1e-6);
       for (const std::size_t tokens : kTokens) {
-        SCOPED_TRACE(::testing::Message() << groups << " groups, " << queries << " queries, " << tokens << " tokens");
-        const std::size_t stride = tokens + 3;
-        const TurnedQueries turned{q.data(), queries, angles.data()};
-        std::vector<float> expected(queries * stride, 7.0f);
-        reference::score_entries(codes.block(tokens), codes.groups, turned, expected.data(), stride);
+        // Behind the last token there is the rest of its stretch.
+        const auto keys = whole_numbers((tokens + kTurnedTokens) * rows * kTurnColumns, 16000, 5);
+        const TurnedQueries turned{q.data(), queries, factors.data()};
+        std::vector<float> expected(queries * tokens);
+        reference::score_wide(keys.data(), tokens, rows, {nullptr, 0, angles.data()}, turned, expected.data(), tokens);
         for_each_target([&] {
-          std::vector<float> scores(expected.size(), 7.0f);
-          score_entries(codes.block(tokens), codes.groups, turned, scores.data(), stride);
-          expect_near(scores, expected, 3e-5, 1e-5);
+          std::vector<float> scores(expected.size());
+          score_wide(keys.data(), tokens, rows, {nullptr, 0, angles.data()}, turned, scores.data(), tokens);
+          EXPECT_EQ(scores, expected);
         });
       }
     }
   }
 }
 
-TEST(EntryScan, AddsAsTheReferenceDoes) {
-  for (const std::size_t groups : {1, 3, 4, 8}) {
-    const Codes codes(groups);
-    for (const std::size_t queries : {1, 2, 3, 4, 7}) {
-      for (const std::size_t tokens : kTokens) {
-        SCOPED_TRACE(::testing::Message() << groups << " groups, " << queries << " queries, " << tokens << " tokens");
-        const std::size_t stride = tokens + 3;
-        const auto weights = normal_values(queries * stride, 1), before = normal_values(queries * groups * kEntryColumns, 2);
-        auto expected = before;
-        reference::add_entries(codes.block(tokens), codes.groups, weights.data(), queries, stride, expected.data());
+TEST(EntryScan, SumsWideEntriesAsTheReferenceDoes) {
+  for (const std::size_t count : {1, 5, 16}) {
+    const Codes codes((count + 1) / 2, count % 2);
+    std::vector<CodePlace> places;
+    for (std::size_t code = 0; code < count; ++code) places.push_back(codes.layout.place(code));
+    for (const std::size_t rows : {1, 3}) {
+      const auto tables = whole_numbers(count * 256 * rows * kTurnColumns, 1900, 1);
+      for (const std::size_t tokens : {1, 33, 256}) {
+        std::vector<std::int16_t> expected(tokens * rows * kTurnColumns);
+        reference::sum_wide_entries(codes.block(tokens), places, tables.data(), rows, expected.data());
         for_each_target([&] {
-          auto sums = before;
-          add_entries(codes.block(tokens), codes.groups, weights.data(), queries, stride, sums.data());
-          expect_near(sums, expected, 1e-4, 1e-5);
+          std::vector<std::int16_t> keys(expected.size());
+          sum_wide_entries(codes.block(tokens), places, tables.data(), rows, keys.data());
+          EXPECT_EQ(keys, expected);
         });
       }
     }
   }
+}
+
+// Weights in steps of 2⁻¹⁵ of the largest, sums of bytes up to 255.
+TEST(EntryScan, AddsAsTheReferenceDoes) {
+  for (const std::size_t groups : {2, 4, 8})
+    for (const std::size_t fewer : {0, 1}) {
+      const Codes codes(groups, fewer);
+      for (const std::size_t queries : {1, 2, 3, 4, 7}) {
+        for (const std::size_t tokens : kTokens) {
+          SCOPED_TRACE(::testing::Message() << groups << " groups, " << queries << " queries, " << tokens << " tokens");
+          const std::size_t stride = tokens + 3;
+          const auto weights = normal_values(queries * stride, 1), before = normal_values(queries * groups * kEntryColumns, 2);
+          auto expected = before;
+          reference::add_entries(codes.block(tokens), codes.groups, weights.data(), queries, stride, expected.data());
+          for_each_target([&] {
+            auto sums = before;
+            add_entries(codes.block(tokens), codes.groups, weights.data(), queries, stride, sums.data());
+            expect_near(sums, expected, 4 * 0.5 * 0x1p-15 * 255 * std::sqrt(static_cast<double>(tokens)) + 1e-3, 1e-5);
+          });
+        }
+      }
+    }
+}
+
+// The largest that whole numbers may be: sums do not overflow.
+TEST(EntryScan, LargestSumsFit) {
+  Codes codes(2);
+  for (std::size_t code = 0; code < codes.tables.size(); ++code)
+    std::fill(codes.tables[code].begin(), codes.tables[code].end(), static_cast<std::uint8_t>(code % 2 == 0 ? 155 : 100));
+  const std::vector<float> weights(2 * kPackedBlockTokens, 1.0f);
+  for_each_target([&] {
+    std::vector<float> sums(2 * 2 * kEntryColumns);
+    add_entries(codes.block(kPackedBlockTokens), codes.groups, weights.data(), 2, kPackedBlockTokens, sums.data());
+    for (const float sum : sums) EXPECT_NEAR(sum, 255.0 * kPackedBlockTokens, 1);
+  });
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 #include "veloxquant/kernels/nearest_pair.h"
 
+#include <cmath>
+
 #include "tests/kernels/every_target.h"
 
 namespace veloxquant {
@@ -34,13 +36,30 @@ TEST(NearestPair, EqualsReferenceAtOddSizes) {
 // Of equal sums the one that is found first.
 TEST(NearestPair, TakesTheFirstOfEqualSums) {
   testing::for_each_target([] {
-    for (const std::size_t count : {5, 40}) {
+    for (const std::size_t count : {5, 40, 64, 256}) {
       std::vector<float> first(count, 1.0f);
       const std::vector<float> second(count, 2.0f), cross(count * count, 0.0f);
       const auto pair = nearest_pair(first.data(), second.data(), cross.data(), count, count);
       EXPECT_EQ(pair.first, 0);
       EXPECT_EQ(pair.second, 0);
     }
+  });
+}
+
+// Many alike: those of the first table are taken in their order.
+TEST(NearestPair, TakesEqualEntriesInTheirOrder) {
+  testing::for_each_target([] {
+    for (const std::size_t count : {33, 64, 256})
+      for (std::uint64_t seed = 0; seed < 20; ++seed) {
+        auto first = normal_values(count, seed), second = normal_values(count, seed + 30), cross = normal_values(count * count, seed + 60);
+        for (auto* values : {&first, &second, &cross})
+          for (float& value : *values) value = std::nearbyint(value);
+        auto scratch = first;
+        const auto pair = nearest_pair(scratch.data(), second.data(), cross.data(), count, 8);
+        const auto expected = reference::nearest_pair(first.data(), second.data(), cross.data(), count, 8);
+        EXPECT_EQ(pair.first, expected.first);
+        EXPECT_EQ(pair.second, expected.second);
+      }
   });
 }
 

@@ -65,39 +65,6 @@ TEST(PackedLookup, EveryCodeOfABlockHasAPlaceOfItsOwn) {
   }
 }
 
-TEST(PackedLookup, TurnsPairsAsTheReferenceDoes) {
-  for (const std::size_t dim : {2, 6, 16, 30, 64, 128}) {
-    const std::size_t tokens = 5, stride = dim + 3;
-    const auto rows = normal_values(tokens * stride, 1), cosines = normal_values(tokens * dim, 2),
-               sines = normal_values(tokens * dim, 3);
-    auto expected = rows;
-    reference::turn_pairs(expected.data(), tokens, stride, dim, cosines.data(), sines.data());
-    for_each_target([&] {
-      auto turned = rows;
-      turn_pairs(turned.data(), tokens, stride, dim, cosines.data(), sines.data());
-      expect_near(turned, expected, 1e-6, 1e-6);
-    });
-  }
-}
-
-TEST(PackedLookup, TurnsKeysOnTheWay) {
-  for (const std::size_t dim : {2, 6, 30, 64, 128}) {
-    for (const std::size_t queries : {1, 2, 5}) {
-      const std::size_t tokens = 7, stride = dim + kLookupPadding, row = tokens + 1;
-      const auto q = normal_values(queries * dim, 1), k = normal_values(tokens * stride, 2),
-                 cosines = normal_values(tokens * dim, 3), sines = normal_values(tokens * dim, 4);
-      std::vector<float> expected(queries * row);
-      reference::score_turned_rows(q.data(), queries, k.data(), tokens, stride, dim, cosines.data(), sines.data(), 0.3f,
-                                   expected.data(), row);
-      for_each_target([&] {
-        std::vector<float> scores(expected.size());
-        score_turned_rows(q.data(), queries, k.data(), tokens, stride, dim, cosines.data(), sines.data(), 0.3f, scores.data(), row);
-        expect_near(scores, expected, 2e-5, 1e-5);
-      });
-    }
-  }
-}
-
 TEST(PackedLookup, ScoresAndSumsAsTheReferenceDoes) {
   for (const std::size_t dim : {1, 8, 31, 64, 100, 128}) {
     for (const std::size_t queries : {1, 2, 3, 4, 7, 11}) {

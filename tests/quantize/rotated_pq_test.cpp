@@ -340,7 +340,7 @@ TEST(RotatedPq, FloatCodebooksAreRounded) {
     old.tensors.erase("scales");
     old.tensors.emplace("codebook", codebook);
     const auto read = with_byte_tables(old);
-    EXPECT_NEAR(error(read, test), error(made, test), 0.02 * error(made, test));
+    EXPECT_NEAR(error(read, test), error(made, test), 0.05 * error(made, test));  // rounded twice, at 1.5 bits of unlike channels
     EXPECT_EQ(with_byte_tables(old), read);
     EXPECT_THROW(with_byte_tables(made), std::invalid_argument);
     EXPECT_THROW(make_quantizer(old), std::invalid_argument);

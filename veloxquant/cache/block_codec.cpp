@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "veloxquant/cache/entry_layout.h"
@@ -9,7 +10,6 @@
 #include "veloxquant/core/error.h"
 #include "veloxquant/kernels/gemm.h"
 #include "veloxquant/kernels/rope.h"
-#include "veloxquant/quantize/folded_planes.h"
 #include "veloxquant/quantize/rotated_pq.h"
 
 namespace veloxquant {
@@ -109,14 +109,26 @@ class RotatedPqCodec : public BlockCodec {
     return table.data();
   }
 
-  // In the rotated space, stride_ apart.
-  void look_up(const std::uint8_t* block, std::size_t tokens, float* z) const {
+  // In the rotated space, stride_ apart, without patches.
+  void look_up_entries(const std::uint8_t* block, std::size_t tokens, float* z) const {
     for (std::size_t t = 0; t < tokens; t += kPackedTileTokens)
       sum_entries(block + t / kPackedTileTokens * codes_.tile_bytes(), std::min(kPackedTileTokens, tokens - t), pieces_,
                   z + t * stride_, stride_);
+  }
+
+  void look_up(const std::uint8_t* block, std::size_t tokens, float* z) const {
+    look_up_entries(block, tokens, z);
     each_patch(block, tokens, [&](std::size_t t, const std::uint8_t* bytes) {
       RotatedPqQuantizer::add_patch(bytes, {z + t * stride_, dim_});
     });
+  }
+
+  // The quantizer's bytes.
+  std::vector<BytePiece> byte_pieces() const {
+    std::vector<BytePiece> result;
+    for (std::size_t p = 0; p < pieces_.size(); ++p)
+      result.push_back({{pieces_[p].codes[0], pieces_[p].codes[1]}, &quantizer_.byte_tables()[p]});
+    return result;
   }
 
   BlockOfTiles tiles(const std::uint8_t* block, std::size_t tokens) const {
@@ -168,7 +180,7 @@ class RotatedPqCodec : public BlockCodec {
 class RotatedValuesCodec : public RotatedPqCodec {
  public:
   RotatedValuesCodec(const QuantizerParameters& parameters, RotatedPqQuantizer quantizer)
-      : RotatedPqCodec(parameters, std::move(quantizer), nullptr), entries_(pieces_) {}
+      : RotatedPqCodec(parameters, std::move(quantizer), nullptr), entries_(byte_pieces(), EntryOrder::kPlain) {}
 
   void add(const std::uint8_t* block, std::size_t tokens, const float* weights, std::size_t num_queries, std::size_t weight_stride,
            float* sums) const override {
@@ -214,154 +226,198 @@ class RotatedKeysCodec : public RotatedPqCodec {
     for (std::size_t i = order_.size(); i < dim_; ++i) order_.push_back(i);
   }
 
-  // Cosines and sines of a position, as turn_pairs takes them.
-  void append_angles(double position, float magnitude, std::vector<float>& cosines, std::vector<float>& sines) const {
-    for (const std::size_t plane : planes_) {
-      const double angle = rope_->frequencies().empty() ? 0.0 : position * rope_->frequencies()[plane];
-      const auto c = magnitude * static_cast<float>(std::cos(angle)), s = magnitude * static_cast<float>(std::sin(angle));
-      cosines.insert(cosines.end(), {c, c});
-      sines.insert(sines.end(), {-s, s});
-    }
-    cosines.insert(cosines.end(), dim_ - 2 * planes_.size(), 1.0f);
-    sines.insert(sines.end(), dim_ - 2 * planes_.size(), 0.0f);
-  }
-
-  std::vector<std::size_t> planes_, order_;  // planes that turn; the dimension that stands at each place of a key
-};
-
-// Sub-spaces that hold whole planes: A⁻¹ and μ are in the tables, which are looked up straight into scores.
-class PlaneKeysCodec : public RotatedKeysCodec {
- public:
-  PlaneKeysCodec(const QuantizerParameters& parameters, RotatedPqQuantizer quantizer, const Rope& rope)
-      : RotatedKeysCodec(parameters, std::move(quantizer), rope) {
-    const auto folded = folded_planes(quantizer_);
-    set_order(planes_of(folded));
-    std::vector<std::vector<float>> tables;
-    entries_ = EntryLayout(folded_pieces(folded, tables));
-    for (std::size_t i = 0; i < dim_; ++i) {
-      inverse_.resize((i + 1) * entries_.columns());
-      for (std::size_t j = 0; j < dim_; ++j)
-        inverse_[i * entries_.columns() + entries_.places()[j]] = quantizer_.inverse()[i * dim_ + order_[j]];
-    }
-    angles_.resize(kTurnedTokens * 2 * entries_.columns());
-    for (std::size_t t = 0; t < kTurnedTokens; ++t) {
-      const auto angles = angles_of(static_cast<double>(t), rope.magnitude());
-      for (std::size_t g = 0; g < entries_.groups().size(); ++g)
-        std::copy_n(&angles[g * kGroupAngles], kGroupAngles, &angles_[(g * kTurnedTokens + t) * kGroupAngles]);
-    }
-    step_ = angles_of(-static_cast<double>(kTurnedTokens), 1.0f);
-    for (std::size_t b = 0; b < kTurnedBlocks; ++b)
-      block_angles_.push_back(angles_of(-static_cast<double>(b * kPackedBlockTokens), 1.0f));
-  }
-
-  // Queries in groups of columns, scaled, and turned back to the begin of every kTurnedBlocks-th block.
-  void prepare(const BlockQueries& queries, PreparedQueries& prepared) const override {
-    const auto& [q, num_queries, scale] = queries;
-    if (num_queries >= kManyQueries) return;
-    const std::size_t size = num_queries * entries_.columns();
-    std::vector<float> grouped(size);
-    for (std::size_t r = 0; r < num_queries; ++r)
-      for (std::size_t i = 0; i < dim_; ++i) {
-        const std::size_t place = entries_.places()[i];
-        grouped[(place / kEntryColumns * num_queries + r) * kEntryColumns + place % kEntryColumns] =
-            scale * q[r * dim_ + order_[i]];
-      }
-    for (std::size_t block = 0; block < prepared.num_blocks; block += kTurnedBlocks) {
-      const auto angles = angles_of(-static_cast<double>(prepared.first_position + block * kPackedBlockTokens), 1.0f);
-      prepared.turned.resize(prepared.turned.size() + size);
-      turn_rows(grouped.data(), entries_.groups().size(), num_queries, angles.data(),
-                prepared.turned.data() + prepared.turned.size() - size);
-    }
-  }
-
-  void score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries,
-             const PreparedQueries& prepared, float* scores, std::size_t score_stride) const override {
-    if (prepared.turned.empty()) return BlockCodec::score(block, tokens, position, queries, prepared, scores, score_stride);
-    const std::size_t num_queries = queries.num_queries, groups = entries_.groups().size(), size = num_queries * entries_.columns(),
-                      stretches = (tokens + kTurnedTokens - 1) / kTurnedTokens,
-                      index = (position - prepared.first_position) / kPackedBlockTokens;
-    float* q = scratch(stretches * size + dim_ + entries_.columns());
-    turn_rows(&prepared.turned[index / kTurnedBlocks * size], groups, num_queries, block_angles_[index % kTurnedBlocks].data(), q);
-    for (std::size_t s = 1; s < stretches; ++s) turn_rows(q + (s - 1) * size, groups, num_queries, step_.data(), q + s * size);
-    score_entries(tiles(block, tokens), entries_.groups(), {q, num_queries, angles_.data()}, scores, score_stride);
-    float *rest = q + stretches * size, *key = rest + dim_;
-    each_patch(block, tokens, [&](std::size_t t, const std::uint8_t* bytes) {
-      read_patch(bytes, rest);
-      patch_key(rest, t % kTurnedTokens, key);
-      const float* turned = q + t / kTurnedTokens * size;
-      for (std::size_t r = 0; r < num_queries; ++r) {
-        float sums[kEntryColumns] = {};
-        for (std::size_t g = 0; g < groups; ++g)
-          for (std::size_t i = 0; i < kEntryColumns; ++i)
-            sums[i] += key[g * kEntryColumns + i] * turned[(g * num_queries + r) * kEntryColumns + i];
-        scores[r * score_stride + t] += std::accumulate(sums, sums + kEntryColumns, 0.0f);
-      }
-    });
-  }
-
- private:
-  static constexpr std::size_t kTurnedBlocks = 16;                // that are turned to from the first of them
-  static constexpr std::size_t kGroupAngles = 2 * kEntryColumns;  // cosines and sines
-
-  // Of a position, [groups, 2, kEntryColumns].
-  std::vector<float> angles_of(double position, float magnitude) const {
-    std::vector<float> cosines, sines, angles(2 * entries_.columns());
-    append_angles(position, magnitude, cosines, sines);
-    for (std::size_t i = 0; i < dim_; ++i) {
-      const std::size_t place = entries_.places()[i], at = place / kEntryColumns * kGroupAngles + place % kEntryColumns;
-      angles[at] = cosines[i];
-      angles[at + kEntryColumns] = sines[i];
+  // Cosines and sines of a position for each plane of a row, [rows, 2, kTurnPlanes] as turn_rows takes them.
+  std::vector<float> angles_of(double position) const {
+    std::vector<float> angles(columns());
+    for (std::size_t i = 0; i < dim_; i += 2) {
+      const double angle = turns(i) ? position * rope_->frequencies()[planes_[i / 2]] : 0.0;
+      angles[places_[i]] = static_cast<float>(std::cos(angle));
+      angles[places_[i] + kTurnPlanes] = static_cast<float>(std::sin(angle));
     }
     return angles;
   }
 
-  static std::vector<std::size_t> planes_of(const std::vector<FoldedSubspace>& folded) {
-    std::vector<std::size_t> planes;
-    for (const auto& subspace : folded) planes.insert(planes.end(), subspace.planes.begin(), subspace.planes.end());
-    return planes;
+  std::size_t columns() const { return scales_.size(); }
+  std::size_t rows() const { return columns() / kTurnColumns; }
+
+  // Whether the dimension at place i of order_ turns.
+  bool turns(std::size_t i) const { return i < 2 * planes_.size() && !rope_->frequencies().empty(); }
+
+  // use(column, column of the other dimension) for each plane of a row.
+  template <class Use>
+  void each_plane(const Use& use) const {
+    for (std::size_t row = 0; row < columns(); row += kTurnColumns)
+      for (std::size_t i = 0; i < kTurnPlanes; ++i) use(row + i, row + kTurnPlanes + i);
   }
 
-  // As EntryLayout reads them, with tables that stand in `memory`.
-  std::vector<LookupPiece> folded_pieces(const std::vector<FoldedSubspace>& folded,
-                                         std::vector<std::vector<float>>& memory) const {
-    std::vector<LookupPiece> pieces = pieces_;
-    memory.reserve(2 * pieces.size());
-    for (std::size_t p = 0; p < pieces.size(); ++p)
-      for (std::size_t stage = 0; stage < folded[p].tables->entries.size(); ++stage) {
-        auto& table = memory.emplace_back(kTableEntries * pieces[p].width);
-        for (std::size_t i = 0; i < folded[p].tables->entries[stage].size(); ++i)
-          table[i] = folded[p].tables->value(stage, i / pieces[p].width, i % pieces[p].width);
-        pieces[p].tables[stage] = table.data();
+  // order_ and planes_ are set.  places: where each dimension of a key, in order_, stands in a row; scales: what a whole number of
+  // a column stands for, reaches: how large it can be, both [columns].
+  void set_grid(std::vector<std::size_t> places, std::vector<float> scales, const std::vector<float>& reaches) {
+    places_ = std::move(places), scales_ = std::move(scales);
+    for (std::size_t i = 0; i < dim_; ++i)
+      if (turns(i)) scales_[places_[i]] *= rope_->magnitude();
+    each_plane([&](std::size_t a, std::size_t b) { plane_reaches_.push_back(std::hypot(reaches[a], reaches[b]) + 1); });  // rounded
+    angles_.resize(kTurnedTokens * columns());
+    for (std::size_t t = 0; t < kTurnedTokens; ++t) {
+      const auto angles = angles_of(static_cast<double>(t));
+      for (std::size_t column = 0; column < columns(); ++column)
+        angles_[(column / kTurnColumns * kTurnedTokens + t) * kTurnColumns + column % kTurnColumns] =
+            static_cast<std::int16_t>(std::clamp(std::lround(angles[column] * 32768.0f), -32767L, 32767L));
+    }
+    step_ = angles_of(-static_cast<double>(kTurnedTokens));
+    for (std::size_t b = 0; b < kTurnedBlocks; ++b) block_angles_.push_back(angles_of(-static_cast<double>(b * kPackedBlockTokens)));
+  }
+
+  // Queries in rows, turned back to the begin of every kTurnedBlocks-th block, and times what makes whole numbers of them.
+  void prepare_rows(const BlockQueries& queries, PreparedQueries& prepared) const {
+    const auto& [q, num_queries, scale] = queries;
+    const std::size_t size = num_queries * columns();
+    std::vector<float> rows(size);
+    prepared.factors.resize(num_queries);
+    for (std::size_t r = 0; r < num_queries; ++r) {
+      const auto at = [&](std::size_t column) -> float& {
+        return rows[(column / kTurnColumns * num_queries + r) * kTurnColumns + column % kTurnColumns];
+      };
+      for (std::size_t i = 0; i < dim_; ++i) at(places_[i]) = q[r * dim_ + order_[i]] * scales_[places_[i]];
+      // Each fits into 16 bits however it is turned, and a score into 32.
+      double largest = 0, sum = 0;
+      const float* reach = plane_reaches_.data();
+      each_plane([&](std::size_t a, std::size_t b) {
+        const double norm = std::hypot(at(a), at(b));
+        largest = std::max(largest, norm), sum += norm * *reach++;
+      });
+      const double steps = largest > 0 ? std::min(32766.0 / largest, 0x1p31 * 0.99 / sum) : 1.0;
+      for (std::size_t column = 0; column < columns(); ++column) at(column) *= static_cast<float>(steps);
+      prepared.factors[r] = static_cast<float>(scale / steps);
+    }
+    for (std::size_t block = 0; block < prepared.num_blocks; block += kTurnedBlocks) {
+      const auto angles = angles_of(-static_cast<double>(prepared.first_position + block * kPackedBlockTokens));
+      prepared.turned.resize(prepared.turned.size() + size);
+      turn_rows(rows.data(), this->rows(), num_queries, angles.data(), prepared.turned.data() + prepared.turned.size() - size);
+    }
+  }
+
+  // Queries of a block turned back to each stretch, as they are and as whole numbers: [stretches, rows, num_queries, kTurnColumns].
+  struct Turned {
+    const float* rows;
+    const std::int16_t* whole;
+  };
+  Turned turn_to_stretches(std::size_t tokens, std::size_t position, std::size_t num_queries, const PreparedQueries& prepared) const {
+    const std::size_t size = num_queries * columns(), stretches = (tokens + kTurnedTokens - 1) / kTurnedTokens,
+                      index = (position - prepared.first_position) / kPackedBlockTokens;
+    thread_local std::vector<float> rows;
+    thread_local std::vector<std::int16_t> whole;
+    rows.resize(stretches * size), whole.resize(stretches * size);
+    turn_rows(&prepared.turned[index / kTurnedBlocks * size], this->rows(), num_queries, block_angles_[index % kTurnedBlocks].data(),
+              rows.data());
+    for (std::size_t s = 1; s < stretches; ++s)
+      turn_rows(rows.data() + (s - 1) * size, this->rows(), num_queries, step_.data(), rows.data() + s * size);
+    round_rows(rows.data(), stretches * size, whole.data());
+    return {rows.data(), whole.data()};
+  }
+
+  // Adds what patches add.
+  void score_patches(const std::uint8_t* block, std::size_t tokens, std::size_t num_queries, const Turned& queries,
+                     const PreparedQueries& prepared, float* scores, std::size_t score_stride) const {
+    thread_local std::vector<float> rest, key;
+    rest.resize(dim_), key.resize(columns());
+    each_patch(block, tokens, [&](std::size_t t, const std::uint8_t* bytes) {
+      read_patch(bytes, rest.data());
+      std::fill(key.begin(), key.end(), 0.0f);
+      add_rest(rest.data(), key.data());
+      const float* q = queries.rows + t / kTurnedTokens * num_queries * columns();
+      for (std::size_t row = 0; row < rows(); ++row) {
+        const std::int16_t* angles = &angles_[(row * kTurnedTokens + t % kTurnedTokens) * kTurnColumns];
+        float turned[kTurnColumns];
+        for (std::size_t i = 0; i < kTurnPlanes; ++i) {
+          const float a = key[row * kTurnColumns + i], b = key[row * kTurnColumns + kTurnPlanes + i],
+                      c = 0x1p-15f * static_cast<float>(angles[i]), s = 0x1p-15f * static_cast<float>(angles[kTurnPlanes + i]);
+          turned[i] = a * c - b * s;
+          turned[kTurnPlanes + i] = b * c + a * s;
+        }
+        for (std::size_t r = 0; r < num_queries; ++r, q += kTurnColumns) {
+          float sum = 0;
+          for (std::size_t i = 0; i < kTurnColumns; ++i) sum += turned[i] * q[i];
+          scores[r * score_stride + t] += prepared.factors[r] * sum;
+        }
       }
-    return pieces;
+    });
   }
 
-  // What a patch adds to a key, in groups of columns, turned by its place in a stretch.
-  void patch_key(const float* rest, std::size_t turned, float* key) const {
-    const std::size_t columns = entries_.columns();
-    thread_local std::vector<float> plain;
-    plain.assign(columns, 0.0f);
-    for (const auto& piece : pieces_) {
-      const std::size_t begin = entries_.places()[piece.column] / kEntryColumns * kEntryColumns,
-                        end = entries_.places()[piece.column + piece.width - 1] / kEntryColumns * kEntryColumns + kEntryColumns;
-      for (std::size_t i = piece.column; i < piece.column + piece.width; ++i)
-        for (std::size_t j = begin; j < end; ++j) plain[j] += rest[i] * inverse_[i * columns + j];
-    }
-    for (std::size_t g = 0; g < entries_.groups().size(); ++g) {
-      const float *angles = &angles_[(g * kTurnedTokens + turned) * kGroupAngles], *x = &plain[g * kEntryColumns];
-      for (std::size_t i = 0; i < kEntryColumns; ++i)
-        key[g * kEntryColumns + i] = x[i] * angles[i] + x[i ^ 1] * angles[kEntryColumns + i];
-    }
-  }
+  // key [columns], as whole numbers would be, += what a rest of z [dim] adds.
+  virtual void add_rest(const float* rest, float* key) const = 0;
 
-  EntryLayout entries_;
-  std::vector<float> inverse_;                    // A⁻¹ [dim, columns]
-  std::vector<float> angles_;                     // [groups, kTurnedTokens, 2, kEntryColumns]
+  std::vector<std::size_t> planes_, order_;  // planes that turn; the dimension that stands at each place of a key
+  std::vector<std::size_t> places_;          // of these, in a row
+  std::vector<float> scales_;                // [columns], with the rope's magnitude
+  std::vector<float> plane_reaches_;         // of each plane of a row
+  std::vector<std::int16_t> angles_;         // as KeyGrid has them
+
+ private:
+  static constexpr std::size_t kTurnedBlocks = 16;  // that are turned to from the first of them
+
   std::vector<float> step_;                       // back by a stretch
   std::vector<std::vector<float>> block_angles_;  // back by so many blocks, up to kTurnedBlocks − 1
 };
 
-// Any sub-spaces: keys are a product with A⁻¹, a block at a time.
+// Sub-spaces that hold whole planes: A⁻¹ and μ are in the bytes, which are looked up straight into scores.
+class PlaneKeysCodec : public RotatedKeysCodec {
+ public:
+  PlaneKeysCodec(const QuantizerParameters& parameters, RotatedPqQuantizer quantizer, const Rope& rope)
+      : RotatedKeysCodec(parameters, std::move(quantizer), rope), entries_(byte_pieces(), EntryOrder::kTurned) {
+    std::vector<std::size_t> planes;
+    for (const auto& some : quantizer_.planes()) planes.insert(planes.end(), some.begin(), some.end());
+    set_order(std::move(planes));
+    // As many bits as 16 hold of a plane that is turned.
+    std::vector<float> reaches;
+    for (std::size_t i = 0; i < entries_.columns(); ++i)
+      reaches.push_back(std::max(std::abs(entries_.offsets()[i]), static_cast<float>(entries_.largest()[i]) - entries_.offsets()[i]));
+    float furthest = 1;
+    for (std::size_t i = 0; i < reaches.size(); ++i)
+      if (i % kTurnColumns < kTurnPlanes) furthest = std::max(furthest, std::hypot(reaches[i], reaches[i + kTurnPlanes]));
+    shift_ = std::clamp(static_cast<int>(std::floor(std::log2(32760 / furthest))), 0, 7);
+    const float step = std::ldexp(1.0f, -shift_);
+    for (float& reach : reaches) reach /= step;
+    for (const float offset : entries_.offsets()) offsets_.push_back(static_cast<std::int16_t>(offset / step));
+    auto scales = entries_.scales();
+    for (std::size_t i = 0; i < dim_; ++i)
+      for (std::size_t j = 0; j < dim_; ++j)
+        inverse_.push_back(quantizer_.inverse()[i * dim_ + order_[j]] / (scales[entries_.places()[j]] * step));
+    for (float& scale : scales) scale *= step;
+    set_grid(entries_.places(), std::move(scales), reaches);
+  }
+
+  void prepare(const BlockQueries& queries, PreparedQueries& prepared) const override {
+    prepared.turned.clear();
+    if (queries.num_queries < kManyQueries) prepare_rows(queries, prepared);
+  }
+
+  void score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries,
+             const PreparedQueries& prepared, float* scores, std::size_t score_stride) const override {
+    const std::size_t num_queries = queries.num_queries;
+    if (prepared.turned.empty()) return BlockCodec::score(block, tokens, position, queries, prepared, scores, score_stride);
+    const Turned q = turn_to_stretches(tokens, position, num_queries, prepared);
+    score_entries(tiles(block, tokens), entries_.groups(), {offsets_.data(), shift_, angles_.data()},
+                  {q.whole, num_queries, prepared.factors.data()}, scores, score_stride);
+    score_patches(block, tokens, num_queries, q, prepared, scores, score_stride);
+  }
+
+ private:
+  void add_rest(const float* rest, float* key) const override {
+    for (const auto& piece : pieces_)
+      for (std::size_t i = piece.column; i < piece.column + piece.width; ++i)
+        for (std::size_t j = piece.column; j < piece.column + piece.width; ++j)
+          key[places_[j]] += rest[i] * inverse_[i * dim_ + j];
+  }
+
+  EntryLayout entries_;
+  int shift_ = 0;
+  std::vector<std::int16_t> offsets_;  // times 2^shift_
+  std::vector<float> inverse_;         // A⁻¹ [dim, dim], to order_ and whole numbers
+};
+
+// Any sub-spaces: keys are a product with A⁻¹.  Of few blocks it is one, a block at a time; for many, it is made of every entry once,
+// and keys are sums of those.
 class FullKeysCodec : public RotatedKeysCodec {
  public:
   FullKeysCodec(const QuantizerParameters& parameters, RotatedPqQuantizer quantizer, const Rope& rope)
@@ -369,54 +425,124 @@ class FullKeysCodec : public RotatedKeysCodec {
     std::vector<std::size_t> planes(rope.frequencies().size());
     std::iota(planes.begin(), planes.end(), std::size_t{0});
     set_order(std::move(planes));
+    const std::size_t columns = (dim_ + kTurnColumns - 1) / kTurnColumns * kTurnColumns;
+    std::vector<std::size_t> places;
     for (std::size_t i = 0; i < dim_; ++i)
-      for (std::size_t j = 0; j < dim_; ++j) inverse_.push_back(quantizer_.inverse()[i * dim_ + order_[j]]);
-    for (const std::size_t i : order_) mean_.push_back(quantizer_.mean()[i]);
-    for (std::size_t t = 0; t < kTurnedTokens; ++t) append_angles(static_cast<double>(t), rope.magnitude(), cosines_, sines_);
-    append_angles(-static_cast<double>(kTurnedTokens), 1.0f, step_cosines_, step_sines_);
+      places.push_back(i / kTurnColumns * kTurnColumns + i % 2 * kTurnPlanes + i % kTurnColumns / 2);
+    for (const auto& piece : pieces_) codes_of_tables_ += piece.tables[1] ? 2 : 1;
+    // How large sums of entries can be, from those of each table; one step for each plane, whose two dimensions are turned.
+    mean_.resize(columns), inverse_.resize(dim_ * columns);
+    for (std::size_t j = 0; j < dim_; ++j) {
+      mean_[places[j]] = quantizer_.mean()[order_[j]];
+      for (std::size_t i = 0; i < dim_; ++i) inverse_[i * columns + places[j]] = quantizer_.inverse()[i * dim_ + order_[j]];
+    }
+    std::vector<float> reaches(columns, 1.0f), scales(columns, 1.0f), entries(256 * columns);
+    for (std::size_t j = 0; j < columns; ++j) reaches[j] = std::abs(mean_[j]);
+    each_table([&](const LookupPiece& piece, std::size_t, const float* table) {
+      multiply(piece, table, entries.data());
+      for (std::size_t j = 0; j < columns; ++j) {
+        float largest = 0;
+        for (std::size_t entry = 0; entry < 256; ++entry) largest = std::max(largest, std::abs(entries[entry * columns + j]));
+        reaches[j] += largest;
+      }
+    });
+    for (std::size_t a = 0; a < columns; ++a) {
+      if (a % kTurnColumns >= kTurnPlanes) continue;
+      const std::size_t b = a + kTurnPlanes;
+      const float reach = std::max(std::hypot(reaches[a], reaches[b]), std::numeric_limits<float>::min());
+      // Each entry is rounded.
+      const float step = reach / (32760.0f - static_cast<float>(codes_of_tables_));
+      for (const std::size_t i : {a, b}) {
+        scales[i] = step, reaches[i] /= step, mean_[i] /= step;
+        for (std::size_t row = 0; row < dim_; ++row) inverse_[row * columns + i] /= step;
+      }
+    }
+    set_grid(std::move(places), std::move(scales), reaches);
+  }
+
+  void prepare(const BlockQueries& queries, PreparedQueries& prepared) const override {
+    prepared.turned.clear(), prepared.wide.clear();
+    if (queries.num_queries >= kManyQueries) return;
+    prepare_rows(queries, prepared);
+    if (prepared.num_blocks * kPackedBlockTokens < kTokensOfTables) return;
+    // [rows, codes, 256, kTurnColumns]; μ in the first table.
+    const std::size_t wide = columns();
+    prepared.wide.resize(codes_of_tables_ * 256 * wide);
+    thread_local std::vector<float> entries;
+    thread_local std::vector<std::int16_t> whole;
+    entries.resize(256 * wide), whole.resize(256 * wide);
+    each_table([&](const LookupPiece& piece, std::size_t code, const float* table) {
+      multiply(piece, table, entries.data());
+      for (std::size_t entry = 0; entry < 256 && code == 0; ++entry)
+        for (std::size_t j = 0; j < wide; ++j) entries[entry * wide + j] += mean_[j];
+      round_rows(entries.data(), entries.size(), whole.data());
+      for (std::size_t row = 0; row < rows(); ++row)
+        for (std::size_t entry = 0; entry < 256; ++entry)
+          std::copy_n(&whole[entry * wide + row * kTurnColumns], kTurnColumns,
+                      &prepared.wide[((row * codes_of_tables_ + code) * 256 + entry) * kTurnColumns]);
+    });
   }
 
   void score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries,
              const PreparedQueries& prepared, float* scores, std::size_t score_stride) const override {
-    if (queries.num_queries >= kManyQueries)
-      return BlockCodec::score(block, tokens, position, queries, prepared, scores, score_stride);
-    thread_local std::vector<float> q, keys;
-    turn_back(queries, position, q);
-    keys.resize(tokens * stride_);
-    decode_in_order(block, tokens, keys.data());
-    for (std::size_t t = 0; t < tokens; t += kTurnedTokens) {
-      score_turned_rows(q.data(), queries.num_queries, keys.data() + t * stride_, std::min(kTurnedTokens, tokens - t), stride_,
-                        dim_, cosines_.data(), sines_.data(), queries.scale, scores + t, score_stride);
-      for (std::size_t r = 0; r < queries.num_queries; ++r)
-        turn_pairs(q.data() + r * dim_, 1, dim_, dim_, step_cosines_.data(), step_sines_.data());
+    const std::size_t num_queries = queries.num_queries;
+    if (prepared.turned.empty()) return BlockCodec::score(block, tokens, position, queries, prepared, scores, score_stride);
+    const Turned q = turn_to_stretches(tokens, position, num_queries, prepared);
+    thread_local std::vector<std::int16_t> keys;
+    keys.resize((tokens + kTurnedTokens) * columns());
+    if (prepared.wide.empty()) {
+      thread_local std::vector<float> decoded;
+      decoded.resize(tokens * columns());
+      decode_rows(block, tokens, decoded.data());
+      round_rows(decoded.data(), decoded.size(), keys.data());
+    } else {
+      std::vector<CodePlace> places;
+      for (const auto& piece : pieces_)
+        for (std::size_t stage = 0; stage < 2; ++stage)
+          if (piece.tables[stage]) places.push_back(piece.codes[stage]);
+      sum_wide_entries(tiles(block, tokens), places, prepared.wide.data(), rows(), keys.data());
     }
+    score_wide(keys.data(), tokens, rows(), {nullptr, 0, angles_.data()}, {q.whole, num_queries, prepared.factors.data()}, scores,
+               score_stride);
+    score_patches(block, tokens, num_queries, q, prepared, scores, score_stride);
   }
 
  private:
-  // Keys in order_, not turned, stride_ apart.
-  void decode_in_order(const std::uint8_t* block, std::size_t tokens, float* keys) const {
-    const int n = static_cast<int>(tokens), d = static_cast<int>(dim_), stride = static_cast<int>(stride_);
+  // From so many tokens on, tables of every entry times A⁻¹ are made sooner than as many keys.
+  static constexpr std::size_t kTokensOfTables = 2048;
+
+  // use(piece, which code, table [256, width]) for each table.
+  template <class Use>
+  void each_table(const Use& use) const {
+    std::size_t code = 0;
+    for (const auto& piece : pieces_)
+      for (std::size_t stage = 0; stage < 2; ++stage)
+        if (piece.tables[stage]) use(piece, code++, piece.tables[stage]);
+  }
+
+  // rows [256, columns] = the entries of a table times A⁻¹.
+  void multiply(const LookupPiece& piece, const float* table, float* rows) const {
+    const auto columns = static_cast<int>(inverse_.size() / dim_), width = static_cast<int>(piece.width);
+    gemm(false, false, 256, columns, width, 1.0f, table, width, &inverse_[piece.column * static_cast<std::size_t>(columns)], columns,
+         0.0f, rows, columns);
+  }
+
+  // Keys before they are turned, without patches, as whole numbers would be, [tokens, columns].
+  void decode_rows(const std::uint8_t* block, std::size_t tokens, float* rows) const {
+    const int n = static_cast<int>(tokens), d = static_cast<int>(dim_), c = static_cast<int>(columns());
     float* z = scratch(tokens * stride_ + kLookupPadding);
-    look_up(block, tokens, z);
-    for (std::size_t t = 0; t < tokens; ++t) std::copy(mean_.begin(), mean_.end(), keys + t * stride_);
-    gemm(false, false, n, d, d, 1.0f, z, stride, inverse_.data(), d, 1.0f, keys, stride);
+    look_up_entries(block, tokens, z);
+    for (std::size_t t = 0; t < tokens; ++t) std::copy(mean_.begin(), mean_.end(), rows + t * columns());
+    gemm(false, false, n, c, d, 1.0f, z, static_cast<int>(stride_), inverse_.data(), c, 1.0f, rows, c);
   }
 
-  // Queries in order_, turned back by `position`: exact at the begin of a block, in steps from there.
-  void turn_back(const BlockQueries& queries, std::size_t position, std::vector<float>& out) const {
-    thread_local std::vector<float> cosines, sines;
-    cosines.clear(), sines.clear();
-    append_angles(-static_cast<double>(position), 1.0f, cosines, sines);
-    out.resize(queries.num_queries * dim_);
-    for (std::size_t r = 0; r < queries.num_queries; ++r) {
-      for (std::size_t i = 0; i < dim_; ++i) out[r * dim_ + i] = queries.q[r * dim_ + order_[i]];
-      turn_pairs(out.data() + r * dim_, 1, dim_, dim_, cosines.data(), sines.data());
-    }
+  void add_rest(const float* rest, float* key) const override {
+    for (std::size_t i = 0; i < dim_; ++i)
+      for (std::size_t j = 0; j < columns(); ++j) key[j] += rest[i] * inverse_[i * columns() + j];
   }
 
-  std::vector<float> inverse_, mean_;             // of the quantizer, in order_
-  std::vector<float> cosines_, sines_;            // [kTurnedTokens, dim]
-  std::vector<float> step_cosines_, step_sines_;  // [dim]: back by kTurnedTokens positions
+  std::size_t codes_of_tables_ = 0;
+  std::vector<float> inverse_, mean_;  // A⁻¹ [dim, columns] and μ [columns] of the quantizer, in order_ and whole numbers
 };
 
 }  // namespace

@@ -49,7 +49,8 @@ struct BlockQueries {
 struct PreparedQueries {
   std::size_t first_position, num_blocks;  // that will be scored, one after another
 
-  std::vector<float> turned;       // rotated_pq: turned back by the positions of some blocks
+  std::vector<float> turned, factors;  // rotated_pq: turned back by the positions of some blocks, and what their scores are times
+  std::vector<std::int16_t> wide;      // rotated_pq, Rotation::kFull: every entry times A⁻¹
   std::vector<ScanTables> tables;  // vecinfer: of each query
 };
 

@@ -2,25 +2,35 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <vector>
 
 #include "veloxquant/kernels/entry_scan.h"
+#include "veloxquant/quantize/byte_tables.h"
 
 namespace veloxquant {
+
+/// A sub-space, and where its codes of a tile stand.
+struct BytePiece {
+  CodePlace codes[2];
+  const ByteTables* tables;
+};
+
+enum class EntryOrder {
+  kPlain,   // for add_entries: column after column, an even number of groups
+  kTurned,  // for score_entries: pairs of columns are planes, a multiple of kTurnGroups groups
+};
 
 /// Pieces of a vector in groups of kEntryColumns columns: wide ones cut, those of one table and half a group or less two by two,
 /// and zeros where nothing is left.
 class EntryLayout {
  public:
-  EntryLayout() = default;
-
-  /// As sum_entries takes them, tables of 256 entries, which are copied.
-  explicit EntryLayout(std::span<const LookupPiece> pieces);
+  /// In the order of the columns.  Tables are copied.
+  EntryLayout(std::span<const BytePiece> pieces, EntryOrder order);
 
   // Groups point into tables, which moving leaves where they are.
   EntryLayout(EntryLayout&&) = default;
-  EntryLayout& operator=(EntryLayout&&) = default;
 
   std::span<const EntryColumns> groups() const { return groups_; }
 
@@ -30,17 +40,29 @@ class EntryLayout {
   /// Where column i of a vector stands in such a row.
   const std::vector<std::size_t>& places() const { return places_; }
 
-  /// sums[r] += Σ_t weights[r · weight_stride + t] · v[t], sums [num_queries, dim].
+  // Of each column of a row, [columns]: it is scale · (sum of bytes − offset), and sums of bytes are at most so large.
+  const std::vector<float>& scales() const { return scales_; }
+  const std::vector<float>& offsets() const { return offsets_; }
+  const std::vector<int>& largest() const { return largest_; }
+
+  /// kPlain: sums[r] += Σ_t weights[r · weight_stride + t] · v[t], sums [num_queries, dim].
   void add(const BlockOfTiles& block, const float* weights, std::size_t num_queries, std::size_t weight_stride, float* sums) const;
 
  private:
-  void add_group(const LookupPiece& piece, std::size_t from);
-  void add_pair(const LookupPiece& first, const LookupPiece& second);
-  const float* table(const float* entries, std::size_t width, std::size_t from, std::size_t count, std::size_t to);
+  void add_columns(const BytePiece& piece, std::size_t from, std::size_t count, std::size_t to);
+  void add_group(const CodePlace& first, const CodePlace& second);
+  std::uint8_t* table(std::size_t group, std::size_t stage) {
+    return tables_.data() + (2 * group + stage) * kTableEntries * kEntryColumns;
+  }
 
+  static constexpr std::size_t kTableEntries = 256;  // any byte is a code
+
+  EntryOrder order_;
   std::vector<EntryColumns> groups_;
   std::vector<std::size_t> places_;
-  std::vector<std::vector<float>> tables_;
+  std::vector<float> scales_, offsets_;
+  std::vector<int> largest_;
+  std::vector<std::uint8_t> tables_;  // [groups, 2, kTableEntries, kEntryColumns], and kEntryPadding
 };
 
 }  // namespace veloxquant

@@ -106,7 +106,8 @@ class PackedCache::Attention {
         group_(static_cast<std::size_t>(q.shape(3))),
         rows_(tokens_ * group_),
         dim_(static_cast<std::size_t>(q.shape(4))),
-        out_(out) {}
+        out_(out),
+        prepared_(memory()) {}
 
   // recent: keys and values [tokens behind the codes, dim] of each head, not turned where they are stored so.
   void run(const std::vector<std::vector<float>>& recent_keys, const std::vector<std::vector<float>>& recent_values) {
@@ -137,6 +138,12 @@ class PackedCache::Attention {
   // Even out the threads, the same on every machine.
   static constexpr std::size_t kTasks = 16;
   static constexpr std::size_t kFewRows = 32;
+
+  // What is prepared is large, and the same for layer after layer.
+  static std::vector<PreparedQueries>& memory() {
+    thread_local std::vector<PreparedQueries> prepared;
+    return prepared;
+  }
 
   const Sequence& sequence_of(std::size_t head) const { return cache_.sequences_[head / kv_heads_]; }
   const PackedHead& head_at(std::size_t head) const { return sequence_of(head).heads[head % kv_heads_]; }
@@ -198,7 +205,8 @@ class PackedCache::Attention {
   void prepare() {
     prepared_.resize(cache_.sequences_.size() * kv_heads_);
     parallel_for(prepared_.size(), 1, [&](std::size_t head, std::size_t) {
-      prepared_[head] = {layer_.sinks(), blocks_of(sequence_of(head).coded), {}, {}};
+      prepared_[head].first_position = layer_.sinks();
+      prepared_[head].num_blocks = blocks_of(sequence_of(head).coded);
       codec(Side::kKeys, head).prepare(queries(head, 0, tokens_), prepared_[head]);
     });
   }
@@ -310,7 +318,7 @@ class PackedCache::Attention {
   const float* q_;
   std::size_t kv_heads_, tokens_, group_, rows_, dim_;
   float* out_;
-  std::vector<PreparedQueries> prepared_;  // [heads]
+  std::vector<PreparedQueries>& prepared_;  // [heads]
 };
 
 namespace {
@@ -464,10 +472,11 @@ CacheFactory factory_of(const Plan& plan) {
     auto& [keys, values] = units.at(static_cast<std::size_t>(unit.layer));
     (unit.side == Side::kKeys ? keys : values).push_back(unit.quantizer);
   }
-  std::vector<std::shared_ptr<const Layer>> layers;  // null: the layer slides
-  for (auto& [keys, values] : units)
-    layers.push_back(keys.empty() ? nullptr
-                                  : std::make_shared<const Layer>(std::move(keys), std::move(values), plan.window, plan.sinks));
+  std::vector<std::shared_ptr<const Layer>> layers(units.size());  // null: the layer slides
+  parallel_for(layers.size(), 1, [&](std::size_t layer, std::size_t) {
+    auto& [keys, values] = units[layer];
+    if (!keys.empty()) layers[layer] = std::make_shared<const Layer>(std::move(keys), std::move(values), plan.window, plan.sinks);
+  });
   return [layers = std::move(layers)](int layer) -> std::unique_ptr<AttentionCache> {
     const auto& packed = layers.at(static_cast<std::size_t>(layer));
     if (!packed) return std::make_unique<FullCache>();

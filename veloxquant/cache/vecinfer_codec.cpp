@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "veloxquant/cache/entry_layout.h"
 #include "veloxquant/quantize/vecinfer.h"
 
 namespace veloxquant {
@@ -40,6 +39,7 @@ class VecInferKeysCodec : public VecInferCodec {
   using VecInferCodec::VecInferCodec;
 
   void prepare(const BlockQueries& queries, PreparedQueries& prepared) const override {
+    prepared.tables.clear();
     const auto& [q, num_queries, scale] = queries;
     if (num_queries >= kManyQueries) return;
     std::vector<float> rows(q, q + num_queries * dim_), products(num_queries * subspaces_ * centroids_);
@@ -63,31 +63,36 @@ class VecInferValuesCodec : public VecInferCodec {
  public:
   explicit VecInferValuesCodec(const QuantizerParameters& parameters) : VecInferCodec(parameters), codes_{token_bytes_} {
     const std::size_t width = dim_ / subspaces_, codes_of_byte = centroids_ == 256 ? 1 : 2;
-    std::vector<LookupPiece> pieces;
-    std::vector<std::vector<float>> tables;
+    tables_.reserve(token_bytes_);
     for (std::size_t byte = 0, code = 0; byte < token_bytes_; ++byte, code += codes_of_byte) {
       const std::size_t codes = std::min(codes_of_byte, subspaces_ - code);
-      auto& table = tables.emplace_back();
+      auto& table = tables_.emplace_back();
       for (std::size_t value = 0; value < 256; ++value)
         for (std::size_t c = 0; c < codes; ++c) {
           const std::size_t centroid = codes_of_byte == 1 ? value : value >> (4 * c) & 15;
           const auto entry = quantizer_->codebook().entries().subspan(((code + c) * centroids_ + centroid) * width, width);
           table.insert(table.end(), entry.begin(), entry.end());
         }
-      pieces.push_back({code * width, codes * width, {codes_.place(byte), {}}, {table.data(), nullptr}});
+      table.resize(table.size() + kLookupPadding);
+      pieces_.push_back({code * width, codes * width, {codes_.place(byte), {}}, {table.data(), nullptr}});
     }
-    entries_ = EntryLayout(pieces);
   }
 
   void add(const std::uint8_t* block, std::size_t tokens, const float* weights, std::size_t num_queries, std::size_t weight_stride,
            float* sums) const override {
-    if (num_queries >= kManyQueries) return BlockCodec::add(block, tokens, weights, num_queries, weight_stride, sums);
-    entries_.add({block, codes_.tile_bytes(), kPackedTileTokens, tokens}, weights, num_queries, weight_stride, sums);
+    const std::size_t stride = dim_ + kLookupPadding, tile_bytes = codes_.tile_bytes();
+    thread_local std::vector<float> rows;
+    rows.resize(tokens * stride + kLookupPadding);
+    for (std::size_t t = 0; t < tokens; t += kPackedTileTokens)
+      sum_entries(block + t / kPackedTileTokens * tile_bytes, std::min(kPackedTileTokens, tokens - t), pieces_,
+                  rows.data() + t * stride, stride);
+    add_vectors(weights, num_queries, weight_stride, rows.data(), tokens, stride, dim_, sums);
   }
 
  private:
   PackedCodes codes_;
-  EntryLayout entries_;
+  std::vector<std::vector<float>> tables_;
+  std::vector<LookupPiece> pieces_;
 };
 
 }  // namespace

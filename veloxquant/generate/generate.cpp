@@ -1,6 +1,6 @@
 #include "veloxquant/generate/generate.h"
 
-#include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <chrono>
@@ -69,6 +69,15 @@ std::vector<float> read_prompt(const LanguageModel& model, std::span<const std::
   }
 }
 
+// Once, which layers kernels of ours do not serve though they could, and why.
+void warn_of_graphs(const AttentionCaches& caches) {
+  std::map<std::string, std::vector<std::size_t>> layers;
+  for (std::size_t layer = 0; layer < caches.size(); ++layer)
+    if (auto why = caches[layer]->no_kernels(); !why.empty()) layers[why].push_back(layer);
+  for (const auto& [why, some] : layers)
+    warn(fmt::format("layers {} attend to their codes by operations of MLX, which is slower: {}", fmt::join(some, ", "), why));
+}
+
 }  // namespace
 
 std::int32_t choose_token(std::span<const float> logits, double temperature, double top_p, double uniform) {
@@ -104,6 +113,7 @@ Generation generate(const LanguageModel& model, std::span<const std::int32_t> pr
   const auto begin = Clock::now();
   const auto caches = model.make_caches(factory);
   auto logits = read_prompt(model, prompt, caches, progress);
+  warn_of_graphs(caches);
   Generation result;
   auto first = begin;
   Random random(options.seed);

@@ -1,8 +1,8 @@
 #include "veloxquant/kernels/entry_scan.h"
 
 #include <algorithm>
-#include <array>
-#include <utility>
+#include <cmath>
+#include <vector>
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "veloxquant/kernels/entry_scan.cpp"
@@ -16,38 +16,76 @@ namespace HWY_NAMESPACE {
 #if HWY_TARGET == HWY_SCALAR
 
 using reference::add_entries;
-using reference::score_entries;
+using reference::round_rows;
+using reference::score_wide;
+using reference::sum_wide_entries;
 using reference::turn_rows;
+
+void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const KeyGrid& grid, const TurnedQueries& queries,
+                   std::uint8_t*, float* scores, std::size_t score_stride) {
+  reference::score_entries(block, groups, grid, queries, scores, score_stride);
+}
 
 #else
 
 namespace hn = hwy::HWY_NAMESPACE;
 
-// A row of an entry in one vector, or in two where vectors are shorter: wider ones would need rows put together.
-using D = hn::CappedTag<float, kEntryColumns>;
-using V = hn::Vec<D>;
-constexpr std::size_t kLanes = HWY_MIN(kEntryColumns, HWY_LANES(float)), kVectors = kEntryColumns / kLanes;
+// 16 columns in one vector, or in two where vectors are shorter: wider ones would need more entries put together.
+using D16 = hn::CappedTag<std::int16_t, kTurnPlanes>;
+using V16 = hn::Vec<D16>;
+using D32 = hn::RepartitionToWide<D16>;
+using V32 = hn::Vec<D32>;
+using DF = hn::RebindToFloat<D32>;
+using D8 = hn::FixedTag<std::uint8_t, 16>;
+using V8 = hn::Vec<D8>;
+constexpr std::size_t kLanes = HWY_MIN(kTurnPlanes, HWY_LANES(std::int16_t)), kVectors = kTurnPlanes / kLanes;
 
 // Sums at once, that the registers hold beside what they are made of.
 constexpr std::size_t kSums = HWY_TARGET <= HWY_AVX3 ? 16 : 8;
 
-HWY_INLINE V turned(V x, const float* angles) {
-  const D d;
-  return hn::MulAdd(x, hn::LoadU(d, angles), hn::Mul(hn::Reverse2(d, x), hn::LoadU(d, angles + kEntryColumns)));
+void turn_rows(const float* x, std::size_t rows, std::size_t count, const float* angles, float* to) {
+  const DF d;
+  const std::size_t lanes = hn::Lanes(d);
+  for (std::size_t row = 0; row < rows; ++row, angles += kTurnColumns)
+    for (std::size_t r = 0; r < count; ++r, x += kTurnColumns, to += kTurnColumns)
+      for (std::size_t i = 0; i < kTurnPlanes; i += lanes) {
+        const auto a = hn::LoadU(d, x + i), b = hn::LoadU(d, x + kTurnPlanes + i), c = hn::LoadU(d, angles + i),
+                   s = hn::LoadU(d, angles + kTurnPlanes + i);
+        hn::StoreU(hn::NegMulAdd(b, s, hn::Mul(a, c)), d, to + i);
+        hn::StoreU(hn::MulAdd(a, s, hn::Mul(b, c)), d, to + kTurnPlanes + i);
+      }
 }
 
-void turn_rows(const float* rows, std::size_t groups, std::size_t num_rows, const float* angles, float* to) {
-  const D d;
-  for (std::size_t g = 0; g < groups; ++g, angles += 2 * kEntryColumns)
-    for (std::size_t r = 0; r < num_rows; ++r, rows += kEntryColumns, to += kEntryColumns)
-      for (std::size_t i = 0; i < kEntryColumns; i += kLanes) hn::StoreU(turned(hn::LoadU(d, rows + i), angles + i), d, to + i);
+void round_rows(const float* x, std::size_t count, std::int16_t* to) {
+  const DF d;
+  const hn::Rebind<std::int16_t, DF> narrow;
+  for (std::size_t i = 0; i < count; i += hn::Lanes(d)) hn::StoreU(hn::DemoteTo(narrow, hn::NearestInt(hn::LoadU(d, x + i))), narrow, to + i);
 }
 
-// The entries of one group of columns.  kStride: of both codes where that is known when this is compiled, else 0.
+// Bytes as they are, in 16 bits: the `part`-th vector of them.
+HWY_INLINE V16 widened(V8 bytes, std::size_t part) {
+  const D16 d;
+#if HWY_TARGET <= HWY_AVX2
+  (void)part;
+  return hn::PromoteTo(d, bytes);
+#else
+  const hn::Half<D8> half;
+  return hn::PromoteTo(d, part == 0 ? hn::LowerHalf(half, bytes) : hn::UpperHalf(half, bytes));
+#endif
+}
+
+// Lane i: the sum of a·b over lanes 2i and 2i + 1.
+HWY_INLINE V32 pair_products(V16 a, V16 b) {
+  const D32 d;
+  V32 more = hn::Zero(d);
+  const V32 some = hn::ReorderWidenMulAccumulate(d, a, b, hn::Zero(d), more);
+  return hn::RearrangeToOddPlusEven(some, more);
+}
+
+// Sums of bytes of one group of columns.  kStride: of both codes where that is known when this is compiled, else 0.
 template <std::size_t kStride>
 struct Entries {
-  const std::uint8_t *first, *second;
-  const float *first_table, *second_table;
+  const std::uint8_t *first, *second, *first_table, *second_table;
   std::size_t first_stride, second_stride;
 
   HWY_INLINE Entries(const std::uint8_t* tile, std::size_t token, const EntryColumns& columns)
@@ -59,153 +97,255 @@ struct Entries {
     second = tile + columns.codes[1].offset + token * second_stride;
   }
 
-  HWY_INLINE V load(std::size_t t, std::size_t i) const {
-    const D d;
-    return hn::Add(hn::LoadU(d, first_table + first[t * first_stride] * kEntryColumns + i),
-                   hn::LoadU(d, second_table + second[t * second_stride] * kEntryColumns + i));
+  // In the lower half of a vector; the upper one is of other entries.
+  HWY_INLINE V8 load(std::size_t t) const {
+    const D8 d;
+    return hn::Add(hn::LoadU(d, first_table + first[t * first_stride] * kEntryColumns),
+                   hn::LoadU(d, second_table + second[t * second_stride] * kEntryColumns));
   }
 };
 
 constexpr std::size_t kUsualStride = 4;
 
-// Groups before the first whose codes lie otherwise: only the last word of a token is shorter.
-std::size_t count_usual(std::span<const EntryColumns> groups) {
-  const auto usual = [](const EntryColumns& columns) {
-    return columns.codes[0].stride == kUsualStride && columns.codes[1].stride == kUsualStride;
-  };
-  return static_cast<std::size_t>(std::find_if_not(groups.begin(), groups.end(), usual) - groups.begin());
+// Groups before the first whose codes lie otherwise, `together` at a time: only the last word of a token is shorter.
+std::size_t count_usual(std::span<const EntryColumns> groups, std::size_t together) {
+  std::size_t usual = 0;
+  while (usual < groups.size() && groups[usual].codes[0].stride == kUsualStride && groups[usual].codes[1].stride == kUsualStride)
+    ++usual;
+  return usual / together * together;
 }
 
-// sums[r · kTokens + t] += one group's part of the scores; q [kQueries, kEntryColumns].
-template <std::size_t kTokens, std::size_t kQueries, std::size_t kStride>
-HWY_INLINE void score_group(const Entries<kStride>& entries, const float* q, const float* angles, V* HWY_RESTRICT sums) {
-  const D d;
-  for (std::size_t i = 0; i < kEntryColumns; i += kLanes) {
-    V queries[kQueries];
-    for (std::size_t r = 0; r < kQueries; ++r) queries[r] = hn::LoadU(d, q + r * kEntryColumns + i);
-    for (std::size_t t = 0; t < kTokens; ++t) {
-      const V key = turned(entries.load(t, i), angles + t * 2 * kEntryColumns + i);
-      for (std::size_t r = 0; r < kQueries; ++r) sums[r * kTokens + t] = hn::MulAdd(key, queries[r], sums[r * kTokens + t]);
-    }
+// Keys as sums of bytes, and as whole numbers: those of a token from `at` on, the i-th vector of 16 planes' first (half 0) or second
+// dimensions.
+struct ByteKeys {
+  const std::uint8_t* at;
+  const std::int16_t* offsets;
+  int shift;
+
+  HWY_INLINE V16 load(std::size_t t, std::size_t half, std::size_t i) const {
+    const D16 d;
+    const hn::Rebind<std::uint8_t, D16> d8;
+    const std::size_t column = half * kTurnPlanes + i * kLanes;
+    return hn::Sub(hn::ShiftLeftSame(hn::PromoteTo(d, hn::LoadU(d8, at + t * kTurnColumns + column)), shift),
+                   hn::LoadU(d, offsets + column));
   }
-}
+};
+
+struct WideKeys {
+  const std::int16_t* at;
+  std::size_t stride;
+
+  HWY_INLINE V16 load(std::size_t t, std::size_t half, std::size_t i) const {
+    return hn::LoadU(D16(), at + t * stride + half * kTurnPlanes + i * kLanes);
+  }
+};
 
 // Of four vectors: the sums of their lanes, or of those of each half of them.
-HWY_INLINE V add_four(const V* x) {
-  const D d;
-  const hn::Repartition<double, D> pairs;
-  const auto lanes = [&](V a, V b) HWY_ATTR {
+HWY_INLINE V32 add_four(const V32* x) {
+  const D32 d;
+  const hn::Repartition<std::int64_t, D32> pairs;
+  const auto lanes = [&](V32 a, V32 b) HWY_ATTR {
     return hn::BitCast(pairs, hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b)));
   };
   const auto a = lanes(x[0], x[1]), b = lanes(x[2], x[3]);
   return hn::Add(hn::BitCast(d, hn::InterleaveLower(pairs, a, b)), hn::BitCast(d, hn::InterleaveUpper(pairs, a, b)));
 }
 
-// out[i] = the sum of the lanes of sums[i].
+// out[i] = the sum of the lanes of sums[i]; kCount is a multiple of 4.
 template <std::size_t kCount>
-HWY_INLINE void add_lanes(const V* sums, float* out) {
-  const D d;
-  static_assert(kCount % 8 == 0);
-  for (std::size_t i = 0; i < kCount; i += 8) {
-    const V a = add_four(sums + i), b = add_four(sums + i + 4);
+HWY_INLINE void add_lanes(const V32* sums, float* out) {
+  const hn::FixedTag<std::int32_t, 4> d;
+  const hn::FixedTag<float, 4> df;
+  for (std::size_t i = 0; i < kCount; i += 4) {
+    const V32 four = add_four(sums + i);
 #if HWY_TARGET <= HWY_AVX2
-    hn::StoreU(hn::Add(hn::ConcatLowerLower(d, b, a), hn::ConcatUpperUpper(d, b, a)), d, out + i);
+    hn::StoreU(hn::ConvertTo(df, hn::Add(hn::LowerHalf(d, four), hn::UpperHalf(d, four))), df, out + i);
 #else
-    hn::StoreU(a, d, out + i);
-    hn::StoreU(b, d, out + i + 4);
+    hn::StoreU(hn::ConvertTo(df, four), df, out + i);
 #endif
   }
 }
 
-// Queries first … first + kQueries − 1, kTokens tokens at once; `usual` groups have the usual stride.
-template <std::size_t kQueries>
-void score_some(const BlockOfTiles& block, std::span<const EntryColumns> groups, std::size_t usual, const TurnedQueries& queries,
-                std::size_t first, float* scores, std::size_t score_stride) {
-  constexpr std::size_t kTokens = HWY_MIN(kSums / kQueries, kTurnedTokens);
-  const D d;
-  const std::size_t group_queries = queries.num_queries * kEntryColumns;
-  const std::uint8_t* tile = block.bytes;
-  for (std::size_t t = 0, in_tile = 0; t < block.tokens; t += kTokens, in_tile += kTokens) {
-    if (in_tile == block.tile_tokens) tile += block.tile_bytes, in_tile = 0;
-    const float* q = queries.q + t / kTurnedTokens * groups.size() * group_queries + first * kEntryColumns;
-    const float* angles = queries.angles + t % kTurnedTokens * 2 * kEntryColumns;
-    V sums[kTokens * kQueries];
-    for (auto& sum : sums) sum = hn::Zero(d);
-    const auto score = [&]<std::size_t kStride>(std::size_t from, std::size_t to) HWY_ATTR {
-      for (std::size_t g = from; g < to; ++g, q += group_queries, angles += kTurnedTokens * 2 * kEntryColumns)
-        score_group<kTokens, kQueries>(Entries<kStride>(tile, in_tile, groups[g]), q, angles, sums);
-    };
-    score.template operator()<kUsualStride>(0, usual);
-    score.template operator()<0>(usual, groups.size());
-    float out[kTokens * kQueries];
-    add_lanes<kTokens * kQueries>(sums, out);
-    const std::size_t some = std::min(kTokens, block.tokens - t);
-    for (std::size_t r = 0; r < kQueries; ++r) std::copy_n(out + r * kTokens, some, scores + (first + r) * score_stride + t);
+// kQueries queries from `first` on, kTokens tokens at once.  keys_of(row, t): those of a row of columns from token t on.
+template <std::size_t kQueries, class KeysOf>
+HWY_INLINE void score_some(std::size_t tokens, std::size_t rows, const std::int16_t* all_angles, const TurnedQueries& queries,
+                           std::size_t first, float* scores, std::size_t score_stride, const KeysOf& keys_of) {
+  constexpr std::size_t kTokens = HWY_MIN(HWY_MAX(kSums / kQueries, 1), 4), kCount = (kTokens * kQueries + 3) / 4 * 4;
+  const D16 d16;
+  const D32 d32;
+  const std::size_t row_queries = queries.num_queries * kTurnColumns;
+  for (std::size_t t = 0; t < tokens; t += kTokens) {
+    const std::int16_t* q = queries.q + t / kTurnedTokens * rows * row_queries + first * kTurnColumns;
+    const std::int16_t* angles = all_angles + t % kTurnedTokens * kTurnColumns;
+    V32 sums[kCount];
+    for (auto& sum : sums) sum = hn::Zero(d32);
+    for (std::size_t row = 0; row < rows; ++row, q += row_queries, angles += kTurnedTokens * kTurnColumns) {
+      const auto keys = keys_of(row, t);
+      for (std::size_t i = 0; i < kVectors; ++i)
+        for (std::size_t token = 0; token < kTokens; ++token) {
+          const std::int16_t* of_token = angles + token * kTurnColumns + i * kLanes;
+          const V16 a = keys.load(token, 0, i), b = keys.load(token, 1, i), c = hn::LoadU(d16, of_token),
+                    s = hn::LoadU(d16, of_token + kTurnPlanes);
+          const V16 x = hn::Sub(hn::MulFixedPoint15(a, c), hn::MulFixedPoint15(b, s)),
+                    y = hn::Add(hn::MulFixedPoint15(b, c), hn::MulFixedPoint15(a, s));
+          for (std::size_t r = 0; r < kQueries; ++r) {
+            const std::int16_t* of_query = q + r * kTurnColumns + i * kLanes;
+            V32& sum = sums[r * kTokens + token];
+            sum = hn::Add(sum, pair_products(x, hn::LoadU(d16, of_query)));
+            sum = hn::Add(sum, pair_products(y, hn::LoadU(d16, of_query + kTurnPlanes)));
+          }
+        }
+    }
+    const std::size_t some = std::min(kTokens, tokens - t);
+    float out[kCount];
+    add_lanes<kCount>(sums, out);
+    for (std::size_t r = 0; r < kQueries; ++r)
+      for (std::size_t i = 0; i < some; ++i)
+        scores[(first + r) * score_stride + t + i] = queries.factors[first + r] * out[r * kTokens + i];
   }
 }
 
-void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const TurnedQueries& queries, float* scores,
-                   std::size_t score_stride) {
-  const std::size_t usual = count_usual(groups);
+template <class KeysOf>
+HWY_INLINE void score_all(std::size_t tokens, std::size_t rows, const std::int16_t* angles, const TurnedQueries& queries,
+                          float* scores, std::size_t score_stride, const KeysOf& keys_of) {
   std::size_t r = 0;
-  for (; r + 4 <= queries.num_queries; r += 4) score_some<4>(block, groups, usual, queries, r, scores, score_stride);
-  for (; r + 2 <= queries.num_queries; r += 2) score_some<2>(block, groups, usual, queries, r, scores, score_stride);
-  if (r < queries.num_queries) score_some<1>(block, groups, usual, queries, r, scores, score_stride);
+  for (; r + 4 <= queries.num_queries; r += 4) score_some<4>(tokens, rows, angles, queries, r, scores, score_stride, keys_of);
+  switch (queries.num_queries - r) {
+    case 3: return score_some<3>(tokens, rows, angles, queries, r, scores, score_stride, keys_of);
+    case 2: return score_some<2>(tokens, rows, angles, queries, r, scores, score_stride, keys_of);
+    case 1: return score_some<1>(tokens, rows, angles, queries, r, scores, score_stride, keys_of);
+  }
 }
 
-// kGroups groups of one tile at once: their sums stay in registers, and weights are loaded once for them.
-template <std::size_t kGroups, std::size_t kQueries, std::size_t kStride>
-HWY_INLINE void add_tile(const std::uint8_t* tile, std::size_t tokens, const EntryColumns* groups, const float* weights,
-                         std::size_t weight_stride, V (&sums)[kVectors][kGroups][kQueries]) {
-  const D d;
-  for (std::size_t i = 0; i < kVectors; ++i) {
-    const auto entries = [&]<std::size_t... kGroup>(std::index_sequence<kGroup...>) {
-      return std::array{Entries<kStride>(tile, 0, groups[kGroup])...};
+// bytes [tokens, kTurnColumns] = the sums of four groups; whole tiles are written.
+template <std::size_t kStride>
+void look_up_row(const BlockOfTiles& block, const EntryColumns* groups, std::uint8_t* bytes) {
+  const D8 d;
+  const hn::Repartition<std::uint32_t, D8> quarters;
+  const hn::Repartition<std::uint64_t, D8> halves;
+  const std::size_t tile_tokens = block.tile_tokens;
+  for (std::size_t begin = 0; begin < block.tokens; begin += tile_tokens) {
+    const std::uint8_t* tile = block.bytes + begin / tile_tokens * block.tile_bytes;
+    const Entries<kStride> first(tile, 0, groups[0]), second(tile, 0, groups[1]), third(tile, 0, groups[2]), fourth(tile, 0, groups[3]);
+    for (std::size_t t = 0; t < tile_tokens; ++t, bytes += kTurnColumns) {
+      const auto pair = [&](const Entries<kStride>& a, const Entries<kStride>& b) HWY_ATTR {
+        return hn::BitCast(halves, hn::InterleaveLower(quarters, hn::BitCast(quarters, a.load(t)), hn::BitCast(quarters, b.load(t))));
+      };
+      const auto low = pair(first, second), high = pair(third, fourth);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(halves, low, high)), d, bytes);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(halves, low, high)), d, bytes + kTurnPlanes);
     }
-    (std::make_index_sequence<kGroups>());
-    for (std::size_t t = 0; t < tokens; ++t) {
-      V weight[kQueries];
-      for (std::size_t r = 0; r < kQueries; ++r) weight[r] = hn::Set(d, weights[r * weight_stride + t]);
-      for (std::size_t g = 0; g < kGroups; ++g) {
-        const V value = entries[g].load(t, i * kLanes);
-        for (std::size_t r = 0; r < kQueries; ++r) sums[i][g][r] = hn::MulAdd(weight[r], value, sums[i][g][r]);
+  }
+}
+
+void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const KeyGrid& grid, const TurnedQueries& queries,
+                   std::uint8_t* bytes, float* scores, std::size_t score_stride) {
+  // Four groups at a time: their tables, and no others, stay in the first-level cache.
+  constexpr std::size_t kRowBytes = kMostTokens * kTurnColumns;
+  const std::size_t usual = count_usual(groups, kTurnGroups);
+  std::size_t g = 0;
+  for (; g < usual; g += kTurnGroups) look_up_row<kUsualStride>(block, &groups[g], bytes + g / kTurnGroups * kRowBytes);
+  for (; g < groups.size(); g += kTurnGroups) look_up_row<0>(block, &groups[g], bytes + g / kTurnGroups * kRowBytes);
+  score_all(block.tokens, groups.size() / kTurnGroups, grid.angles, queries, scores, score_stride,
+            [&](std::size_t row, std::size_t t) HWY_ATTR {
+              return ByteKeys{bytes + row * kRowBytes + t * kTurnColumns, grid.offsets + row * kTurnColumns, grid.shift};
+            });
+}
+
+void score_wide(const std::int16_t* keys, std::size_t tokens, std::size_t rows, const KeyGrid& grid, const TurnedQueries& queries,
+                float* scores, std::size_t score_stride) {
+  const std::size_t stride = rows * kTurnColumns;
+  score_all(tokens, rows, grid.angles, queries, scores, score_stride,
+            [&](std::size_t row, std::size_t t) HWY_ATTR { return WideKeys{keys + t * stride + row * kTurnColumns, stride}; });
+}
+
+void sum_wide_entries(const BlockOfTiles& block, std::span<const CodePlace> codes, const std::int16_t* tables, std::size_t rows,
+                      std::int16_t* keys) {
+  const D16 d;
+  constexpr std::size_t kWide = kTurnColumns / kLanes;
+  // A row of columns after the other: its tables stay in the second-level cache.
+  for (std::size_t row = 0; row < rows; ++row, tables += codes.size() * 256 * kTurnColumns) {
+    std::int16_t* to = keys + row * kTurnColumns;
+    for (std::size_t t = 0; t < block.tokens; ++t, to += rows * kTurnColumns) {
+      const std::uint8_t* tile = block.bytes + t / block.tile_tokens * block.tile_bytes;
+      const std::size_t in_tile = t % block.tile_tokens;
+      V16 sums[kWide];
+      for (auto& sum : sums) sum = hn::Zero(d);
+      const std::int16_t* table = tables;
+      for (const auto& [offset, stride] : codes) {
+        const std::int16_t* entry = table + tile[offset + in_tile * stride] * kTurnColumns;
+        for (std::size_t i = 0; i < kWide; ++i) sums[i] = hn::Add(sums[i], hn::LoadU(d, entry + i * kLanes));
+        table += 256 * kTurnColumns;
+      }
+      for (std::size_t i = 0; i < kWide; ++i) hn::StoreU(sums[i], d, to + i * kLanes);
+    }
+  }
+}
+
+// Two groups of all tokens at once: their sums stay in registers, and weights are loaded once for them.  weights [pairs of
+// tokens, kQueries]: of two tokens beside each other.
+template <std::size_t kQueries, std::size_t kStride>
+void add_groups(const BlockOfTiles& block, const EntryColumns* groups, const std::int32_t* weights, const float* factors,
+                std::size_t sum_stride, float* out) {
+  const D8 d8;
+  const D16 d16;
+  const D32 d32;
+  V32 sums[kVectors][2][kQueries];
+  for (auto& of_vector : sums)
+    for (auto& of_group : of_vector)
+      for (auto& sum : of_group) sum = hn::Zero(d32);
+  for (std::size_t begin = 0; begin < block.tokens; begin += block.tile_tokens) {
+    const std::uint8_t* tile = block.bytes + begin / block.tile_tokens * block.tile_bytes;
+    const std::size_t some = std::min(block.tile_tokens, block.tokens - begin);
+    const Entries<kStride> first(tile, 0, groups[0]), second(tile, 0, groups[1]);
+    const std::int32_t* at = weights + begin / 2 * kQueries;
+    // The last token of an odd number has a neighbour of weight 0, within the tile.
+    for (std::size_t t = 0; t < some; t += 2, at += kQueries) {
+      const V8 bytes[2] = {hn::InterleaveLower(d8, first.load(t), first.load(t + 1)),
+                           hn::InterleaveLower(d8, second.load(t), second.load(t + 1))};
+      for (std::size_t r = 0; r < kQueries; ++r) {
+        const V16 weight = hn::BitCast(d16, hn::Set(d32, at[r]));
+        for (std::size_t g = 0; g < 2; ++g)
+          for (std::size_t i = 0; i < kVectors; ++i)
+            sums[i][g][r] = hn::Add(sums[i][g][r], pair_products(widened(bytes[g], i), weight));
       }
     }
   }
-}
-
-template <std::size_t kGroups, std::size_t kQueries>
-void add_groups(const BlockOfTiles& block, const EntryColumns* groups, const float* weights, std::size_t weight_stride,
-                std::size_t sum_stride, float* out) {
-  const D d;
-  V sums[kVectors][kGroups][kQueries];
-  const auto each = [&](const auto& use) HWY_ATTR {
-    for (std::size_t i = 0; i < kVectors; ++i)
-      for (std::size_t g = 0; g < kGroups; ++g)
-        for (std::size_t r = 0; r < kQueries; ++r) use(sums[i][g][r], out + r * sum_stride + g * kEntryColumns + i * kLanes);
-  };
-  each([&](V& sum, const float* from) HWY_ATTR { sum = hn::LoadU(d, from); });
-  const bool usual = count_usual({groups, kGroups}) == kGroups;
-  for (std::size_t t = 0; t < block.tokens; t += block.tile_tokens) {
-    const std::uint8_t* tile = block.bytes + t / block.tile_tokens * block.tile_bytes;
-    const std::size_t some = std::min(block.tile_tokens, block.tokens - t);
-    if (usual) {
-      add_tile<kGroups, kQueries, kUsualStride>(tile, some, groups, weights + t, weight_stride, sums);
-    } else {
-      add_tile<kGroups, kQueries, 0>(tile, some, groups, weights + t, weight_stride, sums);
-    }
-  }
-  each([&](const V& sum, float* to) HWY_ATTR { hn::StoreU(sum, d, to); });
+  const DF df;
+  for (std::size_t i = 0; i < kVectors; ++i)
+    for (std::size_t g = 0; g < 2; ++g)
+      for (std::size_t r = 0; r < kQueries; ++r) {
+        float* to = out + r * sum_stride + g * kEntryColumns + i * hn::Lanes(df);
+        hn::StoreU(hn::MulAdd(hn::Set(df, factors[r]), hn::ConvertTo(df, sums[i][g][r]), hn::LoadU(df, to)), df, to);
+      }
 }
 
 template <std::size_t kQueries>
 void add_some(const BlockOfTiles& block, std::span<const EntryColumns> groups, const float* weights, std::size_t weight_stride,
               float* sums) {
+  // 255 · 32767 · kMostTokens is less than 2³¹.
+  constexpr float kLargest = 32767;
+  static_assert(255ll * 32767 * kMostTokens < (1ll << 31));
+  alignas(64) std::int16_t rounded[kMostTokens / 2][kQueries][2];
+  float factors[kQueries];
+  for (std::size_t r = 0; r < kQueries; ++r) {
+    const float* from = weights + r * weight_stride;
+    float largest = 0;
+    for (std::size_t t = 0; t < block.tokens; ++t) largest = std::max(largest, std::abs(from[t]));
+    factors[r] = largest / kLargest;
+    const float steps = largest > 0 ? kLargest / largest : 0.0f;
+    for (std::size_t t = 0; t < block.tokens; ++t) {
+      const float x = from[t] * steps;
+      rounded[t / 2][r][t % 2] = static_cast<std::int16_t>(static_cast<int>(x + (x < 0 ? -0.5f : 0.5f)));
+    }
+    if (block.tokens % 2 == 1) rounded[block.tokens / 2][r][1] = 0;
+  }
+  const auto* pairs = reinterpret_cast<const std::int32_t*>(rounded);
   const std::size_t stride = groups.size() * kEntryColumns;
+  const std::size_t usual = count_usual(groups, 2);
   std::size_t g = 0;
-  for (; g + 2 <= groups.size(); g += 2)
-    add_groups<2, kQueries>(block, &groups[g], weights, weight_stride, stride, sums + g * kEntryColumns);
-  if (g < groups.size()) add_groups<1, kQueries>(block, &groups[g], weights, weight_stride, stride, sums + g * kEntryColumns);
+  for (; g < usual; g += 2) add_groups<kQueries, kUsualStride>(block, &groups[g], pairs, factors, stride, sums + g * kEntryColumns);
+  for (; g < groups.size(); g += 2) add_groups<kQueries, 0>(block, &groups[g], pairs, factors, stride, sums + g * kEntryColumns);
 }
 
 void add_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const float* weights, std::size_t num_queries,
@@ -213,8 +353,12 @@ void add_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups
   const std::size_t stride = groups.size() * kEntryColumns;
   std::size_t r = 0;
   for (; r + 4 <= num_queries; r += 4) add_some<4>(block, groups, weights + r * weight_stride, weight_stride, sums + r * stride);
-  for (; r + 2 <= num_queries; r += 2) add_some<2>(block, groups, weights + r * weight_stride, weight_stride, sums + r * stride);
-  if (r < num_queries) add_some<1>(block, groups, weights + r * weight_stride, weight_stride, sums + r * stride);
+  weights += r * weight_stride, sums += r * stride;
+  switch (num_queries - r) {
+    case 3: return add_some<3>(block, groups, weights, weight_stride, sums);
+    case 2: return add_some<2>(block, groups, weights, weight_stride, sums);
+    case 1: return add_some<1>(block, groups, weights, weight_stride, sums);
+  }
 }
 
 #endif
@@ -227,16 +371,35 @@ HWY_AFTER_NAMESPACE();
 namespace veloxquant {
 
 HWY_EXPORT(turn_rows);
+HWY_EXPORT(round_rows);
 HWY_EXPORT(score_entries);
+HWY_EXPORT(score_wide);
+HWY_EXPORT(sum_wide_entries);
 HWY_EXPORT(add_entries);
 
-void turn_rows(const float* rows, std::size_t groups, std::size_t num_rows, const float* angles, float* to) {
-  HWY_DYNAMIC_DISPATCH(turn_rows)(rows, groups, num_rows, angles, to);
+void turn_rows(const float* x, std::size_t rows, std::size_t count, const float* angles, float* to) {
+  HWY_DYNAMIC_DISPATCH(turn_rows)(x, rows, count, angles, to);
 }
 
-void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const TurnedQueries& queries, float* scores,
-                   std::size_t score_stride) {
-  HWY_DYNAMIC_DISPATCH(score_entries)(block, groups, queries, scores, score_stride);
+void round_rows(const float* x, std::size_t count, std::int16_t* to) {
+  HWY_DYNAMIC_DISPATCH(round_rows)(x, count, to);
+}
+
+void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const KeyGrid& grid, const TurnedQueries& queries,
+                   float* scores, std::size_t score_stride) {
+  thread_local std::vector<std::uint8_t> bytes;
+  bytes.resize(groups.size() * kEntryColumns * kMostTokens);
+  HWY_DYNAMIC_DISPATCH(score_entries)(block, groups, grid, queries, bytes.data(), scores, score_stride);
+}
+
+void score_wide(const std::int16_t* keys, std::size_t tokens, std::size_t rows, const KeyGrid& grid, const TurnedQueries& queries,
+                float* scores, std::size_t score_stride) {
+  HWY_DYNAMIC_DISPATCH(score_wide)(keys, tokens, rows, grid, queries, scores, score_stride);
+}
+
+void sum_wide_entries(const BlockOfTiles& block, std::span<const CodePlace> codes, const std::int16_t* tables, std::size_t rows,
+                      std::int16_t* keys) {
+  HWY_DYNAMIC_DISPATCH(sum_wide_entries)(block, codes, tables, rows, keys);
 }
 
 void add_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const float* weights, std::size_t num_queries,

@@ -1,4 +1,4 @@
-// Attention of few queries over codes, without a row of keys or values in memory: look-ups straight into scores and sums.
+// Attention of few queries over codes, without a row of keys or values in memory: look-ups of bytes straight into scores and sums.
 #pragma once
 
 #include <cstddef>
@@ -10,45 +10,76 @@
 namespace veloxquant {
 
 /// Columns that are looked up at once where attention reads codes: of a vector, the sum of one entry of each of two tables
-/// [256, kEntryColumns].
-inline constexpr std::size_t kEntryColumns = 8;
+/// [256, kEntryColumns] of bytes, with kEntryPadding more behind them.  Sums of two entries are at most 255.
+inline constexpr std::size_t kEntryColumns = 8, kEntryPadding = 8;
 struct EntryColumns {
   CodePlace codes[2];
-  const float* tables[2];
+  const std::uint8_t* tables[2];
 };
 
-/// Tokens of a block: tile after tile.
+/// Groups of keys are read four at a time: 16 planes.  A group has the first dimensions of four planes, then the second ones; four
+/// groups together make rows of kTurnColumns columns, the first dimensions of all 16 planes and then the second ones.
+inline constexpr std::size_t kTurnGroups = 4, kTurnPlanes = 16, kTurnColumns = 2 * kTurnPlanes;
+
+/// Tokens of a block: tile after tile.  At most kMostTokens.
 struct BlockOfTiles {
   const std::uint8_t* bytes;
   std::size_t tile_bytes, tile_tokens, tokens;
 };
+inline constexpr std::size_t kMostTokens = 256;
 
 /// Positions that turn by angles of their own; queries are turned back to the begin of each stretch of so many.
-inline constexpr std::size_t kTurnedTokens = 8;
+inline constexpr std::size_t kTurnedTokens = 16;
 
-/// Columns [groups, kEntryColumns] of queries and angles, in pairs (2i, 2i + 1) that turn.
-struct TurnedQueries {
-  const float* q;  // [stretches, groups, num_queries, kEntryColumns]
-  std::size_t num_queries;
-  const float* angles;  // [groups, kTurnedTokens, 2, kEntryColumns]: cosines, each twice, then (−sin, sin)
+/// Keys as whole numbers: (sum of two bytes − offset) · 2^shift, which fits into 16 bits also when it is turned.
+struct KeyGrid {
+  const std::int16_t* offsets;  // [rows, kTurnColumns], times 2^shift
+  int shift;
+  const std::int16_t* angles;  // [rows, kTurnedTokens, 2, kTurnPlanes]: cosines, then sines; 2¹⁵ is 1
 };
 
-/// to = rows [groups, num_rows, kEntryColumns] turned by angles [groups, 2, kEntryColumns] as in TurnedQueries.
-void turn_rows(const float* rows, std::size_t groups, std::size_t num_rows, const float* angles, float* to);
+/// Queries as whole numbers: scores, which are sums of products of these with turned keys, fit into 32 bits.
+struct TurnedQueries {
+  const std::int16_t* q;  // [stretches, rows, num_queries, kTurnColumns]
+  std::size_t num_queries;
+  const float* factors;  // [num_queries]: what a score is times its whole number
+};
 
-/// scores[r · score_stride + t] = q[r]·k[t]: keys, each group of columns looked up and turned, and the queries of their stretch.
-/// Tiles are whole stretches; what lies behind the last token of its stretch is read, but not used.
-void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const TurnedQueries& queries, float* scores,
-                   std::size_t score_stride);
+/// to = x [rows, count, kTurnColumns] turned by angles [rows, 2, kTurnPlanes], as in KeyGrid but of floats.
+void turn_rows(const float* x, std::size_t rows, std::size_t count, const float* angles, float* to);
 
-/// sums[r, g] += Σ_t weights[r · weight_stride + t] · v[t, g]; sums [num_queries, groups, kEntryColumns].
+/// to [count] = the nearest whole numbers to x [count], which are within ±32767; count is a multiple of kTurnColumns.
+void round_rows(const float* x, std::size_t count, std::int16_t* to);
+
+/// scores[r · score_stride + t] = q[r]·k[t]: keys of a multiple of kTurnGroups groups, each looked up and turned (to 15 bits, rounded), and the queries
+/// of their stretch.  Tiles are whole stretches; what lies behind the last token of its stretch is read, but not used.
+void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const KeyGrid& grid, const TurnedQueries& queries,
+                   float* scores, std::size_t score_stride);
+
+/// The same of keys that are whole numbers in memory, [tokens, rows, kTurnColumns]; of `grid` only the angles are read.
+void score_wide(const std::int16_t* keys, std::size_t tokens, std::size_t rows, const KeyGrid& grid, const TurnedQueries& queries,
+                float* scores, std::size_t score_stride);
+
+/// keys [tokens, rows, kTurnColumns] = the sums of an entry of each code's table, of `tables` [rows, codes, 256, kTurnColumns], which
+/// do not overflow.
+void sum_wide_entries(const BlockOfTiles& block, std::span<const CodePlace> codes, const std::int16_t* tables, std::size_t rows,
+                      std::int16_t* keys);
+
+/// sums[r, g] += Σ_t weights[r · weight_stride + t] · (sum of bytes of v[t, g]); sums [num_queries, groups, kEntryColumns], an even
+/// number of groups.  Weights
+/// count in steps of 2⁻¹⁵ of the largest of their query in this block.
 void add_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const float* weights, std::size_t num_queries,
                  std::size_t weight_stride, float* sums);
 
 namespace reference {
-void turn_rows(const float* rows, std::size_t groups, std::size_t num_rows, const float* angles, float* to);
-void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const TurnedQueries& queries, float* scores,
-                   std::size_t score_stride);
+void turn_rows(const float* x, std::size_t rows, std::size_t count, const float* angles, float* to);
+void round_rows(const float* x, std::size_t count, std::int16_t* to);
+void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const KeyGrid& grid, const TurnedQueries& queries,
+                   float* scores, std::size_t score_stride);
+void score_wide(const std::int16_t* keys, std::size_t tokens, std::size_t rows, const KeyGrid& grid, const TurnedQueries& queries,
+                float* scores, std::size_t score_stride);
+void sum_wide_entries(const BlockOfTiles& block, std::span<const CodePlace> codes, const std::int16_t* tables, std::size_t rows,
+                      std::int16_t* keys);
 void add_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const float* weights, std::size_t num_queries,
                  std::size_t weight_stride, float* sums);
 }  // namespace reference

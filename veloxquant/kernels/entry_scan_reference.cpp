@@ -1,18 +1,29 @@
+#include <algorithm>
+#include <cmath>
+
 #include "veloxquant/kernels/entry_scan.h"
 
 namespace veloxquant::reference {
 
-void turn_rows(const float* rows, std::size_t groups, std::size_t num_rows, const float* angles, float* to) {
-  for (std::size_t g = 0; g < groups; ++g, angles += 2 * kEntryColumns)
-    for (std::size_t r = 0; r < num_rows; ++r, rows += kEntryColumns, to += kEntryColumns)
-      for (std::size_t i = 0; i < kEntryColumns; ++i) to[i] = rows[i] * angles[i] + rows[i ^ 1] * angles[kEntryColumns + i];
+void turn_rows(const float* x, std::size_t rows, std::size_t count, const float* angles, float* to) {
+  for (std::size_t row = 0; row < rows; ++row, angles += kTurnColumns)
+    for (std::size_t r = 0; r < count; ++r, x += kTurnColumns, to += kTurnColumns)
+      for (std::size_t i = 0; i < kTurnPlanes; ++i) {
+        const float a = x[i], b = x[i + kTurnPlanes], c = angles[i], s = angles[i + kTurnPlanes];
+        to[i] = a * c - b * s;
+        to[i + kTurnPlanes] = b * c + a * s;
+      }
+}
+
+void round_rows(const float* x, std::size_t count, std::int16_t* to) {
+  for (std::size_t i = 0; i < count; ++i) to[i] = static_cast<std::int16_t>(std::nearbyint(x[i]));
 }
 
 namespace {
 
-float entry(const BlockOfTiles& block, std::size_t t, const EntryColumns& columns, std::size_t i) {
+int entry(const BlockOfTiles& block, std::size_t t, const EntryColumns& columns, std::size_t i) {
   const std::uint8_t* tile = block.bytes + t / block.tile_tokens * block.tile_bytes;
-  float sum = 0;
+  int sum = 0;
   for (std::size_t stage = 0; stage < 2; ++stage) {
     const auto [offset, stride] = columns.codes[stage];
     sum += columns.tables[stage][tile[offset + t % block.tile_tokens * stride] * kEntryColumns + i];
@@ -20,29 +31,75 @@ float entry(const BlockOfTiles& block, std::size_t t, const EntryColumns& column
   return sum;
 }
 
+// A product of two numbers of which 2¹⁵ is 1, rounded.
+int product(int a, int b) {
+  return (a * b + (1 << 14)) >> 15;
+}
+
+// key(t, column): whole numbers that are not turned.
+template <class Key>
+void score(std::size_t tokens, std::size_t rows, const KeyGrid& grid, const TurnedQueries& queries, float* scores,
+           std::size_t score_stride, Key key) {
+  for (std::size_t r = 0; r < queries.num_queries; ++r)
+    for (std::size_t t = 0; t < tokens; ++t) {
+      std::int64_t sum = 0;
+      for (std::size_t row = 0; row < rows; ++row) {
+        const std::int16_t* angles = grid.angles + (row * kTurnedTokens + t % kTurnedTokens) * kTurnColumns;
+        const std::int16_t* q = queries.q + ((t / kTurnedTokens * rows + row) * queries.num_queries + r) * kTurnColumns;
+        for (std::size_t i = 0; i < kTurnPlanes; ++i) {
+          const int a = key(t, row * kTurnColumns + i), b = key(t, row * kTurnColumns + kTurnPlanes + i), c = angles[i],
+                    s = angles[kTurnPlanes + i];
+          sum += q[i] * (product(a, c) - product(b, s)) + q[kTurnPlanes + i] * (product(b, c) + product(a, s));
+        }
+      }
+      scores[r * score_stride + t] = queries.factors[r] * static_cast<float>(sum);
+    }
+}
+
 }  // namespace
 
-void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const TurnedQueries& queries, float* scores,
-                   std::size_t score_stride) {
-  for (std::size_t r = 0; r < queries.num_queries; ++r)
-    for (std::size_t t = 0; t < block.tokens; ++t) {
-      double sum = 0;
-      for (std::size_t g = 0; g < groups.size(); ++g) {
-        const float* angles = queries.angles + (g * kTurnedTokens + t % kTurnedTokens) * 2 * kEntryColumns;
-        const float* q = queries.q + ((t / kTurnedTokens * groups.size() + g) * queries.num_queries + r) * kEntryColumns;
-        for (std::size_t i = 0; i < kEntryColumns; ++i)
-          sum += q[i] * (entry(block, t, groups[g], i) * angles[i] + entry(block, t, groups[g], i ^ 1) * angles[kEntryColumns + i]);
+void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const KeyGrid& grid, const TurnedQueries& queries,
+                   float* scores, std::size_t score_stride) {
+  score(block.tokens, groups.size() / kTurnGroups, grid, queries, scores, score_stride, [&](std::size_t t, std::size_t column) {
+    const std::size_t plane = column % kTurnPlanes, half = kEntryColumns / 2,
+                      group = column / kTurnColumns * kTurnGroups + plane / half,
+                      of_group = column % kTurnColumns / kTurnPlanes * half + plane % half;
+    return (entry(block, t, groups[group], of_group) << grid.shift) - grid.offsets[column];
+  });
+}
+
+void score_wide(const std::int16_t* keys, std::size_t tokens, std::size_t rows, const KeyGrid& grid, const TurnedQueries& queries,
+                float* scores, std::size_t score_stride) {
+  score(tokens, rows, grid, queries, scores, score_stride,
+        [&](std::size_t t, std::size_t column) { return keys[t * rows * kTurnColumns + column]; });
+}
+
+void sum_wide_entries(const BlockOfTiles& block, std::span<const CodePlace> codes, const std::int16_t* tables, std::size_t rows,
+                      std::int16_t* keys) {
+  for (std::size_t t = 0; t < block.tokens; ++t) {
+    const std::uint8_t* tile = block.bytes + t / block.tile_tokens * block.tile_bytes;
+    for (std::size_t row = 0; row < rows; ++row)
+      for (std::size_t i = 0; i < kTurnColumns; ++i) {
+        int sum = 0;
+        for (std::size_t c = 0; c < codes.size(); ++c) {
+          const std::size_t entry = tile[codes[c].offset + t % block.tile_tokens * codes[c].stride];
+          sum += tables[((row * codes.size() + c) * 256 + entry) * kTurnColumns + i];
+        }
+        *keys++ = static_cast<std::int16_t>(sum);
       }
-      scores[r * score_stride + t] = static_cast<float>(sum);
-    }
+  }
 }
 
 void add_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const float* weights, std::size_t num_queries,
                  std::size_t weight_stride, float* sums) {
   for (std::size_t r = 0; r < num_queries; ++r)
     for (std::size_t g = 0; g < groups.size(); ++g)
-      for (std::size_t i = 0; i < kEntryColumns; ++i, ++sums)
-        for (std::size_t t = 0; t < block.tokens; ++t) *sums += weights[r * weight_stride + t] * entry(block, t, groups[g], i);
+      for (std::size_t i = 0; i < kEntryColumns; ++i, ++sums) {
+        double sum = 0;
+        for (std::size_t t = 0; t < block.tokens; ++t)
+          sum += static_cast<double>(weights[r * weight_stride + t]) * entry(block, t, groups[g], i);
+        *sums += static_cast<float>(sum);
+      }
 }
 
 }  // namespace veloxquant::reference

@@ -53,88 +53,35 @@ void sum_entries(const std::uint8_t* tile, std::size_t tokens, std::span<const L
   }
 }
 
-void turn_pairs(float* rows, std::size_t tokens, std::size_t stride, std::size_t dim, const float* cosines, const float* sines) {
-  const hn::ScalableTag<float> d;
-  const std::size_t lanes = hn::Lanes(d), whole = lanes > 1 ? dim / lanes * lanes : 0;
-  for (std::size_t t = 0; t < tokens; ++t, rows += stride, cosines += dim, sines += dim) {
-    for (std::size_t i = 0; i < whole; i += lanes) {
-      const auto x = hn::LoadU(d, rows + i);
-      hn::StoreU(hn::MulAdd(x, hn::LoadU(d, cosines + i), hn::Mul(hn::Reverse2(d, x), hn::LoadU(d, sines + i))), d, rows + i);
-    }
-    for (std::size_t i = whole; i < dim; i += 2) {
-      const float x = rows[i], y = rows[i + 1];
-      rows[i] = x * cosines[i] + y * sines[i];
-      rows[i + 1] = y * cosines[i + 1] + x * sines[i + 1];
-    }
-  }
-}
-
-// Keys as they lie in memory, or turned on the way.
-struct Plain {
-  template <class D>
-  HWY_INLINE hn::Vec<D> load(D d, const float* k, std::size_t, std::size_t i) const {
-    return hn::LoadU(d, k + i);
-  }
-  HWY_INLINE float at(const float* k, std::size_t, std::size_t i) const { return k[i]; }
-};
-
-struct Turned {
-  const float *cosines, *sines;
-
-  // `at_table`: where the token's row of cosines begins.
-  template <class D>
-  HWY_INLINE hn::Vec<D> load(D d, const float* k, std::size_t at_table, std::size_t i) const {
-    const auto x = hn::LoadU(d, k + i);
-    return hn::MulAdd(x, hn::LoadU(d, cosines + at_table + i), hn::Mul(hn::Reverse2(d, x), hn::LoadU(d, sines + at_table + i)));
-  }
-  HWY_INLINE float at(const float* k, std::size_t at_table, std::size_t i) const {
-    return k[i] * cosines[at_table + i] + k[i ^ 1] * sines[at_table + i];
-  }
-};
-
 // kQueries rows at once, so that a key is loaded once for them.
-template <std::size_t kQueries, class Keys>
-void score_some(const float* q, const float* k, std::size_t tokens, std::size_t k_stride, std::size_t dim, float scale,
-                const Keys& keys, float* scores, std::size_t score_stride) {
+template <std::size_t kQueries>
+void score_some(const float* q, const float* k, std::size_t tokens, std::size_t k_stride, std::size_t dim, float scale, float* scores,
+                std::size_t score_stride) {
   const hn::ScalableTag<float> d;
-  // Pairs are turned within a vector, which must hold one.
-  const std::size_t lanes = hn::Lanes(d), whole = lanes > 1 ? dim / lanes * lanes : 0;
+  const std::size_t lanes = hn::Lanes(d), whole = dim / lanes * lanes;
   for (std::size_t t = 0; t < tokens; ++t, k += k_stride) {
-    const std::size_t at_table = t * dim;
     hn::Vec<decltype(d)> sums[kQueries];
     for (auto& sum : sums) sum = hn::Zero(d);
     for (std::size_t i = 0; i < whole; i += lanes) {
-      const auto key = keys.load(d, k, at_table, i);
+      const auto key = hn::LoadU(d, k + i);
       for (std::size_t r = 0; r < kQueries; ++r) sums[r] = hn::MulAdd(hn::LoadU(d, q + r * dim + i), key, sums[r]);
     }
     for (std::size_t r = 0; r < kQueries; ++r) {
       float score = hn::GetLane(hn::SumOfLanes(d, sums[r]));
-      for (std::size_t i = whole; i < dim; ++i) score += q[r * dim + i] * keys.at(k, at_table, i);
+      for (std::size_t i = whole; i < dim; ++i) score += q[r * dim + i] * k[i];
       scores[r * score_stride + t] = scale * score;
     }
   }
 }
 
-template <class Keys>
-void score_all(const float* q, std::size_t num_queries, const float* k, std::size_t tokens, std::size_t k_stride, std::size_t dim,
-               float scale, const Keys& keys, float* scores, std::size_t score_stride) {
-  std::size_t r = 0;
-  for (; r + 4 <= num_queries; r += 4)
-    score_some<4>(q + r * dim, k, tokens, k_stride, dim, scale, keys, scores + r * score_stride, score_stride);
-  for (; r + 2 <= num_queries; r += 2)
-    score_some<2>(q + r * dim, k, tokens, k_stride, dim, scale, keys, scores + r * score_stride, score_stride);
-  if (r < num_queries) score_some<1>(q + r * dim, k, tokens, k_stride, dim, scale, keys, scores + r * score_stride, score_stride);
-}
-
 void score_rows(const float* q, std::size_t num_queries, const float* k, std::size_t tokens, std::size_t k_stride, std::size_t dim,
                 float scale, float* scores, std::size_t score_stride) {
-  score_all(q, num_queries, k, tokens, k_stride, dim, scale, Plain(), scores, score_stride);
-}
-
-void score_turned_rows(const float* q, std::size_t num_queries, const float* k, std::size_t tokens, std::size_t k_stride,
-                       std::size_t dim, const float* cosines, const float* sines, float scale, float* scores,
-                       std::size_t score_stride) {
-  score_all(q, num_queries, k, tokens, k_stride, dim, scale, Turned{cosines, sines}, scores, score_stride);
+  std::size_t r = 0;
+  for (; r + 4 <= num_queries; r += 4)
+    score_some<4>(q + r * dim, k, tokens, k_stride, dim, scale, scores + r * score_stride, score_stride);
+  for (; r + 2 <= num_queries; r += 2)
+    score_some<2>(q + r * dim, k, tokens, k_stride, dim, scale, scores + r * score_stride, score_stride);
+  if (r < num_queries) score_some<1>(q + r * dim, k, tokens, k_stride, dim, scale, scores + r * score_stride, score_stride);
 }
 
 // A vector of columns of kQueries sums stays in registers over the tokens.
@@ -175,9 +122,7 @@ HWY_AFTER_NAMESPACE();
 namespace veloxquant {
 
 HWY_EXPORT(sum_entries);
-HWY_EXPORT(turn_pairs);
 HWY_EXPORT(score_rows);
-HWY_EXPORT(score_turned_rows);
 HWY_EXPORT(add_rows);
 
 void sum_entries(const std::uint8_t* tile, std::size_t tokens, std::span<const LookupPiece> pieces, float* rows,
@@ -185,19 +130,9 @@ void sum_entries(const std::uint8_t* tile, std::size_t tokens, std::span<const L
   HWY_DYNAMIC_DISPATCH(sum_entries)(tile, tokens, pieces, rows, stride);
 }
 
-void turn_pairs(float* rows, std::size_t tokens, std::size_t stride, std::size_t dim, const float* cosines, const float* sines) {
-  HWY_DYNAMIC_DISPATCH(turn_pairs)(rows, tokens, stride, dim, cosines, sines);
-}
-
 void score_rows(const float* q, std::size_t num_queries, const float* k, std::size_t tokens, std::size_t k_stride, std::size_t dim,
                 float scale, float* scores, std::size_t score_stride) {
   HWY_DYNAMIC_DISPATCH(score_rows)(q, num_queries, k, tokens, k_stride, dim, scale, scores, score_stride);
-}
-
-void score_turned_rows(const float* q, std::size_t num_queries, const float* k, std::size_t tokens, std::size_t k_stride,
-                       std::size_t dim, const float* cosines, const float* sines, float scale, float* scores,
-                       std::size_t score_stride) {
-  HWY_DYNAMIC_DISPATCH(score_turned_rows)(q, num_queries, k, tokens, k_stride, dim, cosines, sines, scale, scores, score_stride);
 }
 
 void add_rows(const float* weights, std::size_t num_queries, std::size_t weight_stride, const float* v, std::size_t tokens,

@@ -27,19 +27,10 @@ struct LookupPiece {
 void sum_entries(const std::uint8_t* tile, std::size_t tokens, std::span<const LookupPiece> pieces, float* rows,
                  std::size_t stride);
 
-/// Pairs (2i, 2i + 1) of row t are turned by the angles whose cosines [tokens, dim] stand twice and whose sines stand as (−sin,
-/// sin).
-void turn_pairs(float* rows, std::size_t tokens, std::size_t stride, std::size_t dim, const float* cosines, const float* sines);
-
 /// scores[r · score_stride + t] = scale · q[r]·k[t]; q [num_queries, dim], k `k_stride` apart.  For few queries: k comes from
 /// memory once.
 void score_rows(const float* q, std::size_t num_queries, const float* k, std::size_t tokens, std::size_t k_stride, std::size_t dim,
                 float scale, float* scores, std::size_t score_stride);
-
-/// The same of keys that turn_pairs would turn first.
-void score_turned_rows(const float* q, std::size_t num_queries, const float* k, std::size_t tokens, std::size_t k_stride,
-                       std::size_t dim, const float* cosines, const float* sines, float scale, float* scores,
-                       std::size_t score_stride);
 
 /// sums[r] += Σ_t weights[r · weight_stride + t] · v[t]; sums [num_queries, dim], v `v_stride` apart.
 void add_rows(const float* weights, std::size_t num_queries, std::size_t weight_stride, const float* v, std::size_t tokens,
@@ -48,12 +39,8 @@ void add_rows(const float* weights, std::size_t num_queries, std::size_t weight_
 namespace reference {
 void sum_entries(const std::uint8_t* tile, std::size_t tokens, std::span<const LookupPiece> pieces, float* rows,
                  std::size_t stride);
-void turn_pairs(float* rows, std::size_t tokens, std::size_t stride, std::size_t dim, const float* cosines, const float* sines);
 void score_rows(const float* q, std::size_t num_queries, const float* k, std::size_t tokens, std::size_t k_stride, std::size_t dim,
                 float scale, float* scores, std::size_t score_stride);
-void score_turned_rows(const float* q, std::size_t num_queries, const float* k, std::size_t tokens, std::size_t k_stride,
-                       std::size_t dim, const float* cosines, const float* sines, float scale, float* scores,
-                       std::size_t score_stride);
 void add_rows(const float* weights, std::size_t num_queries, std::size_t weight_stride, const float* v, std::size_t tokens,
               std::size_t v_stride, std::size_t dim, float* sums);
 }  // namespace reference

@@ -19,16 +19,6 @@ void sum_entries(const std::uint8_t* tile, std::size_t tokens, std::span<const L
       }
 }
 
-void turn_pairs(float* rows, std::size_t tokens, std::size_t stride, std::size_t dim, const float* cosines, const float* sines) {
-  for (std::size_t t = 0; t < tokens; ++t)
-    for (std::size_t i = 0; i < dim; i += 2) {
-      float* pair = rows + t * stride + i;
-      const float *c = cosines + t * dim + i, *s = sines + t * dim + i, x = pair[0], y = pair[1];
-      pair[0] = x * c[0] + y * s[0];
-      pair[1] = y * c[1] + x * s[1];
-    }
-}
-
 void score_rows(const float* q, std::size_t num_queries, const float* k, std::size_t tokens, std::size_t k_stride, std::size_t dim,
                 float scale, float* scores, std::size_t score_stride) {
   for (std::size_t r = 0; r < num_queries; ++r)
@@ -37,15 +27,6 @@ void score_rows(const float* q, std::size_t num_queries, const float* k, std::si
       for (std::size_t i = 0; i < dim; ++i) sum += q[r * dim + i] * k[t * k_stride + i];
       scores[r * score_stride + t] = scale * sum;
     }
-}
-
-void score_turned_rows(const float* q, std::size_t num_queries, const float* k, std::size_t tokens, std::size_t k_stride,
-                       std::size_t dim, const float* cosines, const float* sines, float scale, float* scores,
-                       std::size_t score_stride) {
-  std::vector<float> turned(tokens * dim);
-  for (std::size_t t = 0; t < tokens; ++t) std::copy_n(k + t * k_stride, dim, turned.data() + t * dim);
-  turn_pairs(turned.data(), tokens, dim, dim, cosines, sines);
-  score_rows(q, num_queries, turned.data(), tokens, dim, dim, scale, scores, score_stride);
 }
 
 void add_rows(const float* weights, std::size_t num_queries, std::size_t weight_stride, const float* v, std::size_t tokens,

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numbers>
 #include <numeric>
 
 #include "veloxquant/core/error.h"
@@ -371,6 +372,22 @@ void expect_names(const QuantizerParameters& parameters, std::initializer_list<s
   expect_parameters(parameters, {"codes", "stages", "num_centroids", "patches", "plane"}, tensors, byte_tensors);
 }
 
+// rows [count, width] times an orthonormal matrix (DCT-II) that gives all columns about the same variance.  A sub-space may be turned
+// as one likes, and columns of one scale lose least by rounding where they are alike.
+void mix_columns(float* rows, std::size_t count, std::size_t width, std::size_t stride) {
+  std::vector<double> matrix(width * width), mixed(width);
+  for (std::size_t i = 0; i < width; ++i)
+    for (std::size_t j = 0; j < width; ++j)
+      matrix[i * width + j] = std::sqrt((j == 0 ? 1.0 : 2.0) / static_cast<double>(width)) *
+                              std::cos(std::numbers::pi * (static_cast<double>(i) + 0.5) * static_cast<double>(j) / static_cast<double>(width));
+  for (std::size_t row = 0; row < count; ++row, rows += stride) {
+    std::fill(mixed.begin(), mixed.end(), 0.0);
+    for (std::size_t i = 0; i < width; ++i)
+      for (std::size_t j = 0; j < width; ++j) mixed[j] += static_cast<double>(rows[i]) * matrix[i * width + j];
+    std::copy(mixed.begin(), mixed.end(), rows);
+  }
+}
+
 // Those of a sub-space, out of tensors of all of them; units: those of the sub-spaces before it.
 ByteTables tables_of(const Basis& basis, const Subspace& subspace, std::size_t units, const ByteTensor& entries,
                      const Tensor& offsets, const Tensor& scales) {
@@ -416,7 +433,14 @@ void check_tables(const ByteTables& tables) {
 QuantizerParameters with_byte_tables(QuantizerParameters parameters) {
   expect_names(parameters, {"mean", "transform", "codebook"}, {});
   const Basis basis = basis_of(parameters);
-  const auto& codebook = tensor_of(parameters, "codebook", {basis.stages, basis.centroids, basis.dim}).values;
+  auto codebook = tensor_of(parameters, "codebook", {basis.stages, basis.centroids, basis.dim}).values;
+  if (basis.rotation == Rotation::kFull) {
+    auto& transform = parameters.tensors.at("transform").values;
+    for (const auto& subspace : basis.subspaces)
+      for (auto* rows : {&transform, &codebook})
+        mix_columns(rows->data() + subspace.begin, rows->size() / basis.width(), static_cast<std::size_t>(subspace.width),
+                    basis.width());
+  }
   ByteTensor entries{{basis.stages, basis.centroids, basis.dim}, std::vector<std::uint8_t>(codebook.size())};
   Tensor offsets{{basis.stages, basis.dim}, std::vector<float>(static_cast<std::size_t>(basis.stages) * basis.width())};
   std::vector<float> scales;

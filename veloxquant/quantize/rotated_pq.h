@@ -142,7 +142,8 @@ class RotatedPqQuantizer : public Quantizer {
 };
 
 /// Parameters as plans up to format 3 have them, with a `codebook` [stages, num_centroids, dim] of float32 in z, to what
-/// RotatedPqQuantizer takes: rounded as fitting rounds.  Throws std::invalid_argument as making it does.
+/// RotatedPqQuantizer takes: rounded as fitting rounds, columns of each sub-space mixed first with Rotation::kFull, which changes
+/// nothing but what rounding costs.  Throws std::invalid_argument as making it does.
 QuantizerParameters with_byte_tables(QuantizerParameters parameters);
 
 /// Bytes that `tokens` vectors take with that many codes and patches.
