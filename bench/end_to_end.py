@@ -13,6 +13,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PLANS = {"2.2 bits plane": ["--bits", "2.2", "--keys", "plane"], "1.15 bits": ["--bits", "1.15"]}
@@ -54,10 +55,9 @@ class Other:
 
     def __init__(self, python, environment, *arguments):
         command = [python, ROOT / "bench" / "writers.py", *arguments]
-        self.process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        self.errors = tempfile.TemporaryFile("w+", errors="replace")
+        self.process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
                                         env={**os.environ, **environment})
-        os.set_blocking(self.process.stderr.fileno(), False)
-        self.errors = ""
         self.process.send_signal(signal.SIGSTOP)
 
     def write(self):
@@ -65,15 +65,16 @@ class Other:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
-        self.errors = (self.errors + (self.process.stderr.read() or ""))[-2000:]
         if not line:
-            raise RuntimeError(f"{self.process.args} ended:\n{self.errors}")
+            self.errors.seek(0)
+            raise RuntimeError(f"{' '.join(self.process.args)} ended:\n{self.errors.read()[-2000:]}")
         self.process.send_signal(signal.SIGSTOP)
         return json.loads(line)
 
     def close(self):
         self.process.kill()
         self.process.wait()
+        self.errors.close()
 
 
 def text_of(count, tokenizer):
