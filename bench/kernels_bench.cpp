@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bench/common.h"
+#include "veloxquant/core/parallel.h"
 #include "veloxquant/core/random.h"
 #include "veloxquant/kernels/hadamard.h"
 #include "veloxquant/quantize/kmeans.h"
@@ -34,6 +35,14 @@ std::vector<float> correlated_values(std::size_t rows, std::size_t dim) {
 
 void sgemm(benchmark::State& state) {
   bench_sgemm(state, 1024, 1024, 1024);
+}
+
+// On range(0) threads.
+void sgemm_on(benchmark::State& state) {
+  const int before = num_threads();
+  set_num_threads(static_cast<int>(state.range(0)));
+  bench_sgemm(state, 1024, 1024, 1024);
+  set_num_threads(before);
 }
 
 // Vectors of range(0) channels in range(1) sub-spaces of range(2) centroids.
@@ -78,6 +87,7 @@ void hadamard_rows(benchmark::State& state) {
 }
 
 BENCHMARK(sgemm)->UseRealTime();
+BENCHMARK(sgemm_on)->UseRealTime()->Arg(1)->Arg(2);
 BENCHMARK(encode)
     ->UseRealTime()
     ->Args({64, 16, 256})

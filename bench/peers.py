@@ -1,4 +1,4 @@
-"""The same work by others.  usage: peers.py faiss | peers.py faiss_scan | peers.py mlx_lm FOLDER [forward|own_text]...
+"""The same work by others.  usage: peers.py numpy | peers.py faiss | peers.py faiss_scan | peers.py mlx_lm FOLDER [forward|own_text]...
 
 Prints one JSON object {name: seconds or error}.  Runs in the benchmarks' own virtual environment; mlx_lm takes the BLAS that stands
 first, so that OPENBLAS=path loads one before it (the wheel's own is the reference BLAS).
@@ -47,6 +47,13 @@ def correlated_values(rows, dim):
     out = x.copy()
     out[:, 1:] = (np.float32(0.8) * x[:, 1:] + np.float32(0.6) * x[:, :-1]) * scale[1:]
     return out
+
+
+def run_numpy():
+    """A product on as many threads as OPENBLAS_NUM_THREADS says."""
+    size = 1024
+    a, b, c = np.full((size, size), 0.5, np.float32), np.full((size, size), 0.25, np.float32), np.empty((size, size), np.float32)
+    return {"sgemm": best_seconds(lambda: np.matmul(a, b, out=c), 30)}
 
 
 def run_faiss():
@@ -119,5 +126,5 @@ def run_mlx_lm(folder, works):
 
 
 if __name__ == "__main__":
-    works = {"faiss": run_faiss, "faiss_scan": run_faiss_scan, "mlx_lm": lambda: run_mlx_lm(sys.argv[2], sys.argv[3:])}
+    works = {"numpy": run_numpy, "faiss": run_faiss, "faiss_scan": run_faiss_scan, "mlx_lm": lambda: run_mlx_lm(sys.argv[2], sys.argv[3:])}
     print(json.dumps(works[sys.argv[1]]()))

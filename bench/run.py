@@ -12,6 +12,8 @@ import sys
 import tempfile
 import time
 
+import end_to_end
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PEER_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
 GOALS = {"demo": 6, "mid": 3}  # times faster than mlx_lm with OpenBLAS
@@ -26,11 +28,12 @@ class Table:
         self.rows = []
 
     def add(self, work, ours, theirs, peer, ratio, goal, also=True):
-        """`goal`: ">= 3" or "<= 1.8", of the ratio; `also`: what must hold besides."""
-        sign, bound = goal.split()
+        """`goal`: ">= 3" or "<= 1.8", of the ratio, or None; `also`: what must hold besides."""
+        sign, bound = goal.split() if goal else (">=", "0")
         met = (ratio >= float(bound) if sign == ">=" else ratio <= float(bound)) and bool(also)
+        goal = goal or "–"
         self.rows.append({"work": work, "ours": ours, "theirs": theirs, "peer": peer, "ratio": round(ratio, 3), "goal": goal, "met": met})
-        print(f"  {work}: {ratio:.2f} against {peer} (goal {goal}{'' if met else ', MISSED'})", flush=True)
+        print(f"  {work}: {ratio:.2f} against {peer} (goal {goal}{'' if met else ', MISSED'})" if goal != "–" else f"  {work}: {ratio:.2f} against {peer}", flush=True)
 
     def markdown(self):
         lines = ["| work | ours | peer or limit | theirs | ratio | goal | met |", "|---|---|---|---|---|---|---|"]
@@ -67,7 +70,10 @@ def peers(*arguments, **environment):
 
 
 def openblas(engine_bench):
-    """The OpenBLAS that our programs are linked to."""
+    """The OpenBLAS that our programs are linked to, under the names that MLX calls."""
+    renamed = engine_bench.parent.parent / "bench" / "libopenblas_for_peers.so"
+    if renamed.exists():
+        return renamed
     libraries = subprocess.run(["ldd", engine_bench], check=True, capture_output=True, text=True).stdout
     found = re.search(r"libopenblas\S* => (\S+)", libraries)
     if not found:
@@ -117,6 +123,19 @@ def targets():
     yield "", {}
     if "avx512f" in pathlib.Path("/proc/cpuinfo").read_text():
         yield ", AVX2", {"VELOXQUANT_BENCH_TARGET": "AVX2", "OPENBLAS_CORETYPE": "Haswell"}
+
+
+def sgemm_rows(table, kernels_bench):
+    for suffix, environment in targets():
+        for threads in (1, THREADS):
+            # One after the other, three times: a machine's speed drifts over minutes.
+            ours = theirs = float("inf")
+            for _ in range(3):
+                run = google_benchmark(kernels_bench, f"--benchmark_filter=^sgemm_on/{threads}/", environment=environment)[f"sgemm_on/{threads}"]
+                ours = min(ours, run["seconds"])
+                theirs = min(theirs, peers("numpy", OPENBLAS_NUM_THREADS=str(threads), **environment)["sgemm"])
+            table.add(f"sgemm 1024x1024x1024, threads: {threads}{suffix}", run["flops"] / ours, run["flops"] / theirs, "NumPy's wheel, FLOP/s",
+                      theirs / ours, ">= 0.95")
 
 
 def product_quantisation_rows(table, kernels_bench):
@@ -224,6 +243,7 @@ def main(build, models):
     if len(models) == 1:
         print("no model besides the bundled one: rows of mid are not measured, and memory is that of the bundled model")
     table = Table()
+    sgemm_rows(table, programs / "kernels_bench")
     product_quantisation_rows(table, programs / "kernels_bench")
     packed_attention_rows(table, programs / "packed_bench")
     prefill_rows(table, programs / "prefill_bench", models[0])
@@ -231,6 +251,7 @@ def main(build, models):
         engine_rows(table, programs / "engine_bench", folder, slow_peers=folder == models[0])
     sampling_and_probe_rows(table, programs / "engine_bench", models[0])
     memory_row(table, programs / "veloxquant", models[-1])
+    end_to_end.rows(table, build, "cpu", PEER_PYTHON, openblas(programs / "engine_bench"))
     (build / "bench.json").write_text(json.dumps(table.rows, indent=1) + "\n")
     print(f"\n{table.markdown()}\n\n{time.time() - start:.0f} s; {sum(not row['met'] for row in table.rows)} of {len(table.rows)} goals missed")
 

@@ -7,6 +7,7 @@
 #include "veloxquant/core/warning.h"
 #include "veloxquant/kernels/gemm.h"
 #include "veloxquant/kernels/openblas.h"
+#include "veloxquant/model/memory.h"
 
 namespace veloxquant::python {
 
@@ -32,8 +33,22 @@ void warn_in_python(std::string_view message) {
 }  // namespace
 }  // namespace veloxquant::python
 
+// MLX throws what CUDA says as any other error.
+void translate_out_of_memory(const std::exception_ptr& error, void*) {
+  try {
+    std::rethrow_exception(error);
+  } catch (const nb::python_error&) {
+    throw;
+  } catch (const std::exception& thrown) {
+    const auto text = veloxquant::out_of_memory(thrown);
+    if (!text) throw;
+    PyErr_SetString(PyExc_MemoryError, text->c_str());
+  }
+}
+
 NB_MODULE(_core, module) {
   using namespace veloxquant::python;
+  nb::register_exception_translator(translate_out_of_memory);
   module.doc() = "The C++ side of veloxquant_mlx.";
   module.attr("__version__") = VELOXQUANT_VERSION;
   veloxquant::set_warning_handler(warn_in_python);

@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <mutex>
 #include <stdexcept>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -63,6 +65,24 @@ TEST_P(Parallel, ManySmallJobs) {
   std::atomic<std::size_t> sum = 0;
   for (int job = 0; job < 2000; ++job) parallel_for(8, 1, [&](std::size_t begin, std::size_t end) { sum += end - begin; });
   EXPECT_EQ(sum, 16'000u);
+}
+
+// Some while threads still look out for a job, others when they sleep.
+TEST_P(Parallel, JobsAfterPauses) {
+  for (int job = 0; job < 60; ++job) {
+    std::this_thread::sleep_for(std::chrono::microseconds(20 * (job % 8)));
+    EXPECT_EQ(ranges_of(64, 7).size(), 10u);
+  }
+}
+
+// A thread that still is in its range is waited for, however long that takes.
+TEST_P(Parallel, WaitsForSlowRanges) {
+  std::vector<int> done(6, 0);
+  parallel_for(done.size(), 1, [&](std::size_t begin, std::size_t) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(begin % 3));
+    done[begin] = 1;
+  });
+  EXPECT_EQ(done, std::vector<int>(6, 1));
 }
 
 INSTANTIATE_TEST_SUITE_P(Threads, Parallel, ::testing::Values(1, 2, 3, 8));

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "mlx/memory.h"
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
 #include "tests/model/demo_model.h"
@@ -34,6 +35,28 @@ TEST(Evaluate, FullPrecisionComesFirstAndLosesNothing) {
 }
 
 // A measure that is no number is an error that names what was measured, not a row of a report.
+// What evaluating one window takes at most, beyond the weights.
+double peak_bytes(int length, const std::vector<Storage>& storages) {
+  TokenBatch window(1, length);
+  for (int t = 0; t < length; ++t) window.row(0)[static_cast<std::size_t>(t)] = t * 37 % demo_model().config().vocab_size;
+  const std::size_t before = mx::get_active_memory();
+  mx::reset_peak_memory();
+  evaluate(demo_model(), window, storages, {});
+  return static_cast<double>(mx::get_peak_memory() - before);
+}
+
+TEST(Evaluate, MemoryGrowsWithTheTokensOfOneLayer) {
+  const std::vector<Storage> one = {peer_storage("kivi2+window", demo_model())};
+  peak_bytes(64, one);  // weights are converted at first use
+  // Nothing grows with the square of the tokens (4 heads' scores: 268 MB), nor with all 12 layers (their keys and values: 12 KiB a
+  // token).
+  const double small = peak_bytes(1024, one), large = peak_bytes(4096, one), by_token = (large - small) / 3072;
+  EXPECT_LE(by_token, 16 << 10);
+  // A storage more is its hidden states more.
+  const double hidden = 4096.0 * sizeof(float) * demo_model().config().hidden_size;
+  EXPECT_LE(peak_bytes(4096, std::vector<Storage>(4, one[0])) - large, 3.5 * hidden);
+}
+
 TEST(Evaluate, RefusesWhatIsNotFinite) {
   const Restore huge{[](const mx::array& x) { return mx::multiply(x, mx::array(1e38f)); }};
   const Storage storage{"huge", [huge](int) { return std::make_unique<RestoringCache>(huge, huge); }, [](int) { return 32.0; }};

@@ -72,6 +72,31 @@ TEST(Generate, StopsWhereItShould) {
   EXPECT_EQ(drawn(), drawn());
 }
 
+TEST(Generate, ReportsWhatItReadsAndStopsThere) {
+  const auto text = testing::text_samples(1, 300);
+  const std::vector<std::int32_t> some(text.tokens.begin(), text.tokens.begin() + 300);
+  std::vector<std::int32_t> prompt;
+  for (int i = 0; i < 2; ++i) prompt.insert(prompt.end(), some.begin(), some.end());  // two chunks
+  const std::size_t layers = static_cast<std::size_t>(demo_model().config().num_layers);
+  std::vector<std::size_t> reports;
+  const auto made = generate(demo_model(), prompt, FullCache::factory(), {.max_tokens = 2}, {},
+                             [&](std::string_view stage, std::size_t done, std::size_t total) {
+                               EXPECT_EQ(stage, "reading the prompt");
+                               EXPECT_EQ(total, prompt.size() * layers);
+                               reports.push_back(done);
+                             });
+  ASSERT_EQ(reports.size(), 1 + 2 * layers);
+  EXPECT_EQ(reports[1], 512u);
+  EXPECT_EQ(reports.back(), prompt.size() * layers);
+  EXPECT_EQ(made.kernels, std::vector<std::string>(layers, "cpu"));
+  int left = 3;
+  EXPECT_THROW(generate(demo_model(), prompt, FullCache::factory(), {}, {},
+                        [&](std::string_view, std::size_t, std::size_t) {
+                          if (--left == 0) throw Interrupted();
+                        }),
+               Interrupted);
+}
+
 TEST(Generate, BadInput) {
   const std::vector<std::int32_t> none, odd = {1, 1 << 20}, fine = {1};
   const auto run = [](const std::vector<std::int32_t>& prompt, const GenerateOptions& options) {

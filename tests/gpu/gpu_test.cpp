@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <set>
 
+#include "mlx/memory.h"
 #include "mlx/ops.h"
 #include "mlx/primitives.h"
 #include "mlx/random.h"
@@ -21,7 +22,9 @@
 #include "veloxquant/evaluate/evaluate.h"
 #include "veloxquant/evaluate/peers.h"
 #include "veloxquant/generate/own_text.h"
+#include "veloxquant/model/attention.h"
 #include "veloxquant/model/experts.h"
+#include "veloxquant/model/memory.h"
 #include "veloxquant/model/sampling.h"
 
 namespace veloxquant {
@@ -257,6 +260,37 @@ TEST_F(Gpu, WritesItsOwnText) {
   const auto samples = on(mx::Device::gpu, [] { return generate_own_text(gpu_model(), 3, 64, 5); });
   EXPECT_EQ(samples.count, 3);
   EXPECT_GT(std::set<std::int32_t>(samples.tokens.begin(), samples.tokens.end()).size(), 40u);
+}
+
+TEST_F(Gpu, AttentionOfLongTextsTakesStretchesOfQueries) {
+  const DeviceScope scope(mx::Device::gpu);
+  const auto some = [](int heads, int seed) {
+    return mx::random::normal({1, heads, 8192, 64}, mx::float32, mx::random::key(seed));
+  };
+  const auto q = some(4, 1), k = some(2, 2), v = some(2, 3);
+  mx::eval(q, k, v);
+  for (const auto& near : {std::optional<NearTokens>(), std::optional(NearTokens{32, k, v})}) {
+    const auto all = causal_attention_graph(q, k, v, {.scale = 0.125f}, near, std::int64_t{1} << 40);
+    mx::eval(all);
+    const std::size_t before = mx::get_active_memory();
+    mx::reset_peak_memory();
+    const auto stretches = causal_attention_graph(q, k, v, {.scale = 0.125f}, near, 1 << 22);
+    mx::eval(stretches);
+    EXPECT_LE(mx::get_peak_memory() - before, std::size_t{512} << 20);  // all scores: 1 GiB
+    EXPECT_LE(mx::max(mx::abs(mx::subtract(all, stretches))).item<float>(), 1e-5f);
+  }
+}
+
+TEST_F(Gpu, RunningOutOfMemoryIsSaidAndSurvived) {
+  const DeviceScope scope(mx::Device::gpu);
+  const auto one = mx::array(1.0f);
+  try {
+    mx::eval(mx::add(mx::broadcast_to(one, {1 << 20, 1}), mx::broadcast_to(one, {1, 1 << 20})));  // 4 TiB
+    FAIL() << "nothing was thrown";
+  } catch (const std::exception& error) {
+    EXPECT_NE(out_of_memory(error), std::nullopt) << error.what();
+  }
+  EXPECT_EQ(mx::add(one, one).item<float>(), 2.0f);
 }
 
 }  // namespace

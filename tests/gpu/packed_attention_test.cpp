@@ -62,7 +62,10 @@ void compare(const Stored& stored, const Case& c, const std::vector<int>& chunks
   const Rope rope(RopeConfig{}, c.dim);
   const AttentionSpec spec{.scale = 0.1f, .rope = &rope, .soft_cap = c.soft_cap, .sliding_window = c.sliding_window};
   PackedCache packed(std::make_shared<PackedLayer>(stored.keys, stored.values, c.window, c.sinks));
-  const auto layer = std::make_shared<PackedArraysLayer>(stored.keys, stored.values, c.window, c.sinks);
+  const auto layer = [&] {
+    const DeviceScope gpu(mx::Device::gpu);
+    return std::make_shared<PackedArraysLayer>(stored.keys, stored.values, c.window, c.sinks);
+  }();
   PackedArrays arrays(layer);
   FullCache full;
   int at = 0;
@@ -83,7 +86,7 @@ void compare(const Stored& stored, const Case& c, const std::vector<int>& chunks
     at += tokens;
     const double wrong = squared_distance(expected, got), lost = squared_distance(expected, exact);
     error += wrong, cost += lost;
-    EXPECT_LE(std::sqrt(wrong), 0.1 * std::sqrt(lost) + 1e-5 * std::sqrt(static_cast<double>(got.size())))
+    EXPECT_LE(std::sqrt(wrong), 0.01 * std::sqrt(lost) + 1e-5 * std::sqrt(static_cast<double>(got.size())))
         << "after " << at << " tokens, the last " << tokens;
   };
   for (const int chunk : chunks) feed(chunk, 5 + static_cast<std::uint64_t>(at));
@@ -97,6 +100,8 @@ void compare(const Stored& stored, const Case& c, const std::vector<int>& chunks
   const auto others = arrays.state(), own = packed.state();
   const DeviceScope back(mx::Device::cpu);
   for (const char* name : {"blocks", "sinks", "window", "patch_errors"}) {
+    // Of very many codes pairs often tie, and either of them is right.
+    if (std::string_view(name) == "blocks" && 2 * c.codes > c.dim) continue;
     const auto &mine = own.at(name), &its = others.at(name);
     ASSERT_EQ(mine.shape(), its.shape()) << name;
     if (mine.size() == 0) continue;

@@ -102,12 +102,14 @@ TEST(Gemm, BetaZeroDoesNotRead) {
   }
 }
 
-// More pieces than eight of 64: the split has inner borders and a shorter last piece, along rows and along columns.
+// Pieces with inner borders and shorter last ones, along rows, along columns, and along both.
 TEST(Gemm, SplitInPieces) {
   for (const bool ta : {false, true})
     for (const bool tb : {false, true}) {
       expect_all_equal_reference({.transpose_a = ta, .transpose_b = tb, .m = 1033, .n = 17, .k = 9, .padding = 3});
       expect_all_equal_reference({.transpose_a = ta, .transpose_b = tb, .m = 17, .n = 1033, .k = 9, .padding = 3});
+      expect_all_equal_reference({.transpose_a = ta, .transpose_b = tb, .m = 500, .n = 530, .k = 9, .padding = 3});
+      expect_all_equal_reference({.transpose_a = ta, .transpose_b = tb, .m = 1040, .n = 1030, .k = 3, .padding = 3});
     }
 }
 

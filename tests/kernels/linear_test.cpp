@@ -2,8 +2,11 @@
 
 #include <numeric>
 #include <optional>
+#include <stdexcept>
+#include <tuple>
 
 #include "tests/kernels/every_target.h"
+#include "tests/kernels/stored_problem.h"
 
 namespace veloxquant {
 namespace {
@@ -77,6 +80,58 @@ TEST(Linear, FewRowsOnEveryTarget) {
       }
     }
   });
+}
+
+// Weights as files store them: few rows, many, more columns and rows than a piece that is restored for BLAS, parts of it that are
+// not whole, and gradients.
+TEST(Linear, StoredWeights) {
+  for (const auto& form : testing::stored_forms()) {
+    SCOPED_TRACE(testing::form_text(form));
+    for (const auto& [rows, in, out] :
+         {std::tuple<std::size_t, std::size_t, std::size_t>{1, 384, 203}, {50, 384, 203}, {48, 1152, 515}}) {
+      if (out > 500 && form.bits != 16 && form.bits != 4) continue;  // the reference takes its time
+      const testing::StoredProblem weight(form, out, in, 1), second(form, 9, in, 2);
+      const auto x = normal_values(rows * in, 3), residual = normal_values(rows * (out + 9), 4);
+      const std::vector<LinearMap> maps = {{weight.matrix(), nullptr, out}, {second.matrix(), nullptr, 9}};
+      std::vector<float> ours(rows * (out + 9)), expected(ours), by_x(x.size()), expected_by_x(x.size());
+      for (const float* added : {static_cast<const float*>(nullptr), residual.data()}) {
+        linear(x.data(), rows, in, maps, added, ours.data());
+        reference::linear(x.data(), rows, in, maps, added, expected.data());
+        testing::expect_near(ours, expected, 2e-4, 1e-6);
+      }
+      linear_backward(residual.data(), rows, in, maps, by_x.data());
+      reference::linear_backward(residual.data(), rows, in, maps, expected_by_x.data());
+      testing::expect_near(by_x, expected_by_x, 2e-4, 1e-6);
+    }
+  }
+}
+
+TEST(Linear, FewRowsOfStoredWeightsOnEveryTarget) {
+  testing::for_each_target([] {
+    for (const auto& form : testing::stored_forms()) {
+      SCOPED_TRACE(testing::form_text(form));
+      for (const std::size_t rows : {1, 2, 3, 4, 5, 12}) {
+        for (const std::size_t in : {1, 17, 37, 128, 160}) {
+          if (form.packed() && in % form.group_size != 0) continue;
+          const testing::StoredProblem weight(form, 67, in, rows);
+          const auto x = normal_values(rows * in, 3);
+          const LinearMap map{weight.matrix(), nullptr, 67};
+          std::vector<float> ours(rows * 67), expected(ours);
+          linear(x.data(), rows, in, {&map, 1}, nullptr, ours.data());
+          reference::linear(x.data(), rows, in, {&map, 1}, nullptr, expected.data());
+          testing::expect_near(ours, expected, 5e-5, 1e-6);
+        }
+      }
+    }
+  });
+}
+
+TEST(Linear, RefusesWeightsOfOtherColumns) {
+  const testing::StoredProblem weight({ElementType::kAffine, 4, 64, ElementType::kFloat16}, 4, 64, 1);
+  const LinearMap map{weight.matrix(), nullptr, 4};
+  std::vector<float> x(100), y(100);
+  EXPECT_THROW(linear(x.data(), 1, 65, {&map, 1}, nullptr, y.data()), std::invalid_argument);
+  EXPECT_THROW(linear_backward(x.data(), 1, 65, {&map, 1}, y.data()), std::invalid_argument);
 }
 
 TEST(Linear, SameBitsOnAnyThreads) {

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "mlx/memory.h"
 #include "mlx/ops.h"
 #include "mlx/random.h"
 #include "mlx/transforms.h"
@@ -42,10 +43,41 @@ void expect_equals_mlx(const AttentionSpec& spec, int queries, int keys, int nea
   mx::eval(ours);
   mx::eval(our_gradients);
   const MlxOperationsScope scope;
-  const auto [theirs, their_gradients] = mx::vjp(attention, inputs, {weights});
-  EXPECT_LE(largest_difference(ours[0], theirs[0]), 1e-5f);
-  for (std::size_t i = 0; i < inputs.size(); ++i)
-    EXPECT_LE(largest_difference(our_gradients[i], their_gradients[i]), 3e-5f) << "input " << i;
+  const auto in_stretches = [&](const std::vector<mx::array>& x) {
+    const auto near = near_window > 0 ? std::optional(NearTokens{near_window, x[3], x[4]}) : std::nullopt;
+    return std::vector<mx::array>{causal_attention_graph(x[0], x[1], x[2], spec, near, /* scores_at_once= */ 3 * 4 * keys * 17)};
+  };
+  const auto expect_same = [&](const auto& function) {
+    const auto [theirs, their_gradients] = mx::vjp(function, inputs, {weights});
+    EXPECT_LE(largest_difference(ours[0], theirs[0]), 1e-5f);
+    for (std::size_t i = 0; i < inputs.size(); ++i)
+      EXPECT_LE(largest_difference(our_gradients[i], their_gradients[i]), 3e-5f) << "input " << i;
+  };
+  expect_same(attention);
+  if (queries > 17) expect_same(in_stretches);
+}
+
+// Of the result of causal_attention_graph() for so many queries, and of all that it needs on the way.
+std::size_t peak_bytes(int tokens, int near_window, std::int64_t scores_at_once) {
+  const auto q = normal({1, 4, tokens, 16}, 1), k = normal({1, 2, tokens, 16}, 2), v = normal({1, 2, tokens, 16}, 3);
+  const auto near = near_window > 0 ? std::optional(NearTokens{near_window, k, v}) : std::nullopt;
+  mx::eval(q, k, v);
+  const std::size_t before = mx::get_active_memory();
+  mx::reset_peak_memory();
+  mx::eval(causal_attention_graph(q, k, v, {.scale = 0.25f}, near, scores_at_once));
+  return mx::get_peak_memory() - before;
+}
+
+TEST(AttentionOperation, MlxOperationsNeedNoSquareOfTheTokens) {
+  const MlxOperationsScope scope;
+  for (const int near : {0, 32}) {
+    const auto at_once = std::int64_t{1} << 16;  // 256 KiB, where all are 4 MiB and 64 MiB
+    const auto small = static_cast<double>(peak_bytes(512, near, at_once)),
+               large = static_cast<double>(peak_bytes(2048, near, at_once));
+    EXPECT_LE(large / small, 4.5) << near;
+    EXPECT_LE(large, 8 << 20) << near;
+    EXPECT_GE(peak_bytes(2048, near, std::int64_t{1} << 30), std::size_t{64} << 20) << near;
+  }
 }
 
 TEST(AttentionOperation, EqualsMlxInValueAndGradient) {

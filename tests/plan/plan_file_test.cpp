@@ -53,7 +53,10 @@ class PlanFile : public ::testing::Test {
   Parts parts_of(const Plan& plan) {
     write_plan(plan, path);
     const SafetensorsFile file(path);
-    Parts parts{.json = nlohmann::ordered_json::parse(file.metadata().at("plan")), .tensors = {}, .byte_tensors = {}, .metadata = file.metadata()};
+    Parts parts{.json = nlohmann::ordered_json::parse(file.metadata().at("plan")),
+                .tensors = {},
+                .byte_tensors = {},
+                .metadata = file.metadata()};
     for (const auto& [name, entry] : file.tensors()) {
       const auto* bytes = reinterpret_cast<const std::uint8_t*>(entry.data.data());
       if (entry.dtype == "U8")
@@ -255,9 +258,10 @@ QuantizerParameters float_unit(Side side, int plane) {
                            .dim = 4,
                            .numbers = {{"codes", 2}, {"stages", 2}, {"num_centroids", 3}, {"patches", 1}, {"plane", plane}},
                            .tensors = {}};
-  unit.tensors = {{"mean", {{4}, {1, 2, 3, -4}}},
-                  {"transform", {{4, 4}, {2, 0, 0, 1, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1}}},
-                  {"codebook", {{2, 3, 4}, {1, 2, 3, 4, -1, -2, -3, -4, 0, 1, 0, 1, .1f, .2f, .3f, .4f, -.1f, 0, 0, 0, 0, 0, .5f, 0}}}};
+  unit.tensors = {
+      {"mean", {{4}, {1, 2, 3, -4}}},
+      {"transform", {{4, 4}, {2, 0, 0, 1, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1}}},
+      {"codebook", {{2, 3, 4}, {1, 2, 3, 4, -1, -2, -3, -4, 0, 1, 0, 1, .1f, .2f, .3f, .4f, -.1f, 0, 0, 0, 0, 0, .5f, 0}}}};
   return unit;
 }
 
@@ -326,9 +330,7 @@ TEST_F(PlanFile, FloatEntriesOfFormat3AreRoundedAsTheyAreRead) {
   };
   EXPECT_EQ(problem(as_format_3, plan), "");
   EXPECT_EQ(read_plan(path), plan);
-  const auto damaged = [&](const auto& change) {
-    return problem([&](Parts& parts) { as_format_3(parts), change(parts); }, plan);
-  };
+  const auto damaged = [&](const auto& change) { return problem([&](Parts& parts) { as_format_3(parts), change(parts); }, plan); };
   const std::string codebook = "layers.0.values.codebook";
   EXPECT_THAT(damaged([&](Parts& parts) { parts.tensors[codebook].values[3] = std::numeric_limits<float>::infinity(); }),
               HasSubstr("codebook"));
@@ -338,6 +340,22 @@ TEST_F(PlanFile, FloatEntriesOfFormat3AreRoundedAsTheyAreRead) {
                 parts.byte_tensors[codebook] = {{2, 3, 4}, std::vector<std::uint8_t>(24)};
               }),
               HasSubstr("codebook"));
+  for (const std::string& name : {std::string("mean"), std::string("transform"), std::string("codebook")}) {
+    const std::string tensor = "layers.0.keys." + name;
+    EXPECT_THAT(damaged([&](Parts& parts) { parts.tensors.erase(tensor); }), HasSubstr(name));
+    EXPECT_THAT(damaged([&](Parts& parts) { parts.tensors[tensor] = {{1}, {1}}; }), HasSubstr(name));
+    EXPECT_THAT(damaged([&](Parts& parts) { parts.tensors[tensor] = {{0}, {}}; }), HasSubstr(name));
+    EXPECT_THAT(damaged([&](Parts& parts) { parts.tensors[tensor].values[0] = std::numeric_limits<float>::quiet_NaN(); }),
+                HasSubstr(name));
+  }
+  EXPECT_THAT(damaged([&](Parts& parts) {
+                auto& values = parts.tensors["layers.0.values.transform"].values;
+                values.assign(values.size(), 0);
+              }),
+              HasSubstr("transform"));
+  for (const char* number : {"codes", "stages", "num_centroids"})
+    for (const int value : {0, -1, 5, 1 << 30})
+      EXPECT_NE(damaged([&](Parts& parts) { parts.json["units"][1]["numbers"][number] = value; }), "") << number << " " << value;
   // Bytes are of format 4.
   EXPECT_THAT(problem([](Parts& parts) { parts.metadata["version"] = "3"; }, plan), HasSubstr("U8"));
 }

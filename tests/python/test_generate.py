@@ -1,6 +1,9 @@
 """`generate`, and plans as packed caches store them, as a person meets them."""
 import json
 import shutil
+import signal
+import subprocess
+import time
 
 import pytest
 
@@ -47,6 +50,66 @@ def test_generate_refuses(run, demo_model, tiny, plan, tmp_path):
     kivi = tmp_path / "kivi.plan"
     assert run("calibrate", demo_model, "--method", "kivi", "--units", "uniform", "--bits", 3, "-o", kivi).returncode == 0
     fails(run("generate", demo_model, "--plan", kivi, "--prompt", "a"), "kivi groups 32 tokens")
+
+
+def test_prompt_files_are_read_as_they_are(run, demo_model, tiny, tmp_path):
+    file = tmp_path / "prompt.txt"
+    for text in ("It was a cold evening\r\nin November.\r\n\r\n", " é\n", "a\rb", "\n"):
+        file.write_bytes(text.encode())
+        by_file, by_option = (json.loads(run("generate", demo_model, *prompt, "--max-tokens", 3, "--json").stdout)
+                              for prompt in (["--prompt-file", file], ["--prompt", text]))
+        assert {key: by_file[key] for key in ("text", "prompt_tokens")} == {key: by_option[key] for key in ("text", "prompt_tokens")}
+    file.write_bytes("a\r\nb".encode())
+    with_cr = json.loads(run("generate", demo_model, "--prompt-file", file, "--max-tokens", 1, "--json").stdout)["prompt_tokens"]
+    file.write_bytes("a\nb".encode())
+    assert with_cr > json.loads(run("generate", demo_model, "--prompt-file", file, "--max-tokens", 1, "--json").stdout)["prompt_tokens"]
+
+
+def test_prompt_files_that_are_none(run, tiny, tmp_path):
+    file = tmp_path / "prompt.txt"
+    fails(run("generate", tiny, "--prompt-file", file), file, "No such file")
+    fails(run("generate", tiny, "--prompt-file", tmp_path), tmp_path, "not a regular file")
+    file.write_bytes(b"")
+    fails(run("generate", tiny, "--prompt-file", file), file, "empty")
+    for data, byte, at in ((b"sch\xf6n", "0xf6", 3), ("é".encode() + b"a\xc3", "0xc3", 3), ("a".encode("utf-16"), "0xff", 0)):
+        file.write_bytes(data)
+        fails(run("generate", tiny, "--prompt-file", file), file, f"expected UTF-8, got byte {byte} at {at}")
+        fails(run("evaluate", tiny, "--text", file), file, f"expected UTF-8, got byte {byte} at {at}")
+    fails(run("generate", tiny), "--prompt", "--prompt-file", "required", status=2)
+    fails(run("generate", tiny, "--prompt", "a", "--prompt-file", file), "--prompt", "--prompt-file", "excludes", status=2)
+
+
+def test_ignoring_the_end_writes_all_tokens(run, tiny):
+    free = json.loads(run("generate", tiny, "--prompt", "a", "--max-tokens", 12, "--json").stdout)
+    assert not free["stopped"] and free["kernels"] == ["cpu"] * len(free["kernels"]) and free["kernels"]
+    # The first token that it writes becomes its end.
+    first = run("generate", tiny, "--prompt", "a", "--max-tokens", 1, "--json")
+    tokenizer = json.loads((tiny / "tokenizer.json").read_text())["model"]["vocab"]
+    written = json.loads(first.stdout)["text"].replace(" ", "Ġ")
+    change_config(tiny, eos_token_id=tokenizer[written])
+    assert json.loads(run("generate", tiny, "--prompt", "a", "--max-tokens", 12, "--json").stdout)["stopped"]
+    kept = json.loads(run("generate", tiny, "--prompt", "a", "--max-tokens", 12, "--json", "--ignore-eos").stdout)
+    assert not kept["stopped"] and kept["tokens"] == 12 and kept["text"] == free["text"]
+
+
+def test_interrupt_while_a_prompt_is_read(program, demo_model, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("The rain had been falling. " * 20_000)
+    process = subprocess.Popen([program, "generate", demo_model, "--prompt-file", file], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(4)
+    assert process.poll() is None
+    asked = time.time()
+    process.send_signal(signal.SIGINT)
+    out, stderr = process.communicate(timeout=20)
+    assert time.time() - asked < 2 and process.returncode == 130
+    assert stderr.splitlines()[-1] == "veloxquant: interrupted" and stderr.count("interrupted") == 1 and out == ""
+
+
+def test_output_that_cannot_be_written(run, program, tiny):
+    with open("/dev/full", "w") as full:
+        for more in ([], ["--json"]):
+            done = subprocess.run([program, "generate", tiny, "--prompt", "a", "--max-tokens", "20", *more], stdout=full, stderr=subprocess.PIPE, text=True)
+            assert done.returncode == 1 and "could not write to standard output" in done.stderr
 
 
 def test_generate_refuses_a_plan_of_other_heads(run, tiny, text, tmp_path):

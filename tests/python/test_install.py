@@ -86,6 +86,18 @@ def test_what_is_missing_is_said(which, says, request, tmp_path):
     assert says in " ".join(said.split())
 
 
+@pytest.mark.parametrize("by", ["base_alone", "ours"])
+def test_a_missing_openblas_is_said(by, request, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    option = f"-DOPENBLAS_ROOT={nowhere}"
+    if by == "ours":
+        said = output("cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", "-DVELOXQUANT_ENGINE=OFF", option, status=1)
+    else:
+        said = configure(tmp_path / "build", request.getfixturevalue(by), "-DWITH_MODELS=OFF", option, status=1)
+    said = " ".join(said.split())
+    assert f"in OPENBLAS_ROOT, {nowhere}: OpenBLAS (libscipy_openblas" in said and "pip install scipy-openblas32" in said
+
+
 @pytest.mark.parametrize("header", HEADERS)
 def test_every_stable_name_is_there(header, installed, tools, tmp_path):
     """What a public header promises in backticks, its includes declare."""

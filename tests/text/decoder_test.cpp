@@ -3,13 +3,36 @@
 
 #include <gtest/gtest.h>
 
+#include <utility>
+#include <vector>
+
 namespace veloxquant {
 namespace {
 
 using Tokens = std::vector<std::string>;
 
+class Collector : public TokenSink {
+ public:
+  explicit Collector(Tokens& tokens) : tokens_(tokens) {}
+
+  void write(std::string_view part) override { open_ += part; }
+  void end_token() override { tokens_.push_back(std::exchange(open_, {})); }
+  void finish() override { EXPECT_EQ(open_, ""); }
+
+ private:
+  Tokens& tokens_;
+  std::string open_;
+};
+
 Tokens decode(const char* json, const Tokens& tokens) {
-  return read_decoder(nlohmann::json::parse(json), "here")(tokens);
+  Tokens decoded;
+  const auto sink = read_decoder(nlohmann::json::parse(json), "here")(std::make_unique<Collector>(decoded));
+  for (const auto& token : tokens) {
+    sink->write(token);
+    sink->end_token();
+  }
+  sink->finish();
+  return decoded;
 }
 
 TEST(Decoder, BytesAreReadTogetherOrNotAtAll) {
@@ -27,6 +50,8 @@ TEST(Decoder, StripTakesNoMoreThanThereIs) {
 
 TEST(Decoder, NoDecoderPutsSpacesBetween) {
   EXPECT_EQ(decode("null", {"a", "b", "c"}), Tokens{"a b c"});
+  EXPECT_EQ(decode("null", {"", "b", "", ""}), Tokens{" b  "});
+  EXPECT_EQ(decode("null", {}), Tokens{""});
   EXPECT_EQ(decode(R"({"type": "Sequence", "decoders": []})", {"a", "b"}), (Tokens{"a", "b"}));
 }
 

@@ -156,6 +156,47 @@ TEST_F(TokenizerTest, DecodingLeavesOutWhatDoesNotExist) {
   EXPECT_EQ(tokenizer.decode({}), "");
 }
 
+// Each piece as its token comes, the rest behind "|"; nothing is given that a later token changes.
+TEST_F(TokenizerTest, TextComesAsSoonAsItIsCertain) {
+  json file = small();
+  const auto streamed = [&](const char* decoder, const Tokens& tokens) {
+    file["decoder"] = json::parse(decoder);
+    const Tokenizer tokenizer = load(file);
+    TextStream stream(tokenizer);
+    std::string pieces;
+    for (const auto token : tokens) pieces += "[" + stream.add(token) + "]";
+    return pieces + "|" + stream.finish();
+  };
+  // Bytes C3, A9 and E2 as byte-level tokenizers write them, and as SentencePiece does.
+  file["model"]["vocab"].update(
+      {{"Ã", 8}, {"©", 9}, {"â", 10}, {"<0xC3>", 11}, {"<0xA9>", 12}, {"▁", 13}, {"▁▁a▁", 14}, {"€", 15}});
+  const char* byte_level = R"({"type": "ByteLevel"})";
+  EXPECT_EQ(streamed(byte_level, {0, 8, 9, 1}), "[a][][é][b]|");
+  EXPECT_EQ(streamed(byte_level, {8, 1, 9, 10, 8, 9}), "[][\uFFFDb][\uFFFD][][\uFFFD][é]|");
+  EXPECT_EQ(streamed(byte_level, {0, 10}), "[a][]|\uFFFD");
+  EXPECT_EQ(streamed(byte_level, {15, 0, 15}), "[€][a][€]|");  // stands for no byte
+  const char* bytes = R"({"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    {"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]})";
+  EXPECT_EQ(streamed(bytes, {13, 0, 11, 12, 1}), "[][a][][][éb]|");
+  EXPECT_EQ(streamed(bytes, {11, 12, 12, 1, 11, 12}), "[][][][\uFFFD\uFFFD\uFFFDb][][]|é");
+  EXPECT_EQ(streamed(bytes, {14, 14, 13}), "[ a ][  a ][ ]|");
+  // Of spaces at an end, one goes away: of the text behind Fuse, of each token before it.
+  EXPECT_EQ(streamed(R"({"type": "Sequence", "decoders": [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"},
+    {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 0, "stop": 1}]})",
+                     {14, 14, 13, 13, 0, 13}),
+            "[a][  a][ ][ ][ a][]|");
+  EXPECT_EQ(streamed(R"({"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    {"type": "Strip", "content": " ", "start": 3, "stop": 1}]})",
+                     {14, 13, 13, 0}),
+            "[a][][][a]|");
+  EXPECT_EQ(streamed("null", {0, 1, 1}), "[a][ b][ b]|");
+  // A pattern behind Fuse may match across tokens.
+  EXPECT_EQ(streamed(R"({"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "Replace", "pattern": {"String": "ba"},
+    "content": "c"}]})",
+                     {0, 1, 0, 1}),
+            "[][][][]|acb");
+}
+
 TEST_F(TokenizerTest, TemplatesGoAroundTheText) {
   json file = small();
   const auto pieces = [](const char* text) { return json::parse(text); };

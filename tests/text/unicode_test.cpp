@@ -22,6 +22,19 @@ TEST(Utf8, BrokenSequencesAreReplacedByMaximalPrefix) {
   EXPECT_EQ(repair_utf8(std::string_view("\0\x80", 2)), std::string("\0\uFFFD", 4));
 }
 
+TEST(Utf8, CharactersThatHaveOnlyBegun) {
+  EXPECT_EQ(incomplete_utf8(""), 0u);
+  EXPECT_EQ(incomplete_utf8("ok"), 0u);
+  EXPECT_EQ(incomplete_utf8("é"), 0u);
+  EXPECT_EQ(incomplete_utf8("a\xc3"), 1u);
+  EXPECT_EQ(incomplete_utf8("\xe2\x82"), 2u);
+  EXPECT_EQ(incomplete_utf8("\xf0\x9f\x98"), 3u);
+  EXPECT_EQ(incomplete_utf8("\xf0\x9f\x98\x80"), 0u);
+  EXPECT_EQ(incomplete_utf8("\xe0\x80"), 0u);  // too long a form: nothing makes it whole
+  EXPECT_EQ(incomplete_utf8("\x80\x80"), 0u);
+  EXPECT_EQ(incomplete_utf8("\xff"), 0u);
+}
+
 TEST(Utf8, EveryCharacterComesBack) {
   std::string text;
   for (char32_t c = 0; c < 0x110000; ++c) {

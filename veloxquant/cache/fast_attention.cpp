@@ -14,6 +14,9 @@
 namespace veloxquant {
 namespace {
 
+// Of smaller heads kernels of any plan are as fast.  Units are filled up to a multiple, so that few kernels have to be compiled.
+constexpr int kLeastDim = 96, kUnitsAtOnce = 16;
+
 int rounded_up(int x, int step) {
   return (x + step - 1) / step * step;
 }
@@ -72,6 +75,7 @@ std::unique_ptr<const FastAttention> FastAttention::make(const LayerUnits& keys,
   // Heads that share tables on one side alone would need two counts.
   if (key_quantizers.empty() || value_quantizers.empty() || keys.size() != values.size()) return nullptr;
   const int dim = keys.parameters(0).dim;
+  if (dim < kLeastDim) return nullptr;
   if (4 * exact_floats(dim, window + sinks) > most_shared_bytes()) return nullptr;  // exact tokens are read at once
 
   std::unique_ptr<FastAttention> made(new FastAttention());
@@ -93,10 +97,10 @@ std::unique_ptr<const FastAttention> FastAttention::make(const LayerUnits& keys,
     return nullptr;
   for (const auto* quantizer : key_quantizers) {
     if (planes) columns = std::max(columns, rest_columns(*quantizer, rope));
-    key_count = std::max(key_count, rounded_up(static_cast<int>(num_units(*quantizer)), 8));
+    key_count = std::max(key_count, rounded_up(static_cast<int>(num_units(*quantizer)), kUnitsAtOnce));
   }
   for (const auto* quantizer : value_quantizers)
-    value_count = std::max(value_count, rounded_up(static_cast<int>(num_units(*quantizer)), 8));
+    value_count = std::max(value_count, rounded_up(static_cast<int>(num_units(*quantizer)), kUnitsAtOnce));
   self.rest_columns_ = static_cast<int>(columns);
 
   // Blocks.
@@ -181,7 +185,7 @@ std::unique_ptr<const FastAttention> FastAttention::make(const LayerUnits& keys,
 }
 
 bool FastAttention::pays(int coded) const {
-  return coded >= 8 * static_cast<int>(kPackedBlockTokens);
+  return coded >= 64 * static_cast<int>(kPackedBlockTokens);
 }
 
 int FastAttention::splits(int sequence_heads, int rows, int coded) const {

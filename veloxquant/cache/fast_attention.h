@@ -17,7 +17,7 @@ namespace veloxquant {
 /// Entries of keys and values are bytes there, keys and weights half precision.
 class FastAttention {
  public:
-  /// Null where it does not serve: for methods other than rotated_pq; where one
+  /// Null where it does not serve, or does not pay: for heads of less than 96 dimensions; for methods other than rotated_pq; where one
   /// side has a unit for each head and the other one for all; for sub-spaces of more than 32 dimensions; for heads of a number of
   /// dimensions that is no multiple of 16, or that turn in part and are lengthened by it, unless keys are turned plane by plane
   /// (`plane`); for more exact tokens (window and sinks) than shared memory holds; and where keys have more tables than it holds (heads

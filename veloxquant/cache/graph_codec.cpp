@@ -1,6 +1,7 @@
 #include "veloxquant/cache/graph_codec.h"
 
 #include <algorithm>
+#include <mutex>
 
 #include "mlx/ops.h"
 #include "veloxquant/cache/block_codec.h"
@@ -31,9 +32,28 @@ mx::array reordered(const mx::array& bytes, const std::optional<mx::array>& from
 
 }  // namespace
 
-GraphCodec::GraphCodec(const QuantizerParameters& parameters) : dim_(parameters.dim) {
+// Made when it is first asked for: kernels of ours need no graph, and quantizers take milliseconds.
+struct GraphCodec::Graph {
+  QuantizerParameters parameters;
+  std::once_flag made;
+  MethodGraph graph;
+};
+
+const MethodGraph& GraphCodec::graph() const {
+  std::call_once(graph_->made, [&] {
+    graph_->graph = method_graph(graph_->parameters, make_quantizer(graph_->parameters));
+    graph_->parameters = {};
+  });
+  return graph_->graph;
+}
+
+mx::array GraphCodec::back(const mx::array& sums, const mx::array& totals) const {
+  return graph().back(sums, totals);
+}
+
+GraphCodec::GraphCodec(const QuantizerParameters& parameters) : graph_(std::make_shared<Graph>()), dim_(parameters.dim) {
   const auto shape = block_shape(parameters);
-  graph_ = method_graph(parameters, make_quantizer(parameters));
+  graph_->parameters = parameters;
   token_bytes_ = static_cast<int>(shape.token_bytes());
   patches_ = static_cast<int>(shape.patches);
   filled_bytes_ = static_cast<int>(shape.bytes);
@@ -65,13 +85,13 @@ mx::array GraphCodec::patches_of(const mx::array& blocks) const {
 }
 
 GraphCodec::Blocks GraphCodec::append(const Blocks& blocks, int at, const mx::array& vectors) const {
-  const auto z = graph_.forward(vectors);
-  const auto fields = graph_.quantise(z);
-  auto tokens = pack_fields(fields, graph_.layout);
+  const auto z = graph().forward(vectors);
+  const auto fields = graph().quantise(z);
+  auto tokens = pack_fields(fields, graph().layout);
   if (at > 0) tokens = mx::concatenate({part(tokens_of(blocks.bytes), -2, 0, at), tokens}, -2);
   Blocks grown{as_block(filled_up(tokens, -2, kBlock)), mx::zeros({vectors.shape(0), patches_})};
   if (patches_ > 0) {
-    const auto patched = offer_patches(blocks, at, mx::subtract(z, graph_.look_up(fields)));
+    const auto patched = offer_patches(blocks, at, mx::subtract(z, graph().look_up(fields)));
     grown = {mx::concatenate({grown.bytes, patched.bytes}, -1), patched.errors};
   }
   return {filled_up(grown.bytes, -1, block_bytes_), grown.errors};
@@ -119,7 +139,7 @@ GraphCodec::Blocks GraphCodec::trim(const mx::array& bytes, const std::optional<
 
 mx::array GraphCodec::look_up(const mx::array& blocks, int tokens) const {
   const auto bytes = part(mx::flatten(tokens_of(blocks), 1, 2), -2, 0, tokens);
-  const auto z = graph_.look_up(unpack_fields(bytes, graph_.layout));
+  const auto z = graph().look_up(unpack_fields(bytes, graph().layout));
   if (patches_ == 0) return z;
   auto fields = unpack_fields(patches_of(blocks), placed_patch_layout(dim_));
   const auto places = mx::swapaxes(fields[0], -1, -2);  // [rows, blocks, 1, patches]

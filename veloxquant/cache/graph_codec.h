@@ -1,6 +1,7 @@
 // The tokens of heads in blocks of codes, as graphs of MLX's operations: what block_codec.h is to our CPU code.
 #pragma once
 
+#include <memory>
 #include <optional>
 
 #include "mlx/array.h"
@@ -42,7 +43,7 @@ class GraphCodec {
   mx::array look_up(const mx::array& blocks, int tokens) const;
 
   /// … from which sums [..., dim] by weights that add up to totals [..., 1] are brought back once.
-  mx::array back(const mx::array& sums, const mx::array& totals) const { return graph_.back(sums, totals); }
+  mx::array back(const mx::array& sums, const mx::array& totals) const;
 
   /// Vectors: back of look_up.
   mx::array decode(const mx::array& blocks, int tokens) const { return back(look_up(blocks, tokens), number(1)); }
@@ -53,7 +54,10 @@ class GraphCodec {
   mx::array patches_of(const mx::array& blocks) const;
   Blocks offer_patches(const Blocks& blocks, int at, const mx::array& rest) const;
 
-  MethodGraph graph_;
+  struct Graph;
+  const MethodGraph& graph() const;
+
+  std::shared_ptr<Graph> graph_;
   int dim_, token_bytes_, patches_, filled_bytes_, block_bytes_;
   std::optional<mx::array> byte_at_place_, place_of_byte_;  // of tokens that do not stand one after another; [1, bytes of all]
 };

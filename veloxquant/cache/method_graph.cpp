@@ -294,7 +294,9 @@ class Codebooks {
     std::vector<mx::array> found;
     const int step = std::max(1, kFloatsAtOnce / (count_ * centroids_ * (stages_ == 2 ? kBeam : 1)));
     for (int begin = 0; begin < rows; begin += step) {
-      const auto some = mx::slice(pieces, {0, begin, 0}, {count_, std::min(rows, begin + step), width_});
+      auto some = mx::slice(pieces, {0, begin, 0}, {count_, std::min(rows, begin + step), width_});
+      // One after another: MLX would compute the scores of all of them before it looks at any.
+      if (!found.empty()) some = mx::depends({some}, {found.back()})[0];
       found.push_back(mx::swapaxes(stages_ == 2 ? nearest_pairs(some) : mx::argmin(scores(some, 0), -1, true), 0, 1));
     }
     const auto codes = mx::reshape(found.size() == 1 ? found[0] : mx::concatenate(found, 0), {rows, count_ * stages_});

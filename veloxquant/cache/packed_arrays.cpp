@@ -86,15 +86,20 @@ PackedArraysLayer::PackedArraysLayer(const std::vector<QuantizerParameters>& key
       value_parameters_(values) {
   const auto parameters = exact_parameters(Side::kKeys, dim);
   exact = method_graph(parameters, make_quantizer(parameters));
+  refusal_ = cuda_refusal();
+  if (!refusal_.empty()) return;
+  key_units_.emplace(key_parameters_), value_units_.emplace(value_parameters_);
 }
 
 const PackedKernels* PackedArraysLayer::kernels(const Rope& rope, int kv_heads) const {
   std::call_once(made_, [&] {
-    auto made = PackedKernels::make(key_parameters_, value_parameters_, kv_heads, window, sinks, rope);
+    if (!key_units_) return;
+    auto made = PackedKernels::make(*key_units_, *value_units_, kv_heads, window, sinks, rope);
     if (auto* why = std::get_if<std::string>(&made))
       refusal_ = std::move(*why);
     else
       kernels_ = std::move(std::get<0>(made));
+    key_units_.reset(), value_units_.reset();
     key_parameters_.clear(), value_parameters_.clear();
   });
   return kernels_ && kernels_->kv_heads() == kv_heads ? kernels_.get() : nullptr;
@@ -174,15 +179,14 @@ mx::array PackedArrays::attend(const mx::array& q, const mx::array& k, const mx:
   const int first = offset_, coded_before = coded_, tokens = k.shape(2), group = q.shape(1) / kv_heads_, dim = layer_->dim;
   const auto as_floats = [](const mx::array& x) { return mx::astype(x, mx::float32); };
   const auto keys = as_floats(layer_->keys_before_rope ? k : (*spec.rope)(k, first)), values = as_floats(v);
-  const auto* kernels = layer_->kernels(*spec.rope, kv_heads_);
-  if (kernels && tokens == 1) {
-    append_one(*kernels, keys, values);
-    const auto out = kernels->attend(as_floats((*spec.rope)(q, first)), closed_, {exact_, *open_, errors_}, {coded_, offset_}, spec);
-    return mx::depends({mx::astype(out, q.dtype())}, pending())[0];
+  if (const auto* kernels = layer_->kernels(*spec.rope, kv_heads_)) {
+    const auto turned = as_floats((*spec.rope)(q, first));
+    const auto out = tokens == 1 ? attend_one(*kernels, turned, keys, values, spec) : attend_many(*kernels, turned, keys, values, spec);
+    return mx::astype(out, q.dtype());
   }
   const auto queries =
       mx::reshape(mx::multiply(as_floats((*spec.rope)(q, first)), mx::array(spec.scale)), {batch_, kv_heads_, group, tokens, dim});
-  const Recent recent = kernels ? append_many(*kernels, keys, values) : append(keys, values);
+  const Recent recent = append(keys, values);
 
   const int step = std::clamp(kScoresAtOnce / (kStretch * kBlock * batch_ * kv_heads_ * group), 1, kMostQueries);
   std::vector<mx::array> results;
@@ -192,7 +196,7 @@ mx::array PackedArrays::attend(const mx::array& q, const mx::array& k, const mx:
     for (int row = 0; row < rows; ++row) positions[static_cast<std::size_t>(row)] = first + begin + row % count;
     const Queries some{mx::reshape(part(queries, 3, begin, begin + count), {batch_, kv_heads_, rows, dim}), first + begin, count,
                        mx::reshape(int_array(positions), {rows, 1}), coded_before};
-    auto sums = attend_coded(some, kernels, spec);
+    auto sums = attend_coded(some, spec);
     if (const auto exact = attend_exact(some, recent, spec); exact && sums) {
       const auto maximum = mx::maximum(sums->maximum, exact->maximum);
       const auto coded_weight = mx::exp(mx::subtract(sums->maximum, maximum)),
@@ -233,16 +237,21 @@ int PackedArrays::coded_at(int offset) const {
   return std::max(coded_, offset - layer_->window - layer_->sinks);
 }
 
-void PackedArrays::append_one(const PackedKernels& kernels, const mx::array& k, const mx::array& v) {
+// What is stored comes out of the kernels that attention reads from: evaluating one evaluates the other.
+mx::array PackedArrays::attend_one(const PackedKernels& kernels, const mx::array& q, const mx::array& k, const mx::array& v,
+                                   const AttentionSpec& spec) {
   const PackedKernels::Counts before{coded_, offset_}, after{coded_at(offset_ + 1), offset_ + 1};
   const auto state = kernels.append({exact_, *open_, errors_}, k, v, before, after);
   exact_ = state.exact, open_ = state.open, errors_ = state.errors;
   coded_ = after.coded, offset_ = after.offset;
   if (coded_ > before.coded && coded_ % kBlock == 0) closed_ = closed_ ? mx::concatenate({*closed_, *open_}, 1) : *open_;
+  return kernels.attend(q, closed_, state, after, spec);
 }
 
-PackedArrays::Recent PackedArrays::append_many(const PackedKernels& kernels, const mx::array& k, const mx::array& v) {
-  const PackedKernels::Counts before{coded_, offset_}, after{coded_at(offset_ + k.shape(2)), offset_ + k.shape(2)};
+mx::array PackedArrays::attend_many(const PackedKernels& kernels, const mx::array& q, const mx::array& k, const mx::array& v,
+                                    const AttentionSpec& spec) {
+  const int tokens = k.shape(2), first = offset_, sinks = layer_->sinks;
+  const PackedKernels::Counts before{coded_, first}, after{coded_at(first + tokens), first + tokens};
   const auto rounded = kernels.round(exact_, k, v, before, after);
   exact_ = rounded.exact;
   coded_ = after.coded, offset_ = after.offset;
@@ -256,7 +265,11 @@ PackedArrays::Recent PackedArrays::append_many(const PackedKernels& kernels, con
     }
     open_ = coded_ % kBlock > 0 ? part(blocks, 1, whole, whole + 1) : mx::zeros_like(*open_);
   }
-  return {rounded.begin, part(rounded.vectors, 3, rounded.sinks, rounded.vectors.shape(3))};
+  // Codes that some query sees, from the begin of a block on.
+  const int end = std::min(coded_, std::max(before.coded, after.offset - layer_->window - sinks)),
+            begin = spec.sliding_window > 0 ? std::max(0, first + 1 - spec.sliding_window - sinks) / kBlock * kBlock : 0;
+  const auto out = kernels.attend_many(q, closed_, *open_, rounded, begin, std::max(0, end - begin), before, after, spec);
+  return mx::depends({out}, pending())[0];
 }
 
 PackedArrays::Recent PackedArrays::append(const mx::array& k, const mx::array& v) {
@@ -378,52 +391,35 @@ void PackedArrays::extend(std::optional<Partial>& partial, const Queries& querie
   partial = now;
 }
 
-// Codes from the begin of a block on: keys, turned, and values, these in the space of their codecs where there are no kernels.
-PackedArrays::Vectors PackedArrays::restored(int from, int tokens, const PackedKernels* kernels, const AttentionSpec& spec) const {
-  if (kernels) {
-    const auto [keys, values] = kernels->restore(closed_, *open_, coded_, from, tokens);
-    return {keys, values};
-  }
-  const auto rows = blocks(from / kBlock, (from + tokens + kBlock - 1) / kBlock);
-  std::vector<mx::array> keys, values;
-  for (const auto& some : heads_) {
-    const auto bytes = [&](int offset, int size) {
-      return mx::reshape(of_heads(rows, some.bytes, some.bytes_of_one(), some.count, offset, size),
-                         {batch_ * some.count, rows.shape(1), size});
-    };
-    const auto by_heads = [&](const mx::array& x) { return mx::reshape(x, {batch_, some.count, tokens, layer_->dim}); };
-    const int key_bytes = some.keys->block_bytes();
-    keys.push_back(by_heads(some.keys->decode(bytes(0, key_bytes), tokens)));
-    values.push_back(by_heads(some.values->look_up(bytes(key_bytes, some.values->block_bytes()), tokens)));
-  }
-  return {turned(joined(keys, 1), layer_->sinks + from, spec), joined(values, 1)};
-}
-
-std::optional<PackedArrays::Partial> PackedArrays::attend_coded(const Queries& queries, const PackedKernels* kernels,
-                                                                const AttentionSpec& spec) const {
+std::optional<PackedArrays::Partial> PackedArrays::attend_coded(const Queries& queries, const AttentionSpec& spec) const {
   const int window = layer_->window, sinks = layer_->sinks, reach = reach_of(spec);
   // Coded tokens that some query sees, from the begin of a block on.
   const int all_see = std::max(queries.coded, queries.first + 1 - window - sinks),
             end = std::min(coded_, std::max(queries.coded, queries.first + queries.tokens - window - sinks)),
             begin = spec.sliding_window > 0 ? std::max(0, queries.first + 1 - reach - sinks) / kBlock * kBlock : 0;
-  // Kernels restore as many at once as scores have room.  What all queries see needs no mask, and is read apart.
-  const int rows = batch_ * queries.q.shape(1) * queries.q.shape(2),
-            stretch = kernels ? std::max(kStretch, kScoresAtOnce / rows / kBlock) * kBlock : kStretch * kBlock,
-            unmasked = all_see / kBlock * kBlock;
   std::optional<Partial> partial;
-  for (int from = begin; from < end;) {
-    const int to = std::min({from + stretch, end, kernels && from < unmasked ? unmasked : end}), tokens = to - from,
-              position = sinks + from;
-    const auto [keys, values] = restored(from, tokens, kernels, spec);
+  for (int from = begin; from < end; from += kStretch * kBlock) {
+    const int tokens = std::min(kStretch * kBlock, end - from), position = sinks + from;
+    const auto rows = blocks(from / kBlock, (from + tokens + kBlock - 1) / kBlock);
+    std::vector<mx::array> keys, values;
+    for (const auto& some : heads_) {
+      const auto bytes = [&](int offset, int size) {
+        return mx::reshape(of_heads(rows, some.bytes, some.bytes_of_one(), some.count, offset, size),
+                           {batch_ * some.count, rows.shape(1), size});
+      };
+      const auto by_heads = [&](const mx::array& x) { return mx::reshape(x, {batch_, some.count, tokens, layer_->dim}); };
+      const int key_bytes = some.keys->block_bytes();
+      keys.push_back(by_heads(some.keys->decode(bytes(0, key_bytes), tokens)));
+      values.push_back(by_heads(some.values->look_up(bytes(key_bytes, some.values->block_bytes()), tokens)));
+    }
     std::optional<mx::array> seen;
-    if (to > all_see || spec.sliding_window > 0) {
+    if (from + tokens > all_see || spec.sliding_window > 0) {
       const auto ends = mx::maximum(mx::add(queries.positions, mx::array(1 - window)), mx::array(sinks + queries.coded));
       seen = seen_keys(queries.positions, ends, mx::arange(position, position + tokens), mx::array(reach));
     }
-    extend(partial, queries, keys, values, seen, spec.soft_cap);
-    from = to;
+    extend(partial, queries, turned(joined(keys, 1), position, spec), joined(values, 1), seen, spec.soft_cap);
   }
-  if (!partial || kernels) return partial;
+  if (!partial) return partial;
   std::vector<mx::array> sums;
   for (const auto& some : heads_) {
     const auto of = [&](const mx::array& x) { return part(x, 1, some.first, some.first + some.count); };

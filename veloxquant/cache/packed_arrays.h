@@ -9,6 +9,7 @@
 
 #include "mlx/array.h"
 #include "veloxquant/cache/graph_codec.h"
+#include "veloxquant/cache/layer_tables.h"
 #include "veloxquant/cache/packed_kernels.h"
 #include "veloxquant/cache/packed_state.h"
 
@@ -32,11 +33,13 @@ class PackedArraysLayer {
   /// Null where they do not serve.  Made at the first call for its rope, which a layer has one of, and number of KV heads.
   const PackedKernels* kernels(const Rope& rope, int kv_heads) const;
 
-  /// Why kernels() is null after it was called; empty where it is not.
+  /// Whether they were made, and else why not.
+  bool has_kernels() const { return kernels_ != nullptr; }
   const std::string& refusal() const { return refusal_; }
 
  private:
-  mutable std::vector<QuantizerParameters> key_parameters_, value_parameters_;  // until then
+  mutable std::vector<QuantizerParameters> key_parameters_, value_parameters_;  // until then, …
+  mutable std::optional<LayerUnits> key_units_, value_units_;                   // … and the quantizers, where there is a GPU
   mutable std::once_flag made_;
   mutable std::unique_ptr<const PackedKernels> kernels_;
   mutable std::string refusal_;  // why there are none
@@ -58,6 +61,9 @@ class PackedArrays : public PackedAttentionCache {
 
   /// Allocated for tokens: blocks, window and sinks; codebooks are the layer's.
   std::size_t nbytes() const override;
+
+  std::string kernels() const override { return layer_->has_kernels() ? "cuda" : "graph"; }
+  std::string no_kernels() const override { return layer_->refusal(); }
 
   /// What is stored, which may still have to be evaluated.
   std::vector<mx::array> pending() const;
@@ -85,10 +91,6 @@ class PackedArrays : public PackedAttentionCache {
     mx::array vectors;
   };
 
-  struct Vectors {
-    mx::array keys, values;  // [B, H, n, D]
-  };
-
   // Queries [B, H, rows, D], scaled; rows are the heads of a group, and in each so many tokens from position `first` on.
   struct Queries {
     mx::array q;
@@ -113,8 +115,13 @@ class PackedArrays : public PackedAttentionCache {
   // k and v [B, H, T, D] float32: stores them, and encodes what leaves the window.
   Recent append(const mx::array& k, const mx::array& v);
   int coded_at(int offset) const;
-  void append_one(const PackedKernels& kernels, const mx::array& k, const mx::array& v);
-  Recent append_many(const PackedKernels& kernels, const mx::array& k, const mx::array& v);
+
+  // By kernels: q, turned, k and v float32.
+  mx::array attend_one(const PackedKernels& kernels, const mx::array& q, const mx::array& k, const mx::array& v,
+                       const AttentionSpec& spec);
+  mx::array attend_many(const PackedKernels& kernels, const mx::array& q, const mx::array& k, const mx::array& v,
+                        const AttentionSpec& spec);
+
   mx::array exact_bytes(int begin, int end) const;
   void store_exact(const mx::array& bytes, int first, int begin, int end);
   void append_coded(const mx::array& vectors, int index);
@@ -122,10 +129,9 @@ class PackedArrays : public PackedAttentionCache {
   void keep_coded(int kept);
 
   // Over codes; over the sinks and what is recent.  None where no query sees any.
-  std::optional<Partial> attend_coded(const Queries& queries, const PackedKernels* kernels, const AttentionSpec& spec) const;
+  std::optional<Partial> attend_coded(const Queries& queries, const AttentionSpec& spec) const;
   std::optional<Partial> attend_exact(const Queries& queries, const Recent& recent, const AttentionSpec& spec) const;
   mx::array blocks(int begin, int end) const;
-  Vectors restored(int from, int tokens, const PackedKernels* kernels, const AttentionSpec& spec) const;
 
   // each(codec, first byte of its block in a row, first of its errors) for the keys and values of one head after another.
   template <class Each>

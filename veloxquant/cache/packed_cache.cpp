@@ -472,10 +472,11 @@ CacheFactory factory_of(const Plan& plan) {
     auto& [keys, values] = units.at(static_cast<std::size_t>(unit.layer));
     (unit.side == Side::kKeys ? keys : values).push_back(unit.quantizer);
   }
-  std::vector<std::shared_ptr<const Layer>> layers;  // null: the layer slides
-  for (auto& [keys, values] : units)
-    layers.push_back(keys.empty() ? nullptr
-                                  : std::make_shared<const Layer>(std::move(keys), std::move(values), plan.window, plan.sinks));
+  std::vector<std::shared_ptr<const Layer>> layers(units.size());  // null: the layer slides
+  parallel_for(layers.size(), 1, [&](std::size_t layer, std::size_t) {
+    auto& [keys, values] = units[layer];
+    if (!keys.empty()) layers[layer] = std::make_shared<const Layer>(std::move(keys), std::move(values), plan.window, plan.sinks);
+  });
   return [layers = std::move(layers)](int layer) -> std::unique_ptr<AttentionCache> {
     const auto& packed = layers.at(static_cast<std::size_t>(layer));
     if (!packed) return std::make_unique<FullCache>();

@@ -75,6 +75,8 @@ class PackedCache : public PackedAttentionCache {
   /// Allocated for tokens: blocks, window and sinks; codebooks are the layer's.
   std::size_t nbytes() const override;
 
+  std::string kernels() const override { return "cpu"; }
+
   int trim(int tokens) override;
   std::unique_ptr<SavableCache> clone() const override;
   CacheState state() const override;

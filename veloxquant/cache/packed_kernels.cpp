@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <limits>
 #include <numbers>
 
 #include "mlx/ops.h"
@@ -24,6 +25,11 @@ constexpr int kBlock = static_cast<int>(kPackedBlockTokens), kFloat = sizeof(flo
 // Of each of which a processor runs two at once at least.
 constexpr int kBlocksOfProcessor = 2;
 
+// Parts that finishing reads as fast as one, and tiles that are looked up in the time that another part takes there.
+constexpr int kFewParts = 32, kTilesOfPart = 4;
+
+constexpr int kScoresAtOnce = 1 << 27;  // of many tokens: half a gigabyte of them, and as much of weights
+
 int tiles_of(int tokens) {
   return (tokens + kTileTokens - 1) / kTileTokens;
 }
@@ -39,16 +45,13 @@ int width_class(int most_width) {
 
 }  // namespace
 
-std::variant<std::unique_ptr<const PackedKernels>, std::string> PackedKernels::make(const std::vector<QuantizerParameters>& keys,
-                                                                                    const std::vector<QuantizerParameters>& values,
+std::variant<std::unique_ptr<const PackedKernels>, std::string> PackedKernels::make(const LayerUnits& keys, const LayerUnits& values,
                                                                                     int kv_heads, int window, int sinks,
                                                                                     const Rope& rope) {
-  if (auto why = cuda_refusal(); !why.empty()) return why;
-  const LayerUnits key_units(keys), value_units(values);
-  const auto tables = layer_tables(key_units, value_units, kv_heads, window, sinks, rope);
+  const auto tables = layer_tables(keys, values, kv_heads, window, sinks, rope);
   if (const auto* why = std::get_if<std::string>(&tables)) return *why;
   const auto& words = std::get<LayerWords>(tables);
-  const int width = width_class(words.most_width), dim = keys[0].dim,
+  const int width = width_class(words.most_width), dim = keys.parameters(0).dim,
             needed = kFloat * std::max({attention_floats(dim), encode_token_floats(dim, width), encode_tile_floats(dim, width)});
   if (needed > most_shared_bytes())
     return fmt::format("kernels need {} bytes of shared memory, this GPU has {}", needed, most_shared_bytes());
@@ -64,9 +67,10 @@ std::variant<std::unique_ptr<const PackedKernels>, std::string> PackedKernels::m
   self.patch_.emplace("PATCH", of_dim);
   self.append_.emplace("APPEND", of_width);
   self.restore_.emplace("RESTORE", of_dim);
+  self.softmax_.emplace("SOFTMAX", of_dim);
   self.attend_.emplace("ATTEND", of_dim);
   self.finish_.emplace("FINISH", of_dim);
-  self.fast_ = FastAttention::make(key_units, value_units, kv_heads, window, sinks, rope);
+  self.fast_ = FastAttention::make(keys, values, kv_heads, window, sinks, rope);
   return std::unique_ptr<const PackedKernels>(std::move(made));
 }
 
@@ -90,11 +94,13 @@ PackedKernels::Rounded PackedKernels::round(const std::optional<mx::array>& exac
   const int batch = k.shape(0), sinks = std::min(sinks_, after.offset), begin = std::min(sinks_ + before.coded, after.offset),
             count = after.offset - begin, places = sinks_ + window_;
   const auto out = (*round_)({*tables_, k, v, exact ? *exact : k},
-                             {{batch, kv_heads_, 2, sinks + count, dim_}, exact ? exact->shape() : mx::Shape{1}},
-                             {mx::float32, mx::uint8},
+                             {{batch, kv_heads_, 2, sinks + count, dim_},
+                              {batch, kv_heads_, sinks + count, dim_},
+                              exact ? exact->shape() : mx::Shape{1}},
+                             {mx::float32, mx::float32, mx::uint8},
                              {before.coded, before.offset, after.coded, after.offset, sinks, begin, count},
                              {sinks + count + places, 2, batch * kv_heads_}, kRoundThreads, kFloat * round_floats(dim_));
-  return {out[0], sinks, begin, exact ? std::optional(out[1]) : std::nullopt};
+  return {out[0], out[1], sinks, begin, exact ? std::optional(out[2]) : std::nullopt};
 }
 
 PackedKernels::Encoded PackedKernels::encode(const State& state, const Rounded& rounded, const Counts& before,
@@ -116,14 +122,30 @@ PackedKernels::Encoded PackedKernels::encode(const State& state, const Rounded& 
   return {out[0], out[1]};
 }
 
-PackedKernels::Restored PackedKernels::restore(const std::optional<mx::array>& closed, const mx::array& open, int coded, int first,
-                                               int count) const {
-  const int batch = open.shape(0);
-  const mx::Shape shape = {batch, kv_heads_, count, dim_};
-  const auto out = (*restore_)({*tables_, closed ? *closed : open, open}, {shape, shape}, {mx::float32, mx::float32},
-                               {closed ? closed->shape(1) : 0, coded, first, count}, {tiles_of(count), 2, batch * kv_heads_},
-                               kLookUpThreads, kFloat * restore_floats(dim_));
-  return {out[0], out[1]};
+mx::array PackedKernels::attend_many(const mx::array& q, const std::optional<mx::array>& closed, const mx::array& open,
+                                     const Rounded& rounded, int first, int count, const Counts& before, const Counts& after,
+                                     const AttentionSpec& spec) const {
+  const int batch = q.shape(0), group = q.shape(1) / kv_heads_, tokens = q.shape(2), others = rounded.turned.shape(2),
+            keys = count + others, reach = spec.sliding_window > 0 ? spec.sliding_window : std::numeric_limits<int>::max();
+  const mx::Shape shape = {batch, kv_heads_, keys, dim_};
+  const auto restored =
+      (*restore_)({*tables_, closed ? *closed : open, open, rounded.vectors, rounded.turned}, {shape, shape}, {mx::float32, mx::float32},
+                  {closed ? closed->shape(1) : 0, after.coded, first, count, others},
+                  {tiles_of(count) + tiles_of(others), 2, batch * kv_heads_}, kLookUpThreads, kFloat * restore_floats(dim_));
+  const auto keys_by_columns = mx::swapaxes(restored[0], -1, -2);
+  const int step = std::clamp(kScoresAtOnce / keys / (batch * q.shape(1)), 1, tokens);
+  std::vector<mx::array> results;
+  for (int begin = 0; begin < tokens; begin += step) {
+    const int some = std::min(step, tokens - begin), rows = batch * q.shape(1) * some;
+    const auto queries = some == tokens ? q : mx::slice(q, {0, 0, begin, 0}, {batch, q.shape(1), begin + some, dim_});
+    const auto scores = mx::matmul(mx::reshape(queries, {batch, kv_heads_, group * some, dim_}), keys_by_columns);
+    const auto weights = (*softmax_)({scores}, {scores.shape()}, {mx::float32},
+                                     {keys, some, before.offset + begin, count, sinks_ + first, rounded.sinks, rounded.begin, window_,
+                                      reach, sinks_ + before.coded, spec.scale * kLog2E, spec.soft_cap * kLog2E},
+                                     {rows, 1, 1}, kSoftmaxThreads, 0)[0];
+    results.push_back(mx::reshape(mx::matmul(weights, restored[1]), {batch, q.shape(1), some, dim_}));
+  }
+  return results.size() == 1 ? results[0] : mx::concatenate(results, 2);
 }
 
 mx::array PackedKernels::attend(const mx::array& q, const std::optional<mx::array>& closed, const State& state, const Counts& counts,
@@ -146,7 +168,8 @@ mx::array PackedKernels::attend(const mx::array& q, const std::optional<mx::arra
               exact_tiles = tiles_of(std::min(sinks_, counts.offset) + std::max(0, counts.offset - sinks_ - counts.coded)),
               at_once = std::clamp(kBlocksOfProcessor * cuda_processors() / groups, 1, kMostParts / 2);
     exact_splits = std::min(exact_tiles, at_once);
-    splits = std::min(tiles, at_once);
+    // A tile each as long as few parts come of it, then several, since all parts are read again.
+    splits = std::min({tiles, std::max(kFewParts, tiles / kTilesOfPart), std::max(1, at_once - exact_splits)});
     const mx::Shape of_parts = {sequence_heads, splits + exact_splits, rows};
     parts = (*attend_)({*tables_, closed ? *closed : state.open, state.open, exact, q},
                        {of_parts, of_parts, {sequence_heads, splits + exact_splits, rows, dim_}},

@@ -11,6 +11,7 @@ namespace veloxquant {
 namespace {
 
 constexpr int kKiviGroup = 32;
+constexpr int kComparisonsAtOnce = 1 << 25;
 
 // The steps of quantize/kivi.cpp on groups [..., size].
 mx::array restore_kivi_groups(const mx::array& x, int bits) {
@@ -32,12 +33,19 @@ mx::array patched(const mx::array& z, const mx::array& looked_up, int patches) {
   constexpr int kBlock = static_cast<int>(RotatedPqQuantizer::kBlockTokens);
   const auto rest = mx::subtract(z, looked_up);
   const auto errors = mx::sum(mx::square(rest), -1);  // [B, H, T]
+  const int batch = z.shape(0), heads = z.shape(1), count = z.shape(2), whole = count / kBlock;
+  // Blocks of `size` tokens each.
   std::vector<mx::array> worst;
-  for (int begin = 0; begin < z.shape(2); begin += kBlock) {
-    const int end = std::min(begin + kBlock, z.shape(2));
-    const auto count = RotatedPqQuantizer::patches_of(static_cast<std::size_t>(patches), static_cast<std::size_t>(end - begin));
-    worst.push_back(largest(mx::slice(errors, {0, 0, begin}, {z.shape(0), z.shape(1), end}), static_cast<int>(count)));
-  }
+  const auto choose = [&](int begin, int blocks, int size) {
+    auto some = mx::reshape(mx::slice(errors, {0, 0, begin}, {batch, heads, begin + blocks * size}), {batch, heads, blocks, size});
+    if (!worst.empty()) some = mx::depends({some}, {worst.back()})[0];
+    const auto most = RotatedPqQuantizer::patches_of(static_cast<std::size_t>(patches), static_cast<std::size_t>(size));
+    worst.push_back(mx::reshape(largest(some, static_cast<int>(most)), {batch, heads, blocks * size}));
+  };
+  // largest() compares each token of a block with each.
+  const int step = std::max(1, kComparisonsAtOnce / (batch * heads * kBlock * kBlock));
+  for (int block = 0; block < whole; block += step) choose(block * kBlock, std::min(step, whole - block), kBlock);
+  if (whole * kBlock < count) choose(whole * kBlock, 1, count - whole * kBlock);
   const auto chosen = mx::expand_dims(worst.size() == 1 ? worst[0] : mx::concatenate(worst, -1), -1);
   return mx::where(chosen, mx::add(looked_up, look_up_patch(quantise_patch(rest))), looked_up);
 }

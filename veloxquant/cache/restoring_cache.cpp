@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "mlx/ops.h"
+#include "mlx/transforms.h"
 #include "veloxquant/cache/restore_graph.h"
 #include "veloxquant/core/parallel.h"
 #include "veloxquant/model/attention.h"
@@ -53,7 +54,11 @@ mx::array head_of(const mx::array& x, int head) {
 mx::array restore_by_graphs(const std::vector<RestoreGraph>& graphs, const mx::array& x) {
   if (graphs.size() == 1) return graphs[0](x);
   std::vector<mx::array> heads;
-  for (std::size_t head = 0; head < graphs.size(); ++head) heads.push_back(graphs[head](head_of(x, static_cast<int>(head))));
+  for (std::size_t head = 0; head < graphs.size(); ++head) {
+    heads.push_back(graphs[head](head_of(x, static_cast<int>(head))));
+    // Heads on their own are graphs of few kinds, which CUDA's back end keeps; in layers as wholes hardly two would be alike.
+    if (!x.is_tracer()) mx::async_eval(heads.back());
+  }
   return mx::concatenate(heads, 1);
 }
 

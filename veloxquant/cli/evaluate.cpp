@@ -11,6 +11,7 @@
 #include "veloxquant/cli/terminal.h"
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/random.h"
+#include "veloxquant/core/warning.h"
 #include "veloxquant/generate/own_text.h"
 
 namespace veloxquant::cli {
@@ -117,11 +118,13 @@ void print_rows(const std::vector<EvaluationRow>& rows, std::span<const Storage>
 }
 
 void run(const Options& options) {
+  end_soon_at_interrupt();
   const DeviceScope scope = options.run.enter();
   const LoadedModel loaded = load_model(options.model);
   const int longest = loaded.model.config().max_position_embeddings,
             length = options.length > 0 ? options.length : std::min(longest, kLongestWindow);
-  if (length > longest) throw_invalid("evaluate", "length: expected at most {} (the model's maximum), got {}", longest, length);
+  if (length > longest)
+    warn(fmt::format("windows of {} tokens, and the model was made for {}: what lies beyond may make no sense", length, longest));
   const auto progress = terminal_progress();
   // Plans and texts are read before anything that takes long.
   auto storages = storages_of_plans(options, loaded.model);

@@ -5,17 +5,17 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
-#include <new>
 
 #include "veloxquant/cli/commands.h"
 #include "veloxquant/cli/terminal.h"
 #include "veloxquant/core/error.h"
 #include "veloxquant/kernels/gemm.h"
+#include "veloxquant/model/memory.h"
 
 namespace veloxquant::cli {
 namespace {
 
-constexpr int kFailure = 1, kUsage = 2, kInterrupted = 130;
+constexpr int kFailure = 1, kUsage = 2;
 
 int report(std::string_view message, int status = kFailure) {
   clear_progress();
@@ -54,11 +54,9 @@ int run(int argc, char** argv) {
     if (error.get_exit_code() == 0) return program.exit(error);  // --help, --version
     return report(usage_text(program, error), kUsage);
   } catch (const Interrupted&) {
-    return report("interrupted", kInterrupted);
-  } catch (const std::bad_alloc&) {
-    return report("out of memory: fewer or shorter samples, windows or documents need less");
+    return report("interrupted", kInterruptedStatus);
   } catch (const std::exception& error) {
-    return report(error.what());
+    return report(out_of_memory(error).value_or(error.what()));
   }
   clear_progress();
   if (std::fflush(stdout) != 0) return report("could not write to standard output");

@@ -5,8 +5,8 @@
 #include <map>
 
 #include "veloxquant/core/error.h"
-#include "veloxquant/core/file.h"
 #include "veloxquant/plan/plan_file.h"
+#include "veloxquant/text/text_file.h"
 
 namespace veloxquant::cli {
 
@@ -40,7 +40,7 @@ void SampleOptions::add_to(CLI::App& command, const std::string& defaults) {
 
 std::vector<std::string> TextOptions::read() const {
   std::vector<std::string> texts;
-  for (const auto& file : files) texts.push_back(read_file(file));
+  for (const auto& file : files) texts.push_back(read_text(file));
   return texts;
 }
 

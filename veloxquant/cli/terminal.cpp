@@ -1,6 +1,7 @@
 #include "veloxquant/cli/terminal.h"
 
 #include <fmt/format.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -15,12 +16,22 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-std::atomic<bool> interrupted = false;
-bool line_drawn = false;
+std::atomic<bool> interrupted = false, line_drawn = false, ends_soon = false;
 
 extern "C" void on_interrupt(int) {
   interrupted = true;
   std::signal(SIGINT, SIG_DFL);
+  if (!ends_soon) return;
+  struct itimerval half_a_second = {{0, 0}, {0, 500'000}};
+  ::setitimer(ITIMER_REAL, &half_a_second, nullptr);
+}
+
+// In the middle of anything: only what a signal handler may call.
+extern "C" void on_patience_lost(int) {
+  constexpr std::string_view kWipe = "\r\033[K", kMessage = "veloxquant: interrupted\n";
+  if (line_drawn) (void)!::write(STDERR_FILENO, kWipe.data(), kWipe.size());
+  (void)!::write(STDERR_FILENO, kMessage.data(), kMessage.size());
+  ::_exit(kInterruptedStatus);
 }
 
 std::string time_text(double seconds) {
@@ -32,7 +43,7 @@ std::string time_text(double seconds) {
 class ProgressLine {
  public:
   void operator()(std::string_view stage, std::size_t done, std::size_t total) {
-    if (interrupted) throw Interrupted();
+    check_interrupt();
     const auto now = Clock::now();
     if (stage != stage_ || done < done_) start_ = now, stage_ = stage;
     done_ = done;
@@ -63,6 +74,12 @@ ProgressCallback terminal_progress() {
   return ProgressLine();
 }
 
+void check_interrupt() {
+  if (!interrupted) return;
+  std::signal(SIGALRM, SIG_IGN);
+  throw Interrupted();
+}
+
 void clear_progress() {
   if (!line_drawn) return;
   fmt::print(stderr, "\r\033[K");
@@ -72,6 +89,11 @@ void clear_progress() {
 
 void install_interrupt_handler() {
   std::signal(SIGINT, on_interrupt);
+}
+
+void end_soon_at_interrupt() {
+  std::signal(SIGALRM, on_patience_lost);
+  ends_soon = true;
 }
 
 void install_warning_handler() {

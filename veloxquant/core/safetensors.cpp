@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "veloxquant/core/error.h"
+#include "veloxquant/core/half.h"
 #include "veloxquant/core/json.h"
 #include "veloxquant/core/parallel.h"
 
@@ -84,13 +85,6 @@ std::map<std::string, std::string> read_metadata(const nlohmann::json& value, co
   const JsonObject object(value, fmt::format("{}: {}", file, kMetadata));
   for (const auto& [key, text] : value.items()) metadata[key] = object.string(key);
   return metadata;
-}
-
-float from_half(std::uint16_t bits) {
-  return static_cast<float>(std::bit_cast<_Float16>(bits));
-}
-float from_bfloat(std::uint16_t bits) {
-  return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
 }
 
 void check_entry(const std::string& name, const SafetensorsEntry& entry) {

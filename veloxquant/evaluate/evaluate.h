@@ -39,8 +39,10 @@ struct RecallDocuments {
 ///
 /// Each window is scored teacher-forced: query t sees the keys and values up to t as the storage gives them back.  Perplexity
 /// counts all tokens but a window's first, divergence and agreement all positions.  A fact counts as recalled if every token of its
-/// answer is the likeliest one.  The first row is full precision; then one row per storage, in order.
-/// Throws std::runtime_error that names the storage if a model's logits are not finite with it.
+/// answer is the likeliest one.  Full precision runs once a window, whatever it is compared with.  Memory beyond the weights: what
+/// one layer makes of a window, 1 GiB at most of hidden states (those of two storages at least), and some tens of MiB of logits at
+/// a time.  The first row is full precision; then one row per storage, in order. Throws std::runtime_error that names the storage
+/// if a model's logits are not finite with it.
 std::vector<EvaluationRow> evaluate(const LanguageModel& model, const TokenBatch& windows, std::span<const Storage> storages,
                                     const RecallDocuments& documents, const ProgressCallback& progress = {});
 

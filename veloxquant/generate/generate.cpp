@@ -1,10 +1,11 @@
 #include "veloxquant/generate/generate.h"
 
-#include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "mlx/ops.h"
@@ -18,7 +19,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int kPromptChunk = 512;
+constexpr std::size_t kPromptChunk = 512;
 
 double seconds_since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
@@ -40,13 +41,41 @@ void check(const LanguageModel& model, std::span<const std::int32_t> prompt, con
                      longest));
 }
 
-// Logits [vocab_size] of the last of `tokens`.
-std::vector<float> read(const LanguageModel& model, std::span<const std::int32_t> tokens, const AttentionCaches& caches) {
-  const int count = static_cast<int>(tokens.size());
-  const auto hidden = model.forward(mx::array(tokens.data(), {1, count}, mx::int32), caches);
+mx::array token_row(std::span<const std::int32_t> tokens) {
+  return mx::array(tokens.data(), {1, static_cast<int>(tokens.size())}, mx::int32);
+}
+
+// Logits [vocab_size] of the last of the tokens whose hidden states [1, T, hidden_size] are given.
+std::vector<float> last_logits(const LanguageModel& model, const mx::array& hidden) {
+  const int count = hidden.shape(1);
   auto logits = mx::contiguous(model.logits(mx::slice(hidden, {0, count - 1, 0}, {1, count, hidden.shape(2)})));
   logits.eval();
-  return {logits.data<float>(), logits.data<float>() + logits.size()};
+  std::vector<float> values(logits.data<float>(), logits.data<float>() + logits.size());
+  // −∞ is a token that cannot come.
+  const auto wrong =
+      std::find_if(values.begin(), values.end(), [](float x) { return !(x < std::numeric_limits<float>::infinity()); });
+  if (wrong != values.end())
+    throw_failure("generate", "expected finite logits, got {} for token {}: float32 overflows", *wrong, wrong - values.begin());
+  return values;
+}
+
+std::vector<float> read_prompt(const LanguageModel& model, std::span<const std::int32_t> prompt, const AttentionCaches& caches,
+                               const ProgressCallback& progress) {
+  ProgressStage stage(progress, "reading the prompt", prompt.size() * caches.size());
+  for (;; prompt = prompt.subspan(kPromptChunk)) {
+    const auto chunk = prompt.first(std::min(kPromptChunk, prompt.size()));
+    const auto hidden = model.forward(token_row(chunk), caches, [&] { stage.advance(chunk.size()); });
+    if (chunk.size() == prompt.size()) return last_logits(model, hidden);
+  }
+}
+
+// Once, which layers kernels of ours do not serve though they could, and why.
+void warn_of_graphs(const AttentionCaches& caches) {
+  std::map<std::string, std::vector<std::size_t>> layers;
+  for (std::size_t layer = 0; layer < caches.size(); ++layer)
+    if (auto why = caches[layer]->no_kernels(); !why.empty()) layers[why].push_back(layer);
+  for (const auto& [why, some] : layers)
+    warn(fmt::format("layers {} attend to their codes by operations of MLX, which is slower: {}", fmt::join(some, ", "), why));
 }
 
 }  // namespace
@@ -79,13 +108,12 @@ std::int32_t choose_token(std::span<const float> logits, double temperature, dou
 }
 
 Generation generate(const LanguageModel& model, std::span<const std::int32_t> prompt, const CacheFactory& factory,
-                    const GenerateOptions& options, const TokenCallback& on_token) {
+                    const GenerateOptions& options, const TokenCallback& on_token, const ProgressCallback& progress) {
   check(model, prompt, options);
   const auto begin = Clock::now();
   const auto caches = model.make_caches(factory);
-  std::vector<float> logits;
-  for (std::size_t at = 0; at < prompt.size(); at += kPromptChunk)
-    logits = read(model, prompt.subspan(at, std::min<std::size_t>(kPromptChunk, prompt.size() - at)), caches);
+  auto logits = read_prompt(model, prompt, caches, progress);
+  warn_of_graphs(caches);
   Generation result;
   auto first = begin;
   Random random(options.seed);
@@ -99,11 +127,15 @@ Generation generate(const LanguageModel& model, std::span<const std::int32_t> pr
       first = Clock::now();
     }
     if (on_token && !on_token(token)) break;
-    if (static_cast<int>(result.tokens.size()) < options.max_tokens) logits = read(model, {&token, 1}, caches);
+    if (static_cast<int>(result.tokens.size()) < options.max_tokens)
+      logits = last_logits(model, model.forward(token_row({&token, 1}), caches));
   }
   if (result.tokens.size() > 1) result.tokens_per_second = static_cast<double>(result.tokens.size() - 1) / seconds_since(first);
   result.tokens_in_cache = caches.at(0)->offset();
-  for (const auto& cache : caches) result.cache_bytes += cache->nbytes();
+  for (const auto& cache : caches) {
+    result.cache_bytes += cache->nbytes();
+    result.kernels.push_back(cache->kernels());
+  }
   return result;
 }
 

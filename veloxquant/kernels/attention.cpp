@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "veloxquant/core/parallel.h"
@@ -29,22 +30,66 @@ void scale_vector(float* x, std::size_t dim, float factor) {
   scale_row(x, dim, factor);
 }
 
-// scores[s] = scale · q·k[s] for keys that lie token_stride apart.
-void score_keys(const float* q, const float* k, std::ptrdiff_t token_stride, std::size_t count, std::size_t dim, float scale,
-                float* scores) {
-  for (std::size_t s = 0; s < count; ++s, k += token_stride) scores[s] = scale * row_dot(q, k, dim);
+// scores [rows, count] of queries q[r] and keys that lie token_stride apart: scale · q[r]·k[s].  As many keys at a time as a vector
+// has lanes meet all queries, so that they come from memory once, and a tree of additions sums up all products.
+void score_keys(const float* const* q, std::size_t rows, const float* k, std::ptrdiff_t token_stride, std::size_t count,
+                std::size_t dim, float scale, float* scores) {
+  const hn::ScalableTag<float> d;
+  constexpr std::size_t kKeys = hn::MaxLanes(hn::ScalableTag<float>());
+  const std::size_t lanes = hn::Lanes(d), whole = dim / lanes * lanes;
+  std::size_t s = 0;
+  for (; s + kKeys <= count; s += kKeys, k += static_cast<std::ptrdiff_t>(kKeys) * token_stride) {
+    for (std::size_t r = 0; r < rows; ++r) {
+      hn::Vec<hn::ScalableTag<float>> sums[kKeys];
+      for (auto& sum : sums) sum = hn::Zero(d);
+      for (std::size_t i = 0; i < whole; i += lanes) {
+        const auto query = hn::LoadU(d, q[r] + i);
+        for (std::size_t j = 0; j < kKeys; ++j)
+          sums[j] = hn::MulAdd(query, hn::LoadU(d, k + static_cast<std::ptrdiff_t>(j) * token_stride + i), sums[j]);
+      }
+      sum_vectors<kKeys>(sums);
+      float* out = scores + r * count + s;
+      hn::StoreU(hn::Mul(sums[0], hn::Set(d, scale)), d, out);
+      for (std::size_t j = 0; whole < dim && j < kKeys; ++j) {
+        const float* key = k + static_cast<std::ptrdiff_t>(j) * token_stride;
+        for (std::size_t i = whole; i < dim; ++i) out[j] += scale * q[r][i] * key[i];
+      }
+    }
+  }
+  for (; s < count; ++s, k += token_stride)
+    for (std::size_t r = 0; r < rows; ++r) scores[r * count + s] = scale * row_dot(q[r], k, dim);
 }
 
-// out += Σ weights[s] · v[s].
-void add_values(const float* weights, const float* v, std::ptrdiff_t token_stride, std::size_t count, std::size_t dim, float* out) {
+// out [rows, dim] += weights [rows, count] · v, whose tokens lie token_stride apart.  Some values at a time meet all rows, so that
+// they come from memory once, and a sum is read and written once for all of them.
+void add_values(const float* weights, std::size_t rows, const float* v, std::ptrdiff_t token_stride, std::size_t count,
+                std::size_t dim, float* out) {
   const hn::ScalableTag<float> d;
+  using V = hn::Vec<hn::ScalableTag<float>>;
+  constexpr std::size_t kValues = 8;
   const std::size_t lanes = hn::Lanes(d), whole = dim / lanes * lanes;
-  for (std::size_t s = 0; s < count; ++s, v += token_stride) {
-    const auto weight = hn::Set(d, weights[s]);
-    for (std::size_t i = 0; i < whole; i += lanes)
-      hn::StoreU(hn::MulAdd(weight, hn::LoadU(d, v + i), hn::LoadU(d, out + i)), d, out + i);
-    for (std::size_t i = whole; i < dim; ++i) out[i] += weights[s] * v[i];
-  }
+  const auto add = [&](std::size_t s, std::size_t r, auto values) HWY_ATTR {
+    constexpr std::size_t n = decltype(values)::value;
+    const float *w = weights + r * count + s, *from[n];
+    float* to = out + r * dim;
+    V ws[n];
+    for (std::size_t j = 0; j < n; ++j) {
+      ws[j] = hn::Set(d, w[j]);
+      from[j] = v + static_cast<std::ptrdiff_t>(s + j) * token_stride;
+    }
+    for (std::size_t i = 0; i < whole; i += lanes) {
+      V sum = hn::LoadU(d, to + i);
+      for (std::size_t j = 0; j < n; ++j) sum = hn::MulAdd(ws[j], hn::LoadU(d, from[j] + i), sum);
+      hn::StoreU(sum, d, to + i);
+    }
+    for (std::size_t i = whole; i < dim; ++i)
+      for (std::size_t j = 0; j < n; ++j) to[i] += w[j] * from[j][i];
+  };
+  std::size_t s = 0;
+  for (; s + kValues <= count; s += kValues)
+    for (std::size_t r = 0; r < rows; ++r) add(s, r, std::integral_constant<std::size_t, kValues>());
+  for (; s < count; ++s)
+    for (std::size_t r = 0; r < rows; ++r) add(s, r, std::integral_constant<std::size_t, 1>());
 }
 
 }  // namespace HWY_NAMESPACE
@@ -152,7 +197,8 @@ class FewQueries {
   }
 
  private:
-  static constexpr std::size_t kKeysOfPart = 8 * kKeyBlock;
+  // Few enough that threads finish together where there are few heads.
+  static constexpr std::size_t kKeysOfPart = 2 * kKeyBlock;
 
   std::size_t head(std::size_t kv, std::size_t row) const { return kv * group_ + row / shape_.query_tokens; }
   std::size_t token(std::size_t row) const { return row % shape_.query_tokens; }
@@ -162,22 +208,31 @@ class FewQueries {
 
   void attend_part(std::size_t b, std::size_t kv, std::size_t part) {
     const std::size_t first = part * kKeysOfPart, last = std::min(first + kKeysOfPart, shape_.key_tokens);
-    for (std::size_t begin = first; begin < last; begin += kKeyBlock)
-      for (std::size_t row = 0; row < rows_; ++row) {
-        const KeyRange seen = visible_keys(shape_, rule_, b, token(row));
-        const std::size_t from = std::max(begin, seen.begin), to = std::min({begin + kKeyBlock, last, seen.end});
-        if (from < to) attend_block_of(b, kv, row, from, to - from, index(b, kv, part, row));
-      }
+    std::vector<const float*> queries(rows_);
+    for (std::size_t row = 0; row < rows_; ++row) queries[row] = q_.at(b, head(kv, row), token(row));
+    // Keys that any of the queries sees: from what the first token sees to what the last one does.
+    const KeyRange seen{visible_keys(shape_, rule_, b, 0).begin, visible_keys(shape_, rule_, b, shape_.query_tokens - 1).end};
+    for (std::size_t begin = first; begin < last; begin += kKeyBlock) {
+      const std::size_t from = std::max(begin, seen.begin), to = std::min({begin + kKeyBlock, last, seen.end});
+      if (from < to) attend_block_of(b, kv, queries, from, to - from, index(b, kv, part, 0));
+    }
   }
 
-  void attend_block_of(std::size_t b, std::size_t kv, std::size_t row, std::size_t begin, std::size_t count, std::size_t i) {
-    float scores[kKeyBlock];
+  // For all rows, of which i is the first.
+  void attend_block_of(std::size_t b, std::size_t kv, const std::vector<const float*>& queries, std::size_t begin,
+                       std::size_t count, std::size_t i) {
+    thread_local std::vector<float> scores;
+    scores.resize(std::max(scores.size(), rows_ * count));
     float* values = values_.data() + i * shape_.head_dim;
     HWY_DYNAMIC_DISPATCH(score_keys)
-    (q_.at(b, head(kv, row), token(row)), k_.at(b, kv, begin), k_.token_stride, count, shape_.head_dim, rule_.scale, scores);
-    const float shrink = weigh_scores(rule_, scores, count, {0, count}, 0, softmax_.maximum[i], softmax_.sum[i]);
-    if (shrink != 1.0f) HWY_DYNAMIC_DISPATCH(scale_vector)(values, shape_.head_dim, shrink);
-    HWY_DYNAMIC_DISPATCH(add_values)(scores, v_.at(b, kv, begin), v_.token_stride, count, shape_.head_dim, values);
+    (queries.data(), rows_, k_.at(b, kv, begin), k_.token_stride, count, shape_.head_dim, rule_.scale, scores.data());
+    for (std::size_t row = 0; row < rows_; ++row) {
+      const float shrink = weigh_scores(rule_, scores.data() + row * count, count, visible_keys(shape_, rule_, b, token(row)),
+                                        begin, softmax_.maximum[i + row], softmax_.sum[i + row]);
+      if (shrink != 1.0f) HWY_DYNAMIC_DISPATCH(scale_vector)(values + row * shape_.head_dim, shape_.head_dim, shrink);
+    }
+    HWY_DYNAMIC_DISPATCH(add_values)
+    (scores.data(), rows_, v_.at(b, kv, begin), v_.token_stride, count, shape_.head_dim, values);
   }
 
   // Each part is relative to a maximum of its own; one that a query does not see has the lowest there is, and weighs nothing.
@@ -194,8 +249,8 @@ class FewQueries {
     float* result = out_.at(b, head(kv, row), token(row));
     std::fill_n(result, shape_.head_dim, 0.0f);
     HWY_DYNAMIC_DISPATCH(add_values)
-    (weights.data(), values_.data() + index(b, kv, 0, row) * shape_.head_dim, static_cast<std::ptrdiff_t>(rows_ * shape_.head_dim),
-     parts_, shape_.head_dim, result);
+    (weights.data(), 1, values_.data() + index(b, kv, 0, row) * shape_.head_dim,
+     static_cast<std::ptrdiff_t>(rows_ * shape_.head_dim), parts_, shape_.head_dim, result);
   }
 
   const AttentionShape& shape_;

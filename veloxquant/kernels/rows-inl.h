@@ -17,6 +17,19 @@ namespace HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
+/// sums[0 … n): vectors, n a power of two.  Afterwards neighbouring lanes of sums[0] are the sums of the vectors, in order.
+template <std::size_t n>
+void sum_vectors([[maybe_unused]] hn::Vec<hn::ScalableTag<float>>* sums) {
+#if HWY_TARGET != HWY_SCALAR  // where a vector is its own sum, and Highway has no shuffles
+  const hn::ScalableTag<float> d;
+  for (std::size_t i = 0; i < n / 2; ++i) {
+    const auto a = sums[2 * i], b = sums[2 * i + 1];
+    sums[i] = hn::Add(hn::ConcatEven(d, b, a), hn::ConcatOdd(d, b, a));
+  }
+  if constexpr (n > 2) sum_vectors<n / 2>(sums);
+#endif
+}
+
 /// The largest of x [n] and `least`.
 inline float row_maximum(const float* x, std::size_t n, float least) {
   const hn::ScalableTag<float> d;

@@ -16,47 +16,61 @@ namespace veloxquant {
 
 namespace {
 
-// How far each of S keys lies behind each of T queries: int32 [1, 1, T, S], negative for later keys.
-mx::array distances(int queries, int keys) {
-  const auto query = mx::reshape(mx::arange(keys - queries, keys, mx::int32), {1, 1, queries, 1});
-  return mx::subtract(query, mx::reshape(mx::arange(keys), {1, 1, 1, keys}));
+mx::array tokens(const mx::array& x, int begin, int end) {
+  return mx::slice(x, {0, 0, begin, 0}, {x.shape(0), x.shape(1), end, x.shape(3)});
 }
 
-// Which keys each query sees: bool [B or 1, 1, T, S].
-mx::array seen_keys(const mx::array& distance, const AttentionSpec& spec) {
-  auto seen = mx::greater_equal(distance, mx::array(0));
-  if (spec.sliding_window > 0) seen = mx::logical_and(seen, mx::less(distance, mx::array(spec.sliding_window)));
-  if (spec.padding)
-    seen = mx::logical_and(seen, mx::greater_equal(mx::arange(distance.shape(-1)), mx::reshape(*spec.padding, {-1, 1, 1, 1})));
+// Which of the keys at `key` [n] the queries at `query` [c, 1] see, those of a sequence that are padding aside: bool [c, n].
+// Near ones are the last near_window, where that is above 0; far ones those before.
+mx::array seen_keys(const mx::array& query, const mx::array& key, bool near, int near_window, int sliding_window) {
+  const auto distance = mx::subtract(query, key);
+  auto seen = mx::greater_equal(distance, mx::array(near ? 0 : near_window));
+  const auto within = [&](int window) { seen = mx::logical_and(seen, mx::less(distance, mx::array(window))); };
+  if (near) within(near_window);
+  if (sliding_window > 0) within(sliding_window);
   return seen;
 }
 
-// By MLX's operations, on any device.
-mx::array attention_graph(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec,
-                          const std::optional<NearTokens>& near) {
-  const bool plain = spec.sliding_window == 0 && !spec.padding && !near;
-  if (spec.soft_cap == 0 && plain) return mx::fast::scaled_dot_product_attention(q, k, v, spec.scale, "causal");
-  const int batch = q.shape(0), heads = q.shape(1), kv_heads = k.shape(1), queries = q.shape(2), keys = k.shape(2),
-            dim = q.shape(3);
-  const auto grouped = mx::reshape(q, {batch, kv_heads, heads / kv_heads, queries, dim});
-  const auto products = [&](const mx::array& k) { return mx::matmul(grouped, mx::swapaxes(mx::expand_dims(k, 2), -1, -2)); };
-  const auto distance = distances(queries, keys);
-  const auto is_near = mx::expand_dims(mx::less(distance, mx::array(near ? near->window : 0)), 2);
-  // Near keys stand where the far ones that they replace do.
-  const auto at_end = [&](const mx::array& x) { return mx::pad(x, {{0, 0}, {0, 0}, {keys - x.shape(2), 0}, {0, 0}}); };
-  auto scores = products(k);
-  if (near) scores = mx::where(is_near, products(at_end(near->k)), scores);
-  scores = mx::multiply(scores, mx::array(spec.scale));
-  if (spec.soft_cap > 0) scores = mx::multiply(mx::tanh(mx::divide(scores, mx::array(spec.soft_cap))), mx::array(spec.soft_cap));
-  const auto seen = mx::expand_dims(seen_keys(distance, spec), 2);
-  // Finite, so that a query that sees nothing has weights, which the mask then takes away.
-  const auto weights = mx::softmax(mx::where(seen, scores, mx::array(-1e30f)), -1, /* precise= */ true);
-  const auto sum = [&](const mx::array& which, const mx::array& v) {
-    return mx::matmul(mx::where(which, weights, mx::array(0.0f)), mx::expand_dims(v, 2));
+// By MLX's operations, on any device: queries that stand at the positions from `begin` to `end` of the keys, which exist up to
+// there.
+mx::array attend_queries(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec,
+                         const std::optional<NearTokens>& near, int begin, int end) {
+  const int sliding = spec.sliding_window, first = sliding > 0 ? std::max(0, begin - sliding + 1) : 0;
+  if (spec.soft_cap == 0 && sliding == 0 && !spec.padding && !near)
+    return mx::fast::scaled_dot_product_attention(q, tokens(k, 0, end), tokens(v, 0, end), spec.scale, "causal");
+  const int window = near ? near->window : 0, first_near = near ? std::max(first, begin - window + 1) : end,
+            last_far = std::max(first, end - window);
+  const auto query = mx::reshape(mx::arange(begin, end, mx::int32), {-1, 1});
+  std::vector<mx::array> all_keys, all_values, all_positions, all_seen;
+  // The keys from `from` to `to`, which in k and v stand `before` earlier.
+  const auto add = [&](const mx::array& k, const mx::array& v, int from, int to, int before, bool is_near) {
+    if (from == to) return;
+    all_keys.push_back(tokens(k, from - before, to - before));
+    all_values.push_back(tokens(v, from - before, to - before));
+    all_positions.push_back(mx::arange(from, to, mx::int32));
+    all_seen.push_back(seen_keys(query, all_positions.back(), is_near, window, sliding));
   };
-  if (!near) return mx::reshape(sum(seen, v), q.shape());
-  const auto far_sum = sum(mx::logical_and(seen, mx::logical_not(is_near)), v);
-  return mx::reshape(mx::add(far_sum, sum(mx::logical_and(seen, is_near), at_end(near->v))), q.shape());
+  add(k, v, first, last_far, 0, false);
+  if (near) add(near->k, near->v, first_near, end, k.shape(2) - near->k.shape(2), true);
+  const auto joined = [](const std::vector<mx::array>& parts, int axis) {
+    return parts.size() == 1 ? parts[0] : mx::concatenate(parts, axis);
+  };
+  const auto keys = joined(all_keys, 2), values = joined(all_values, 2);
+  auto seen = joined(all_seen, 1);
+  if (spec.padding) {
+    const auto padding = mx::reshape(*spec.padding, {-1, 1, 1, 1, 1});
+    seen = mx::logical_and(seen, mx::greater_equal(joined(all_positions, 0), padding));
+  }
+
+  const int batch = q.shape(0), heads = q.shape(1), kv_heads = k.shape(1), group = heads / kv_heads, queries = end - begin;
+  const mx::Shape rows = {batch, kv_heads, group * queries, -1}, by_head = {batch, kv_heads, group, queries, -1};
+  const auto scaled = mx::reshape(mx::multiply(q, mx::array(spec.scale)), rows);
+  auto scores = mx::reshape(mx::matmul(scaled, mx::swapaxes(keys, -1, -2)), by_head);
+  if (spec.soft_cap > 0) scores = mx::multiply(mx::tanh(mx::divide(scores, mx::array(spec.soft_cap))), mx::array(spec.soft_cap));
+  // Finite, so that a query that sees nothing, padding, has weights, which are then taken away.
+  auto weights = mx::softmax(mx::where(seen, scores, mx::array(-1e30f)), -1, /* precise= */ true);
+  if (spec.padding) weights = mx::where(seen, weights, mx::array(0.0f));
+  return mx::reshape(mx::matmul(mx::reshape(weights, rows), values), q.shape());
 }
 
 AttentionShape shape_of(const mx::array& q, const mx::array& k) {
@@ -120,10 +134,26 @@ void check(const NearTokens& near, const mx::array& q, const mx::array& k) {
 
 }  // namespace
 
+mx::array causal_attention_graph(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec,
+                                 const std::optional<NearTokens>& near, std::int64_t scores_at_once) {
+  const int queries = q.shape(2), keys = k.shape(2), first = keys - queries;
+  const std::int64_t scores = static_cast<std::int64_t>(q.shape(0)) * q.shape(1) * keys;
+  const int step = static_cast<int>(std::clamp<std::int64_t>(scores_at_once / scores, 1, queries));
+  std::vector<mx::array> parts;
+  for (int begin = 0; begin < queries; begin += step) {
+    const int end = std::min(begin + step, queries);
+    auto some = tokens(q, begin, end);
+    // One after another: MLX would compute the scores of all parts before it uses those of the first.
+    if (!parts.empty()) some = mx::depends({some}, {parts.back()})[0];
+    parts.push_back(attend_queries(some, k, v, spec, near, first + begin, first + end));
+  }
+  return parts.size() == 1 ? parts[0] : mx::concatenate(parts, 2);
+}
+
 mx::array causal_attention(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSpec& spec,
                            const std::optional<NearTokens>& near) {
   if (near) check(*near, q, k);
-  if (!own_kernels()) return attention_graph(q, k, v, spec, near);
+  if (!own_kernels()) return causal_attention_graph(q, k, v, spec, near);
   const int near_window = near ? near->window : 0;
   std::vector<mx::array> inputs = {q, k, v};
   if (near) inputs.insert(inputs.end(), {near->k, near->v});

@@ -37,6 +37,12 @@ class AttentionCache {
 
   /// Bytes that the stored tokens take.
   virtual std::size_t nbytes() const = 0;
+
+  /// What attends to the newest token: "cpu", kernels of ours; "cuda", kernels of ours; "graph", operations of MLX.
+  virtual std::string kernels() const;
+
+  /// Where that is "graph": why kernels of ours do not serve, if they could; else empty.
+  virtual std::string no_kernels() const { return {}; }
 };
 
 /// Arrays that say, by name, all that a cache holds.

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cassert>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <utility>
 
@@ -33,7 +34,9 @@ class CpuOperation : public mx::Primitive {
       read.push_back(mx::array::unsafe_weak_copy(input));
     }
     for (auto& output : outputs) {
-      output.set_data(mx::allocator::malloc(output.nbytes()));
+      auto data = mx::allocator::malloc(output.nbytes());
+      if (!data.buffer().ptr() && output.nbytes() > 0) throw std::bad_alloc();  // MLX does not look
+      output.set_data(std::move(data));
       encoder.set_output_array(output);
       written.push_back(mx::array::unsafe_weak_copy(output));
     }

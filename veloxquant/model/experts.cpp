@@ -20,8 +20,8 @@ class Visit {
       : activation_(activation),
         hidden_(static_cast<std::size_t>(experts.gate.columns())),
         inner_(static_cast<std::size_t>(experts.gate.rows())),
-        gate_up_{{experts.gate.data(index), nullptr, inner_}, {experts.up.data(index), nullptr, inner_}},
-        down_{{experts.down.data(index), nullptr, hidden_}} {
+        gate_up_{{experts.gate.stored(index), nullptr, inner_}, {experts.up.stored(index), nullptr, inner_}},
+        down_{{experts.down.stored(index), nullptr, hidden_}} {
     for (std::size_t i = 0; i < tokens * per_token; ++i) {
       if (chosen[i] != index) continue;
       places_.push_back(i);
@@ -124,7 +124,7 @@ mx::array Experts::operator()(const mx::array& x) const {
   if (config_.normalized) weights = mx::divide(weights, mx::sum(weights, -1, /* keepdims= */ true));
   if (!own_kernels()) return mx::reshape(by_mlx(flat, chosen, weights), x.shape());
   for (int i = 0; i < experts_.gate.count(); ++i)
-    for (const auto* stack : {&experts_.gate, &experts_.up, &experts_.down}) stack->data(i);  // kernels find them there
+    for (const auto* stack : {&experts_.gate, &experts_.up, &experts_.down}) stack->stored(i);  // kernels find them there
   const auto sum = cpu_operation(
       "Experts", {mx::contiguous(flat), mx::contiguous(chosen), mx::contiguous(weights)}, {flat.shape()},
       [experts = experts_, activation = activation_](const auto& in, auto& out) { forward(experts, activation, in, out[0]); },

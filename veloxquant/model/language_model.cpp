@@ -1,6 +1,7 @@
 #include "veloxquant/model/language_model.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "mlx/transforms.h"
 
@@ -19,6 +20,20 @@ mx::array LanguageModel::hidden_gradient(const mx::array& hidden, const mx::arra
 mx::array LanguageModel::forward(const mx::array& tokens, const AttentionCaches& caches) const {
   auto hidden = embed(tokens);
   for (int i = 0; i < config_.num_layers; ++i) hidden = layer(i, hidden, *caches.at(static_cast<std::size_t>(i)));
+  return hidden;
+}
+
+mx::array LanguageModel::forward(const mx::array& tokens, const AttentionCaches& caches,
+                                 const std::function<void()>& after_layer) const {
+  const bool waits = mx::default_device() == mx::Device::cpu;
+  auto hidden = embed(tokens);
+  for (int i = 0; i < config_.num_layers; ++i) {
+    auto before = std::exchange(hidden, layer(i, hidden, *caches.at(static_cast<std::size_t>(i))));
+    mx::async_eval(hidden);
+    // A GPU must not run out of work while the host describes the next layer.
+    (waits ? hidden : before).eval();
+    after_layer();
+  }
   return hidden;
 }
 

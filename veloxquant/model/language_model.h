@@ -1,6 +1,7 @@
 // What calibration and evaluation see of a model.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "mlx/array.h"
@@ -39,6 +40,10 @@ class LanguageModel {
 
   /// All of it but the head: tokens [B, T] → hidden states [B, T, hidden_size]; caches: one per layer.
   mx::array forward(const mx::array& tokens, const AttentionCaches& caches) const;
+
+  /// The same, evaluated layer by layer: the activations of two layers at most are in memory, and `after_layer` is called as each
+  /// is done (on a GPU, as the one after it is under way).  What it throws ends the work.
+  mx::array forward(const mx::array& tokens, const AttentionCaches& caches, const std::function<void()>& after_layer) const;
 
   /// One cache per layer.
   AttentionCaches make_caches(const CacheFactory& factory) const;

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <functional>
+#include <tuple>
+#include <utility>
 
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
@@ -9,13 +11,17 @@
 
 namespace veloxquant {
 
+ElementType type_of(const PackingConfig& packing) {
+  return packing.mode == "affine" ? ElementType::kAffine : packing.mode == "mxfp4" ? ElementType::kMxfp4 : ElementType::kMxfp8;
+}
+
 // As it was given, and what was made of that.
 struct Matrix::Forms {
   std::shared_ptr<const void> owner;
-  const float* data = nullptr;
+  std::optional<StoredMatrix> stored;
   std::optional<mx::array> array;
   std::optional<PackedMatrix> packed;
-  std::once_flag data_made, array_made;
+  std::once_flag stored_made, array_made;
 };
 
 namespace {
@@ -26,6 +32,40 @@ mx::array rows_of(const mx::array& x, int begin, int end) {
 
 mx::array to_float32(const mx::array& x) {
   return mx::astype(x, mx::float32);
+}
+
+bool is_float_type(mx::Dtype type) {
+  return type == mx::float32 || type == mx::float16 || type == mx::bfloat16;
+}
+
+ElementType type_of(mx::Dtype type) {
+  return type == mx::float32 ? ElementType::kFloat32 : type == mx::float16 ? ElementType::kFloat16 : ElementType::kBfloat16;
+}
+
+mx::array evaluated(const mx::array& x) {
+  auto values = mx::contiguous(x);
+  values.eval();
+  return values;
+}
+
+// As our kernels read it, and what holds it.
+std::pair<StoredMatrix, std::shared_ptr<const void>> stored_of(const PackedMatrix& packed) {
+  const bool affine = packed.packing.mode == "affine";
+  const auto type = packed.biases && packed.biases->dtype() != packed.scales.dtype() ? mx::float32 : packed.scales.dtype();
+  auto held = std::make_shared<std::vector<mx::array>>();
+  held->push_back(evaluated(packed.weight));
+  held->push_back(evaluated(affine ? mx::astype(packed.scales, type) : packed.scales));
+  if (packed.biases) held->push_back(evaluated(mx::astype(*packed.biases, type)));
+  const auto data = [&](std::size_t i) -> const void* { return i < held->size() ? (*held)[i].data<std::uint8_t>() : nullptr; };
+  StoredMatrix stored;
+  stored.type = type_of(packed.packing);
+  stored.values = data(0);
+  stored.bits = packed.packing.bits;
+  stored.group_size = static_cast<std::size_t>(packed.packing.group_size);
+  if (affine) stored.scale_type = type_of(type);
+  stored.scales = data(1);
+  stored.biases = data(2);
+  return {stored, std::move(held)};
 }
 
 using Map = std::function<mx::array(const mx::array&)>;
@@ -49,10 +89,11 @@ mx::array restored(const PackedMatrix& x) {
                         mx::float32);
 }
 
-Matrix::Matrix(std::shared_ptr<const void> owner, const float* data, int rows, int columns)
+Matrix::Matrix(std::shared_ptr<const void> owner, const StoredMatrix& stored, int rows, int columns)
     : forms_(std::make_shared<Forms>()), rows_(rows), columns_(columns) {
+  stored.check("matrix", static_cast<std::size_t>(columns));
   forms_->owner = std::move(owner);
-  forms_->data = data;
+  forms_->stored = stored;
 }
 
 Matrix::Matrix(const mx::array& values) : forms_(std::make_shared<Forms>()), rows_(values.shape(0)), columns_(values.shape(1)) {
@@ -68,9 +109,9 @@ Matrix::Matrix(const PackedMatrix& packed)
 
 Matrix Matrix::part(int begin, int end) const {
   auto forms = std::make_shared<Forms>();
-  if (own_kernels() || forms_->data) {
+  if (own_kernels() || forms_->stored) {
     forms->owner = forms_;
-    forms->data = data() + static_cast<std::ptrdiff_t>(begin) * columns_;
+    forms->stored = stored().from_row(static_cast<std::size_t>(begin), static_cast<std::size_t>(columns_));
   } else if (forms_->packed) {
     const auto& x = *forms_->packed;
     const auto some = [&](const mx::array& y) { return mx::contiguous(rows_of(y, begin, end)); };
@@ -82,16 +123,27 @@ Matrix Matrix::part(int begin, int end) const {
   return {std::move(forms), end - begin, columns_};
 }
 
-const float* Matrix::data() const {
-  std::call_once(forms_->data_made, [this] {
-    if (forms_->data) return;
-    const auto values =
-        std::make_shared<mx::array>(mx::contiguous(forms_->packed ? restored(*forms_->packed) : to_float32(*forms_->array)));
-    values->eval();
-    forms_->data = values->data<float>();
-    forms_->owner = values;
+const StoredMatrix& Matrix::stored() const {
+  std::call_once(forms_->stored_made, [this] {
+    if (forms_->stored) return;
+    if (forms_->packed) {
+      std::tie(forms_->stored, forms_->owner) = stored_of(*forms_->packed);
+    } else {
+      const auto& array = *forms_->array;
+      const auto values = std::make_shared<mx::array>(evaluated(is_float_type(array.dtype()) ? array : to_float32(array)));
+      forms_->stored = StoredMatrix(type_of(values->dtype()), values->data<std::uint8_t>());
+      forms_->owner = values;
+    }
+    forms_->stored->check("matrix", static_cast<std::size_t>(columns_));
   });
-  return forms_->data;
+  return *forms_->stored;
+}
+
+std::vector<float> Matrix::floats() const {
+  const auto rows = static_cast<std::size_t>(rows_), columns = static_cast<std::size_t>(columns_);
+  std::vector<float> values(rows * columns);
+  restore(stored(), columns, {0, rows, 0, columns}, values.data());
+  return values;
 }
 
 mx::array Matrix::product(const mx::array& x) const {
@@ -122,7 +174,10 @@ mx::array Matrix::take(const mx::array& indices) const {
 
 const mx::array& Matrix::array() const {
   std::call_once(forms_->array_made, [this] {
-    if (!forms_->array) forms_->array = mx::array(forms_->data, {rows_, columns_});
+    if (forms_->array) return;
+    const bool in_float32 = forms_->stored && forms_->stored->type == ElementType::kFloat32;
+    forms_->array = in_float32 ? mx::array(static_cast<const float*>(forms_->stored->values), {rows_, columns_})
+                               : mx::array(floats().data(), {rows_, columns_});
   });
   return *forms_->array;
 }
@@ -149,9 +204,10 @@ MatrixStack::MatrixStack(Matrix joined, int count)
   forms_->joined = std::move(joined);
 }
 
-const float* MatrixStack::data(int i) const {
-  if (!forms_->single.empty()) return forms_->single[static_cast<std::size_t>(i)].data();
-  return forms_->joined->data() + static_cast<std::ptrdiff_t>(i) * rows_ * columns_;
+StoredMatrix MatrixStack::stored(int i) const {
+  if (!forms_->single.empty()) return forms_->single[static_cast<std::size_t>(i)].stored();
+  return forms_->joined->stored().from_row(static_cast<std::size_t>(i) * static_cast<std::size_t>(rows_),
+                                           static_cast<std::size_t>(columns_));
 }
 
 const Matrix& MatrixStack::joined() const {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "mlx/array.h"
+#include "veloxquant/kernels/stored_matrix.h"
 #include "veloxquant/model/config.h"
 #include "veloxquant/model/device.h"
 
@@ -19,6 +20,9 @@ struct PackedMatrix {
   PackingConfig packing;
 };
 
+/// How our kernels call such a packing.
+ElementType type_of(const PackingConfig& packing);
+
 /// In float32.
 mx::array restored(const PackedMatrix& packed);
 
@@ -29,13 +33,12 @@ inline constexpr int kFewTokens = 64;
 
 /// An immutable matrix [rows, columns].  Copies share it.
 ///
-/// Our CPU kernels read it in float32: where it lies in the mapped file if it is stored so there, else restored to memory of its
-/// own.  MLX's operations read it as it is stored, on a GPU in half precision or packed.  Either form is made when it is first
-/// asked for.
+/// Our CPU kernels read it as it is stored, where it lies in the mapped file if it comes from one.  So do MLX's operations on a
+/// GPU, in half precision or packed; those of the CPU read what was mapped from a file in float32.
 class Matrix {
  public:
-  /// Row-major; `data` lives as long as `owner`.
-  Matrix(std::shared_ptr<const void> owner, const float* data, int rows, int columns);
+  /// `stored` lives as long as `owner`.  Throws std::invalid_argument for a form that cannot be.
+  Matrix(std::shared_ptr<const void> owner, const StoredMatrix& stored, int rows, int columns);
 
   /// Of floats.
   explicit Matrix(const mx::array& values);
@@ -48,8 +51,11 @@ class Matrix {
   /// Rows [begin, end).
   Matrix part(int begin, int end) const;
 
-  /// float32, row-major.
-  const float* data() const;
+  /// What our kernels read; as long as a copy of this matrix lives.  The first call may evaluate arrays.
+  const StoredMatrix& stored() const;
+
+  /// [rows, columns], in memory of its own.
+  std::vector<float> floats() const;
 
   /// x [..., columns] float32 → x·Wᵀ, [..., rows] float32, by MLX's operations.
   mx::array product(const mx::array& x) const;
@@ -88,8 +94,8 @@ class MatrixStack {
   int rows() const { return rows_; }
   int columns() const { return columns_; }
 
-  /// The i-th in float32, row-major.
-  const float* data(int i) const;
+  /// What our kernels read of the i-th; see Matrix::stored.
+  StoredMatrix stored(int i) const;
 
   /// x [N, 1, columns] float32, which [N] uint32 → x[n]·W[which[n]]ᵀ, [N, 1, rows] float32, by MLX's operations.  `many`: for more
   /// than kFewTokens; `which` is then ascending.

@@ -37,7 +37,7 @@ std::vector<LinearMap> maps_of(const std::vector<Matrix>& weights, const std::ve
   std::size_t bias = 1;
   for (std::size_t i = 0; i < weights.size(); ++i)
     maps.push_back(
-        {weights[i].data(), biased[i] ? inputs[bias++].data<float>() : nullptr, static_cast<std::size_t>(weights[i].rows())});
+        {weights[i].stored(), biased[i] ? inputs[bias++].data<float>() : nullptr, static_cast<std::size_t>(weights[i].rows())});
   return maps;
 }
 
@@ -53,7 +53,7 @@ void Linear::add(Matrix weight, std::optional<mx::array> bias) {
 }
 
 void Linear::prepare() const {
-  for (const auto& weight : weights_) weight.data();
+  for (const auto& weight : weights_) weight.stored();
 }
 
 mx::array Linear::operator()(const mx::array& x, const std::optional<mx::array>& residual) const {
@@ -131,14 +131,15 @@ std::vector<mx::array> Linear::parts(const mx::array& x) const {
 
 mx::array embed(const Matrix& table, const mx::array& tokens) {
   if (!own_kernels()) return table.take(tokens);
-  table.data();  // kernels find it there
+  table.stored();  // kernels find it there
   auto shape = tokens.shape();
   shape.push_back(table.columns());
   return cpu_operation("Embed", {mx::contiguous(tokens)}, {shape}, [table](const auto& in, auto& out) {
     const std::int32_t* token = in[0].template data<std::int32_t>();
     float* row = out[0].template data<float>();
-    for (std::size_t i = 0; i < in[0].size(); ++i, row += table.columns())
-      std::copy_n(table.data() + static_cast<std::ptrdiff_t>(token[i]) * table.columns(), table.columns(), row);
+    const auto columns = static_cast<std::size_t>(table.columns());
+    for (std::size_t i = 0; i < in[0].size(); ++i, row += columns)
+      restore(table.stored(), columns, {static_cast<std::size_t>(token[i]), 1, 0, columns}, row);
   })[0];
 }
 

@@ -25,7 +25,7 @@ class Linear {
   mx::array backward(const mx::array& gradient) const;
 
  private:
-  // So that kernels find float32 there; on the thread that builds the graph.
+  // So that kernels find what they read; on the thread that builds the graph.
   void prepare() const;
 
   std::vector<Matrix> weights_;

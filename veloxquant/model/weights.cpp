@@ -3,16 +3,20 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
-#include <cmath>
+#include <bit>
 #include <cstdint>
+#include <cstring>
 #include <functional>
+#include <limits>
 #include <set>
 #include <span>
 
 #include "mlx/ops.h"
 #include "veloxquant/core/error.h"
+#include "veloxquant/core/half.h"
 #include "veloxquant/core/hash.h"
 #include "veloxquant/core/json.h"
+#include "veloxquant/core/parallel.h"
 #include "veloxquant/model/array_entry.h"
 #include "veloxquant/model/cpu_operation.h"
 
@@ -47,13 +51,56 @@ std::vector<fs::path> weight_files(const fs::path& folder) {
   return files;
 }
 
-void check_finite(std::span<const float> values, const std::string& name, const std::string& path) {
-  for (const float value : values)
-    if (!std::isfinite(value)) throw_failure("weights", "{}: tensor {}: expected finite values, got {}", path, name, value);
+[[noreturn]] void refuse_value(const std::string& name, const std::string& path, float value) {
+  throw_failure("weights", "{}: tensor {}: expected finite values, got {}", path, name, value);
 }
 
-bool is_aligned_float32(const SafetensorsEntry& entry) {
-  return entry.dtype == "F32" && reinterpret_cast<std::uintptr_t>(entry.data.data()) % alignof(float) == 0;
+// Elements as bits, of which those of `exponent` are all set where they are no finite number.
+template <class Bits, class Number>
+void check_finite(std::span<const std::byte> data, Bits exponent, Number number, const std::string& name, const std::string& path) {
+  const auto at = [&](std::size_t i) {
+    Bits bits;
+    std::memcpy(&bits, data.data() + i * sizeof(bits), sizeof(bits));
+    return bits;
+  };
+  constexpr std::size_t kRange = 1 << 18;
+  const std::size_t count = data.size() / sizeof(Bits);
+  parallel_for(count, kRange, [&](std::size_t begin, std::size_t end) {
+    std::size_t wrong = 0;
+    for (std::size_t i = begin; i < end; ++i) wrong += (at(i) & exponent) == exponent;
+    for (std::size_t i = begin; wrong > 0 && i < end; ++i)
+      if ((at(i) & exponent) == exponent) refuse_value(name, path, number(at(i)));
+  });
+}
+
+// Of floats, and of what mx::quantize writes as bytes: scales of one exponent, codes of E4M3.
+void check_finite(const SafetensorsEntry& entry, const std::string& name, const std::string& path) {
+  const auto check = [&](auto exponent, auto number) { check_finite(entry.data, exponent, number, name, path); };
+  if (entry.dtype == "F32") return check(std::uint32_t{0x7F800000}, [](std::uint32_t bits) { return std::bit_cast<float>(bits); });
+  if (entry.dtype == "F16") return check(std::uint16_t{0x7C00}, from_half);
+  if (entry.dtype == "BF16") return check(std::uint16_t{0x7F80}, from_bfloat);
+  const auto no_number = [](std::uint8_t) { return std::numeric_limits<float>::quiet_NaN(); };
+  check(entry.dtype == "U8" ? std::uint8_t{0xFF} : std::uint8_t{0x7F}, no_number);
+}
+
+ElementType type_of(const std::string& dtype) {
+  return dtype == "F32" ? ElementType::kFloat32 : dtype == "F16" ? ElementType::kFloat16 : ElementType::kBfloat16;
+}
+
+// What kernels read: where it lies, if it is aligned to `size` bytes there.
+struct Elements {
+  std::shared_ptr<const void> owner;
+  const std::byte* data;
+};
+
+Elements aligned(std::shared_ptr<const void> owner, std::span<const std::byte> data, std::size_t size) {
+  if (reinterpret_cast<std::uintptr_t>(data.data()) % size == 0) return {std::move(owner), data.data()};
+  const auto copy = std::make_shared<std::vector<std::byte>>(data.begin(), data.end());
+  return {copy, copy->data()};
+}
+
+std::size_t bytes_of_element(const SafetensorsEntry& entry) {
+  return entry.dtype == "F32" ? 4 : entry.dtype == "U8" || entry.dtype == "U32" ? 1 : 2;  // codes are read as bytes
 }
 
 std::string shape_text(const auto& shape) {
@@ -115,63 +162,85 @@ mx::array Weights::take(const std::string& name, const mx::Shape& shape) {
   const auto source = find(name, shape);
   if (!source) return mx::zeros(shape);
   const Tensor tensor = to_float32(source->entry, name, source->path);
-  check_finite(tensor.values, name, source->path);
+  check_finite(source->entry, name, source->path);
   return mx::array(tensor.values.data(), shape);
 }
 
 Matrix Weights::take_matrix(const std::string& module, int rows, int columns, const std::optional<PackingConfig>& packing,
                             int count) {
   const int all_rows = std::max(count, 1) * rows;
-  const auto shape = [&](int last) { return count > 0 ? mx::Shape{count, rows, last} : mx::Shape{rows, last}; };
-  const auto flat = [&](const mx::array& x) { return mx::reshape(x, {all_rows, x.shape(-1)}); };
   const std::string name = module + ".weight";
   if (has(module + ".scales")) {
     if (!packing)
       throw_failure("weights", "{}: {}.scales is there, but config.json has no \"quantization\" that says how {} is packed",
                     source_, module, name);
-    const int groups = columns / packing->group_size;
-    if (columns % packing->group_size != 0 || columns * packing->bits % 32 != 0)
-      throw_failure("weights", "{}: {}: {} columns are no whole groups of {} at {} bits", source_, name, columns,
-                    packing->group_size, packing->bits);
-    const bool affine = packing->mode == "affine";
-    PackedMatrix packed{flat(take_packed(name, shape(columns * packing->bits / 32), "U32")),
-                        flat(take_packed(module + ".scales", shape(groups), affine ? "F32 F16 BF16" : "U8")), std::nullopt,
-                        *packing};
-    if (affine) packed.biases = flat(take_packed(module + ".biases", shape(groups), "F32 F16 BF16"));
-    if (!own_kernels() || !mismatches_.empty()) return Matrix(packed);
-    auto values = mx::contiguous(restored(packed));
-    values.eval();  // so that what is packed goes
-    return Matrix(values);
+    return take_packed_matrix(module, rows, columns, *packing, count);
   }
-  const auto found = find(name, shape(columns));
-  if (!found) return Matrix(mx::zeros({all_rows, columns}));
-  const Source& source = *found;
-  if (is_aligned_float32(source.entry)) {
-    const auto* data = reinterpret_cast<const float*>(source.entry.data.data());
-    check_finite({data, source.entry.data.size() / sizeof(float)}, name, source.path);
-    return {source.owner, data, all_rows, columns};
-  }
-  if (!own_kernels()) {
-    const auto values = flat(as_stored(source, shape(columns), name));
+  const mx::Shape shape = count > 0 ? mx::Shape{count, rows, columns} : mx::Shape{rows, columns};
+  const auto source = find(name, shape);
+  if (!source) return Matrix(mx::zeros({all_rows, columns}));
+  const SafetensorsEntry& entry = source->entry;
+  if (entry.dtype != "F32" && entry.dtype != "F16" && entry.dtype != "BF16")
+    throw_failure("weights", "{}: tensor {}: expected F32, F16 or BF16, got {}", source->path, name, entry.dtype);
+  if (!own_kernels() && entry.dtype != "F32") {
+    const auto values = mx::reshape(as_stored(*source, shape, name), {all_rows, columns});
     if (!mx::all(mx::isfinite(values)).item<bool>())
-      throw_failure("weights", "{}: tensor {}: expected finite values", source.path, name);
+      throw_failure("weights", "{}: tensor {}: expected finite values", source->path, name);
     return Matrix(values);
   }
-  const auto tensor = std::make_shared<const Tensor>(to_float32(source.entry, name, source.path));
-  check_finite(tensor->values, name, source.path);
-  return {tensor, tensor->values.data(), all_rows, columns};
+  check_finite(entry, name, source->path);
+  auto elements = aligned(source->owner, entry.data, bytes_of_element(entry));
+  return {std::move(elements.owner), StoredMatrix(type_of(entry.dtype), elements.data), all_rows, columns};
 }
 
-mx::array Weights::take_packed(const std::string& name, const mx::Shape& shape, std::string_view dtypes) {
-  const auto found = find(name, shape);
-  if (!found) return mx::zeros(shape);
-  const Source& source = *found;
-  if (dtypes.find(source.entry.dtype) == std::string_view::npos)
-    throw_failure("weights", "{}: tensor {}: expected one of {}, got {}", source.path, name, dtypes, source.entry.dtype);
-  const auto values = as_stored(source, shape, name);
-  if (mx::issubdtype(values.dtype(), mx::floating) && !mx::all(mx::isfinite(values)).item<bool>())
-    throw_failure("weights", "{}: tensor {}: expected finite values", source.path, name);
-  return values;
+Matrix Weights::take_packed_matrix(const std::string& module, int rows, int columns, const PackingConfig& packing, int count) {
+  const int all_rows = std::max(count, 1) * rows, groups = columns / packing.group_size;
+  if (columns % packing.group_size != 0 || columns * packing.bits % 32 != 0)
+    throw_failure("weights", "{}: {}.weight: {} columns are no whole groups of {} at {} bits", source_, module, columns,
+                  packing.group_size, packing.bits);
+  const auto shape = [&](int last) { return count > 0 ? mx::Shape{count, rows, last} : mx::Shape{rows, last}; };
+  const bool affine = packing.mode == "affine";
+  constexpr std::string_view kFloats = "F32 F16 BF16";
+  const std::string names[] = {module + ".weight", module + ".scales", module + ".biases"};
+  std::vector<std::optional<Source>> parts = {find_packed(names[0], shape(columns * packing.bits / 32), "U32"),
+                                              find_packed(names[1], shape(groups), affine ? kFloats : "U8")};
+  if (affine) parts.push_back(find_packed(names[2], shape(groups), kFloats));
+  if (!std::all_of(parts.begin(), parts.end(), [](const auto& part) { return part.has_value(); }))
+    return Matrix(mx::zeros({all_rows, columns}));
+  if (!own_kernels() || (affine && parts[1]->entry.dtype != parts[2]->entry.dtype)) {
+    const auto array = [&](std::size_t i) {
+      const auto x = as_stored(*parts[i], {parts[i]->entry.shape.begin(), parts[i]->entry.shape.end()}, names[i]);
+      return mx::reshape(x, {all_rows, x.shape(-1)});
+    };
+    const auto finite = [&](std::size_t i) {
+      const auto values = array(i);
+      if (mx::issubdtype(values.dtype(), mx::floating) && !mx::all(mx::isfinite(values)).item<bool>())
+        throw_failure("weights", "{}: tensor {}: expected finite values", parts[i]->path, names[i]);
+      return values;
+    };
+    return Matrix(PackedMatrix{array(0), finite(1), affine ? std::optional(finite(2)) : std::nullopt, packing});
+  }
+  auto held = std::make_shared<std::vector<Elements>>();
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const SafetensorsEntry& entry = parts[i]->entry;
+    if (i > 0 || packing.mode == "mxfp8") check_finite(entry, names[i], parts[i]->path);
+    held->push_back(aligned(parts[i]->owner, entry.data, bytes_of_element(entry)));
+  }
+  StoredMatrix stored;
+  stored.type = veloxquant::type_of(packing);
+  stored.values = (*held)[0].data;
+  stored.bits = packing.bits;
+  stored.group_size = static_cast<std::size_t>(packing.group_size);
+  stored.scales = (*held)[1].data;
+  if (affine) stored.scale_type = type_of(parts[1]->entry.dtype), stored.biases = (*held)[2].data;
+  return {std::move(held), stored, all_rows, columns};
+}
+
+std::optional<Weights::Source> Weights::find_packed(const std::string& name, const mx::Shape& shape, std::string_view dtypes) {
+  auto found = find(name, shape);
+  if (found && dtypes.find(found->entry.dtype) == std::string_view::npos)
+    throw_failure("weights", "{}: tensor {}: expected one of {}, got {}", found->path, name, dtypes, found->entry.dtype);
+  return found;
 }
 
 void Weights::expect_all_taken() const {

@@ -34,9 +34,9 @@ class Weights {
   /// Whether there is a matrix `module`.weight.
   bool has_matrix(const std::string& module) const { return has(module + ".weight"); }
 
-  /// The matrix `module`.weight [rows, columns] by the same rules: not copied where it is stored as float32, and on a GPU left in
-  /// the precision in which it is stored.  Where there is `module`.scales it is packed as `packing` says (`module`.biases too).
-  /// count > 0: [count, rows, columns], one after another.
+  /// The matrix `module`.weight [rows, columns] by the same rules, left in the precision in which it is stored, and on the CPU
+  /// where it lies.  Where there is `module`.scales it is packed as `packing` says (`module`.biases too). count > 0: [count, rows,
+  /// columns], one after another.
   Matrix take_matrix(const std::string& module, int rows, int columns, const std::optional<PackingConfig>& packing, int count = 0);
 
   /// Says that a tensor is known but not needed; one that is not there is fine.
@@ -60,7 +60,8 @@ class Weights {
   void hash_headers();
   static mx::array as_stored(const Source& source, const mx::Shape& shape, const std::string& name);
   std::optional<Source> find(const std::string& name, const mx::Shape& shape);
-  mx::array take_packed(const std::string& name, const mx::Shape& shape, std::string_view dtypes);
+  std::optional<Source> find_packed(const std::string& name, const mx::Shape& shape, std::string_view dtypes);
+  Matrix take_packed_matrix(const std::string& module, int rows, int columns, const PackingConfig& packing, int count);
 
   std::map<std::string, Source> tensors_;
   std::vector<std::string> mismatches_;

@@ -1,7 +1,5 @@
 #include "veloxquant/text/tokenizer.h"
 
-#include <fmt/ranges.h>
-
 #include <unordered_set>
 #include <utility>
 
@@ -178,13 +176,10 @@ std::vector<std::int32_t> Tokenizer::encode(std::string_view text, bool add_spec
 }
 
 std::string Tokenizer::decode(std::span<const std::int32_t> tokens, bool skip_special_tokens) const {
-  std::vector<std::string> contents;
-  for (const std::int32_t id : tokens) {
-    const auto found = tokens_.find(id);
-    if (found == tokens_.end() || (skip_special_tokens && found->second.special)) continue;
-    contents.push_back(found->second.text);
-  }
-  return fmt::format("{}", fmt::join(decoder_(std::move(contents)), ""));
+  TextStream stream(*this, skip_special_tokens);
+  std::string text;
+  for (const std::int32_t token : tokens) text += stream.add(token);
+  return text + stream.finish();
 }
 
 std::optional<std::int32_t> Tokenizer::token_to_id(std::string_view token) const {
@@ -192,6 +187,41 @@ std::optional<std::int32_t> Tokenizer::token_to_id(std::string_view token) const
   if (const auto added = added_ids_.find(content); added != added_ids_.end()) return added->second;
   const auto found = bpe_.vocabulary().find(content);
   return found == bpe_.vocabulary().end() ? std::nullopt : std::optional(found->second);
+}
+
+namespace {
+
+class Collector : public TokenSink {
+ public:
+  explicit Collector(std::string& text) : text_(text) {}
+
+  void write(std::string_view part) override { text_ += part; }
+  void end_token() override {}
+  void finish() override {}
+
+ private:
+  std::string& text_;
+};
+
+}  // namespace
+
+TextStream::TextStream(const Tokenizer& tokenizer, bool skip_special_tokens)
+    : tokenizer_(&tokenizer),
+      skip_special_tokens_(skip_special_tokens),
+      decoder_(tokenizer.decoder_(std::make_unique<Collector>(text_))) {}
+
+std::string TextStream::add(std::int32_t token) {
+  const auto found = tokenizer_->tokens_.find(token);
+  if (found != tokenizer_->tokens_.end() && !(skip_special_tokens_ && found->second.special)) {
+    decoder_->write(found->second.text);
+    decoder_->end_token();
+  }
+  return std::exchange(text_, {});
+}
+
+std::string TextStream::finish() {
+  decoder_->finish();
+  return std::exchange(text_, {});
 }
 
 }  // namespace veloxquant

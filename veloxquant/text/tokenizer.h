@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -47,6 +48,7 @@ class Tokenizer : public TextEncoder {
   std::optional<std::int32_t> token_to_id(std::string_view token) const;
 
  private:
+  friend class TextStream;
   class WordEncoder;
   struct Content {
     std::string text;
@@ -73,6 +75,28 @@ class Tokenizer : public TextEncoder {
   std::vector<std::int32_t> before_, after_;  // what the template puts around a text
   std::unordered_map<std::int32_t, Content> tokens_;
   int vocabulary_size_ = 0;
+};
+
+/// The text of tokens that come one by one, in time linear in their number.  What add() and finish() give, put together, is what
+/// Tokenizer::decode() gives for them all; add() holds back what may still change, such as half a character.
+class TextStream {
+ public:
+  /// `tokenizer` outlives it.
+  explicit TextStream(const Tokenizer& tokenizer, bool skip_special_tokens = true);
+  TextStream(const TextStream&) = delete;
+  TextStream& operator=(const TextStream&) = delete;
+
+  /// Valid UTF-8, often nothing.
+  std::string add(std::int32_t token);
+
+  /// The rest.  Nothing may follow.
+  std::string finish();
+
+ private:
+  const Tokenizer* tokenizer_;
+  bool skip_special_tokens_;
+  std::string text_;  // not given yet
+  std::unique_ptr<TokenSink> decoder_;
 };
 
 }  // namespace veloxquant

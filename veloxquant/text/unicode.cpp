@@ -106,6 +106,16 @@ std::string repair_utf8(std::string_view bytes) {
   return text;
 }
 
+std::size_t incomplete_utf8(std::string_view bytes) {
+  constexpr std::size_t kLongest = 4;
+  for (std::size_t count = 1; count < kLongest && count <= bytes.size(); ++count) {
+    const auto end = bytes.substr(bytes.size() - count);
+    const auto length = static_cast<std::size_t>(sequence_of(static_cast<std::uint8_t>(end[0])).length);
+    if (length > 0) return length > count && take_character(end).first == count ? count : 0;
+  }
+  return 0;
+}
+
 char32_t next_character(std::string_view text, std::size_t& position) {
   const auto first = static_cast<std::uint8_t>(text[position]);
   const int length = sequence_of(first).length;

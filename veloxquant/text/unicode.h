@@ -12,6 +12,9 @@ namespace veloxquant {
 /// from_utf8_lossy do (one for every maximal prefix of a valid sequence).
 std::string repair_utf8(std::string_view bytes);
 
+/// How many bytes at the end are the begin of a character that more bytes may complete: 0 to 3.
+std::size_t incomplete_utf8(std::string_view bytes);
+
 /// The character at `position` of valid UTF-8, which is moved behind it.
 char32_t next_character(std::string_view text, std::size_t& position);
 

@@ -30,12 +30,13 @@ class AnyAttentionBlock {
         values_(keys_ + dim_ * kTileStride),
         q_(values_ + dim_ * kTileStride),
         scores_(q_ + kQueriesAtOnce * dim_),
-        weights_(scores_ + 2 * kQueriesAtOnce * kTileTokens),
+        weights_(scores_ + kParts * kQueriesAtOnce * kTileTokens),
         state_(weights_ + kQueriesAtOnce * kTileTokens) {}
 
   __device__ void run() {
-    const int block = blockIdx.x;
-    const bool codes = block < a_.splits;
+    // Those of exact tokens begin first: they are the last to end.
+    const int block = static_cast<int>(blockIdx.x) - a_.exact_splits;
+    const bool codes = block >= 0;
     int first, last;
     if (codes) {
       const int tiles = (a_.codes.tokens + kTileTokens - 1) / kTileTokens,
@@ -44,7 +45,7 @@ class AnyAttentionBlock {
       last = hidden + static_cast<int>(static_cast<long long>(tiles - hidden) * (block + 1) / a_.splits);
     } else {
       const int sinks = min(layer_.sinks, a_.offset), behind = max(0, a_.offset - layer_.sinks - a_.codes.tokens),
-                tiles = (sinks + behind + kTileTokens - 1) / kTileTokens, split = block - a_.splits;
+                tiles = (sinks + behind + kTileTokens - 1) / kTileTokens, split = blockIdx.x;
       first = tiles * split / a_.exact_splits, last = tiles * (split + 1) / a_.exact_splits;
     }
     begin(codes ? a_.codes.at<int>(a_.codes.side(0, head_).dims) : nullptr);
@@ -54,7 +55,8 @@ class AnyAttentionBlock {
       add_tile(codes ? load_codes(tile) : load_exact(tile));
     }
     __syncthreads();
-    const int rows = a_.queries.rows, at = (head_ * (a_.splits + a_.exact_splits) + static_cast<int>(blockIdx.x)) * rows + first_row_;
+    const int rows = a_.queries.rows, part = codes ? block : a_.splits + static_cast<int>(blockIdx.x),
+              at = (head_ * (a_.splits + a_.exact_splits) + part) * rows + first_row_;
 #pragma unroll
     for (int i = 0; i < kQueriesAtOnce; ++i) {
       const int row = group() + i * groups();
@@ -68,6 +70,8 @@ class AnyAttentionBlock {
   }
 
  private:
+  static constexpr int kParts = kLookUpWarps / kQueriesAtOnce;  // of the dimensions, for scores
+
   // Threads add up columns, in groups that share out the queries.
   __device__ int groups() const { return min(kLookUpThreads / dim_, kQueriesAtOnce); }
   __device__ int group() const { return threadIdx.x / dim_; }
@@ -88,18 +92,26 @@ class AnyAttentionBlock {
   // Keys and values of a tile of codes.  Whether the token of this lane is seen.
   __device__ bool load_codes(int tile) {
     const Tile keys{a_.codes, a_.codes.side(0, head_), tile}, values{a_.codes, a_.codes.side(1, head_), tile};
-    const bool planes = keys.side.planes;
-    float* looked_up = planes ? keys_ : values_;
-    keys.look_up(looked_up, layer_.sinks);
-    __syncthreads();
-    keys.add_patches(looked_up, layer_.sinks);
-    if (!planes) {
+    const int warp = threadIdx.x / 32;
+    if (keys.side.planes) {
+      // Both at once.
+      constexpr int kHalf = kLookUpWarps / 2;
+      if (warp < kHalf)
+        keys.look_up(keys_, layer_.sinks, warp, kHalf);
+      else
+        values.look_up(values_, 0, warp - kHalf, kHalf);
+      __syncthreads();
+      keys.add_patches(keys_, layer_.sinks);
+    } else {
+      keys.look_up(values_, layer_.sinks, warp, kLookUpWarps);
+      __syncthreads();
+      keys.add_patches(values_, layer_.sinks);
       __syncthreads();
       keys.multiply_back(values_, keys_, true, layer_.sinks);
       __syncthreads();
+      values.look_up(values_, 0, warp, kLookUpWarps);
+      __syncthreads();
     }
-    values.look_up(values_, 0);
-    __syncthreads();
     values.add_patches(values_, 0);
     const int position = layer_.sinks + tile * kTileTokens + static_cast<int>(threadIdx.x) % 32;
     return position >= a_.first_seen && position < layer_.sinks + a_.codes.tokens;
@@ -115,38 +127,56 @@ class AnyAttentionBlock {
     const unsigned char *key = a_.exact + (static_cast<long long>(head_) * 2 * places + place) * bytes,
                         *value = key + static_cast<long long>(places) * bytes;
     const auto* turns = a_.codes.at<unsigned>(layer_.turns);
+    const bool there = token < tokens, fours = dim_ % 4 == 0 && turned % 4 == 0;
+    const int width = fours ? 4 : 1, pairs = turned / width, rest = (dim_ - 2 * turned) / width, items = pairs + rest + dim_ / width;
+    // Pairs of keys that turn, the rest of keys, values: four neighbours at once where they can be loaded so.
 #pragma unroll 1
-    for (int i = threadIdx.x / 32; i < dim_; i += kLookUpWarps) {
-      const bool there = token < tokens;
-      values_[i * kTileStride + lane] = there ? exact_value(value, dim_, i) : 0.0f;
-      if (i >= turned && i < 2 * turned) continue;
-      float x = there ? exact_value(key, dim_, i) : 0.0f;
-      if (i < turned) {
-        float y = there ? exact_value(key, dim_, i + turned) : 0.0f;
-        const float2 angle = cosine_and_sine(turns[i], position);
-        turn_back(x, y, layer_.magnitude * angle.x, -layer_.magnitude * angle.y);
-        keys_[(i + turned) * kTileStride + lane] = y;
+    for (int item = threadIdx.x / 32; item < items; item += kLookUpWarps) {
+      float x[4], y[4];
+      if (item >= pairs + rest) {
+        const int i = (item - pairs - rest) * width;
+        exact_values(value, dim_, i, fours, there, x);
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          if (j < width) values_[(i + j) * kTileStride + lane] = x[j];
+        continue;
       }
-      keys_[i * kTileStride + lane] = x;
+      const int i = item < pairs ? item * width : 2 * turned + (item - pairs) * width;
+      exact_values(key, dim_, i, fours, there, x);
+      if (item < pairs) {
+        exact_values(key, dim_, i + turned, fours, there, y);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (j >= width) break;
+          const float2 angle = cosine_and_sine(turns[i + j], position);
+          turn_back(x[j], y[j], layer_.magnitude * angle.x, -layer_.magnitude * angle.y);
+          keys_[(i + j + turned) * kTileStride + lane] = y[j];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (j < width) keys_[(i + j) * kTileStride + lane] = x[j];
     }
     return token < tokens && position >= a_.first_seen;
   }
 
-  // The tile whose keys and values are there: a warp has half of the dimensions for one query, then a query's softmax, then columns.
+  // The tile whose keys and values are there: a warp has a part of the dimensions for one query, then a query's softmax, then columns.
   // seen: whether the token of this lane is.
   __device__ void add_tile(bool seen) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp % kQueriesAtOnce, half = warp / kQueriesAtOnce;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp % kQueriesAtOnce, part = warp / kQueriesAtOnce;
     __syncthreads();
     {
       float sum = 0;
-      const int begin = half * dim_ / 2, end = (half + 1) * dim_ / 2;
+      const int begin = part * dim_ / kParts, end = (part + 1) * dim_ / kParts;
 #pragma unroll 8
       for (int i = begin; i < end; ++i) sum += keys_[i * kTileStride + lane] * q_[row * dim_ + i];
-      scores_[(half * kQueriesAtOnce + row) * kTileTokens + lane] = sum;
+      scores_[(part * kQueriesAtOnce + row) * kTileTokens + lane] = sum;
     }
     __syncthreads();
-    if (half == 0) {
-      float score = scores_[row * kTileTokens + lane] + scores_[(kQueriesAtOnce + row) * kTileTokens + lane];
+    if (part == 0) {
+      float score = 0;
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) score += scores_[(i * kQueriesAtOnce + row) * kTileTokens + lane];
       if (a_.queries.soft_cap > 0) score = capped(score, a_.queries.soft_cap);
       if (!seen) score = kHidden;
       float top = score;

@@ -76,4 +76,20 @@ __device__ __forceinline__ float exact_value(const unsigned char* token, int dim
   return half_at(scale) * static_cast<float>(token[4 * exact_groups(dim) + i]) + half_at(scale + 2);
 }
 
+// Four from i on, i and dim multiples of 4 and the token at a multiple of 4 bytes, or one; zeros where the token is not there.
+__device__ __forceinline__ void exact_values(const unsigned char* token, int dim, int i, bool four, bool there, float (&values)[4]) {
+  if (!there) {
+    values[0] = values[1] = values[2] = values[3] = 0;
+  } else if (!four) {
+    values[0] = exact_value(token, dim, i);
+  } else {
+    const unsigned scales = reinterpret_cast<const unsigned*>(token)[i / kExactGroup],
+                   codes = *reinterpret_cast<const unsigned*>(token + 4 * exact_groups(dim) + i);
+    const float scale = __half2float(__ushort_as_half(static_cast<unsigned short>(scales))),
+                bias = __half2float(__ushort_as_half(static_cast<unsigned short>(scales >> 16)));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) values[j] = scale * static_cast<float>(codes >> 8 * j & 255u) + bias;
+  }
+}
+
 }  // namespace veloxquant

@@ -62,7 +62,8 @@ __device__ __forceinline__ void least_of_warp(float& value, int& index) {
 }
 
 // A warp: codes of z, and what they leave of it in its place.  Pairs are sought from the kBeam entries of the first table that are
-// nearest; tried [width, kBeam] is scratch.
+// nearest; tried [width, kBeam] is scratch.  A lane has every 32nd entry.  All loads of a dimension are on their way at once, since
+// they wait for memory much longer than sums take.
 __device__ __forceinline__ void encode_subspace(const EncodingSubspace& of, const float* first, float* z, float* tried,
                                                 unsigned char* codes) {
   constexpr int kOfLane = kEntries / 32;
@@ -71,13 +72,11 @@ __device__ __forceinline__ void encode_subspace(const EncodingSubspace& of, cons
   z += of.column;
   float scores[kOfLane];
 #pragma unroll
-#pragma unroll 1
   for (int i = 0; i < kOfLane; ++i) scores[i] = first[width * kEntries + lane + 32 * i];
-#pragma unroll 2
+#pragma unroll 4
   for (int d = 0; d < width; ++d) {
     const float x = z[d];
 #pragma unroll
-#pragma unroll 1
     for (int i = 0; i < kOfLane; ++i) scores[i] -= x * first[d * kEntries + lane + 32 * i];
   }
   const auto nearest = [&](float& value) {
@@ -93,7 +92,6 @@ __device__ __forceinline__ void encode_subspace(const EncodingSubspace& of, cons
   if (of.stages == 1) {
     const int code = nearest(value);
     if (lane == 0) codes[of.first_code] = static_cast<unsigned char>(code);
-#pragma unroll 1
     for (int d = lane; d < width; d += 32) z[d] -= first[d * kEntries + code];
     __syncwarp();
     return;
@@ -109,38 +107,42 @@ __device__ __forceinline__ void encode_subspace(const EncodingSubspace& of, cons
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i)
       if (index == lane + 32 * i) scores[i] = 3e38f;
-#pragma unroll 1
-    for (int d = lane; d < width; d += 32) tried[d * kBeam + b] = z[d] - first[d * kEntries + index];
   }
+  const int own = __shfl_sync(~0u, candidate, lane % kBeam);
+  for (int d = lane / kBeam; d < width; d += 32 / kBeam) tried[d * kBeam + lane % kBeam] = z[d] - first[d * kEntries + own];
   __syncwarp();
-  float first_scores[kBeam];
-#pragma unroll
-  for (int b = 0; b < kBeam; ++b) first_scores[b] = __shfl_sync(~0u, its_score, b);
   // With an entry of the first table the second one has what that leaves to describe.
+  float sums[kOfLane][kBeam];
+#pragma unroll
+  for (int i = 0; i < kOfLane; ++i) {
+    const float norm = second[width * kEntries + lane + 32 * i];
+#pragma unroll
+    for (int b = 0; b < kBeam; ++b) sums[i][b] = norm + __shfl_sync(~0u, its_score, b);
+  }
+#pragma unroll 2
+  for (int d = 0; d < width; ++d) {
+    const float4 low = reinterpret_cast<const float4*>(tried)[2 * d], high = reinterpret_cast<const float4*>(tried)[2 * d + 1];
+    const float rests[kBeam] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      const float x = second[d * kEntries + lane + 32 * i];
+#pragma unroll
+      for (int b = 0; b < kBeam; ++b) sums[i][b] -= rests[b] * x;
+    }
+  }
   float best = 3e38f;
   int best_pair = kBeam * kEntries;
-#pragma unroll 1
-  for (int i = 0; i < kOfLane; ++i) {
-    const int entry = lane + 32 * i;
-    float sums[kBeam];
-    const float norm = second[width * kEntries + entry];
 #pragma unroll
-    for (int b = 0; b < kBeam; ++b) sums[b] = norm + first_scores[b];
-#pragma unroll 2
-    for (int d = 0; d < width; ++d) {
-      const float x = second[d * kEntries + entry];
+  for (int i = 0; i < kOfLane; ++i)
 #pragma unroll
-      for (int b = 0; b < kBeam; ++b) sums[b] -= tried[d * kBeam + b] * x;
+    for (int b = 0; b < kBeam; ++b) {
+      const int pair = b * kEntries + lane + 32 * i;
+      if (sums[i][b] < best || (sums[i][b] == best && pair < best_pair)) best = sums[i][b], best_pair = pair;
     }
-#pragma unroll
-    for (int b = 0; b < kBeam; ++b)
-      if (sums[b] < best || (sums[b] == best && b * kEntries + entry < best_pair)) best = sums[b], best_pair = b * kEntries + entry;
-  }
   least_of_warp(best, best_pair);
   const int beam = best_pair / kEntries, code = best_pair % kEntries, first_code = __shfl_sync(~0u, candidate, beam);
   if (lane == 0)
     codes[of.first_code] = static_cast<unsigned char>(first_code), codes[of.first_code + 1] = static_cast<unsigned char>(code);
-#pragma unroll 1
   for (int d = lane; d < width; d += 32) z[d] = tried[d * kBeam + beam] - second[d * kEntries + code];
   __syncwarp();
 }
@@ -309,9 +311,10 @@ struct ManyTokens {
   int tokens;
 };
 
-/// Of the tokens that queries read in 8 bits, in the order of their positions, and of the exact ones afterwards.
+/// Of the tokens that queries read in 8 bits, the sinks that there are, then positions from `begin` on; and of the exact ones
+/// afterwards.
 struct RoundedTokens {
-  float* vectors;  // [batch, kv_heads, 2, sinks + count, dim]: the sinks that there are, then positions from `begin` on
+  float *vectors, *turned;  // [batch, kv_heads, 2, sinks + count, dim], and their keys as RoPE turns them [batch, kv_heads, …]
   unsigned char* exact;
   int sinks, begin, count;
 };
@@ -364,10 +367,24 @@ __device__ __forceinline__ void round_tokens(const int* words, const Counts& cou
     return;
   }
   float* to = rounded.vectors + (at.index() * vectors + item) * dim;
+  float* turned = rounded.turned + (static_cast<long long>(blockIdx.z) * vectors + item) * dim;
   const unsigned char* token = fresh ? bytes : stored + static_cast<long long>(place_of(position)) * token_bytes;
   const bool as_it_came = layer.window == 0 && position >= layer.sinks;
+  const auto value = [&](int i) { return as_it_came ? x[i] : exact_value(token, dim, i); };
 #pragma unroll 1
-  for (int i = threadIdx.x; i < dim; i += blockDim.x) to[i] = as_it_came ? x[i] : exact_value(token, dim, i);
+  for (int i = threadIdx.x; i < dim; i += blockDim.x) {
+    const float own = value(i);
+    to[i] = own;
+    if (at.side != 0) continue;
+    const int pair = i < layer.turned ? i : i - layer.turned;
+    float turned_to = own;
+    if (i < 2 * layer.turned) {
+      const float other = value(i < layer.turned ? i + layer.turned : pair);
+      const float2 angle = cosine_and_sine(reinterpret_cast<const unsigned*>(words + layer.turns)[pair], position);
+      turned_to = layer.magnitude * (own * angle.x + (i < layer.turned ? -other : other) * angle.y);
+    }
+    turned[i] = turned_to;
+  }
 }
 
 /// Tokens that become codes: vectors as RoundedTokens has them, the first behind the sinks is the one that leaves first.
@@ -465,6 +482,7 @@ __device__ __forceinline__ void patch_block(const int* words, const Counts& coun
   constexpr int kBlock = kTileTokens * kTilesOfBlock, kWarps = kLookUpWarps;
   __shared__ float errors[kMostPatches + kBlock];
   __shared__ short chosen[kMostPatches];
+  __shared__ bool stays[kMostPatches + kBlock];
   const LayerCodes tables{words, nullptr, nullptr, 0, 0};
   const LayerTables& layer = tables.layer();
   const int dim = layer.dim, warp = threadIdx.x / 32, lane = threadIdx.x % 32, patch_bytes = patch_bytes_of(dim),
@@ -491,16 +509,17 @@ __device__ __forceinline__ void patch_block(const int* words, const Counts& coun
   for (int i = threadIdx.x; i < count; i += kLookUpThreads)
     errors[i] = i < held ? b.held[first_error + i] : b.errors[at.index() * leaving + first + i - held];
   __syncthreads();
-  const auto stays = [&](int i) {
+  for (int i = threadIdx.x; i < count; i += kLookUpThreads) {
     int ahead = 0;
     for (int other = 0; other < count; ++other) ahead += errors[other] > errors[i] || (errors[other] == errors[i] && other < i);
-    return ahead < kept;
-  };
+    stays[i] = ahead < kept;
+  }
+  __syncthreads();
   // A warp finds them in their order.
   if (warp == 0) {
     int found = 0;
     for (int begin = 0; begin < count; begin += 32) {
-      const bool here = begin + lane < count && stays(begin + lane);
+      const bool here = begin + lane < count && stays[begin + lane];
       const unsigned all = __ballot_sync(~0u, here);
       if (here) chosen[found + __popc(all & ((1u << lane) - 1))] = static_cast<short>(begin + lane);
       found += __popc(all);

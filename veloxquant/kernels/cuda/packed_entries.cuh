@@ -1,4 +1,4 @@
-// What is called from the host, one program for each of VELOXQUANT_ROUND, _ENCODE, _PATCH, _APPEND, _RESTORE, _ATTEND, _ATTEND_FAST and
+// What is called from the host, one program for each of VELOXQUANT_ROUND, _ENCODE, _PATCH, _APPEND, _RESTORE, _SOFTMAX, _ATTEND, _ATTEND_FAST and
 // _FINISH.  VELOXQUANT_KIND ends a kernel's name: MLX sets the shared memory of a name once.  Arguments are MLX's: arrays that are
 // read, arrays that are written, numbers.
 #pragma once
@@ -8,6 +8,7 @@
 #include "veloxquant/kernels/cuda/packed_attention_end.cuh"
 #include "veloxquant/kernels/cuda/packed_encoding.cuh"
 #include "veloxquant/kernels/cuda/packed_restore.cuh"
+#include "veloxquant/kernels/cuda/packed_softmax.cuh"
 
 #define VELOXQUANT_JOINED(name, kind) name##_##kind
 #define VELOXQUANT_NAMED(name, kind) VELOXQUANT_JOINED(name, kind)
@@ -34,11 +35,11 @@ __device__ __forceinline__ LayerCodes codes_of(const int* tables, const unsigned
 
 #ifdef VELOXQUANT_ROUND
 VELOXQUANT_KERNEL(round, veloxquant::kRoundThreads)
-(const int* tables, const float* keys, const float* values, const unsigned char* exact, float* vectors, unsigned char* new_exact,
- int coded, int offset, int new_coded, int new_offset, int sinks, int begin, int count) {
+(const int* tables, const float* keys, const float* values, const unsigned char* exact, float* vectors, float* turned,
+ unsigned char* new_exact, int coded, int offset, int new_coded, int new_offset, int sinks, int begin, int count) {
   using namespace veloxquant;
   round_tokens(tables, {coded, offset, new_coded, new_offset}, {keys, values, exact, new_offset - offset},
-               {vectors, new_exact, sinks, begin, count}, shared_floats());
+               {vectors, turned, new_exact, sinks, begin, count}, shared_floats());
 }
 #endif
 
@@ -73,18 +74,34 @@ VELOXQUANT_KERNEL(append, veloxquant::kEncodingThreads)
 #endif
 
 #ifdef VELOXQUANT_RESTORE
-// Tokens first … first + count − 1 of the codes, `first` the begin of a tile: keys and values [batch, kv_heads, count, dim].  The grid
-// is tiles × 2 × batch · kv_heads.
+// Codes first … first + count − 1, `first` the begin of a tile, then `others` exact tokens, as round_tokens left them: keys, turned, and
+// values [batch, kv_heads, count + others, dim].  The grid is tiles of either × 2 × batch · kv_heads.
 VELOXQUANT_KERNEL(restore, veloxquant::kLookUpThreads)
-(const int* tables, const unsigned char* closed, const unsigned char* open, float* keys, float* values, int num_closed, int coded,
- int first, int count) {
+(const int* tables, const unsigned char* closed, const unsigned char* open, const float* vectors, const float* turned, float* keys,
+ float* values, int num_closed, int coded, int first, int count, int others) {
   using namespace veloxquant;
   const LayerTables& layer = *reinterpret_cast<const LayerTables*>(tables);
-  const int tile = blockIdx.x, side = blockIdx.y, sequence = blockIdx.z / layer.kv_heads;
-  const LayerCodes codes = codes_of(tables, closed, open, sequence, num_closed, coded);
-  float* to = (side == 0 ? keys : values) + (static_cast<long long>(blockIdx.z) * count + tile * kTileTokens) * layer.dim;
-  restore_tile(codes, side, blockIdx.z % layer.kv_heads, first / kTileTokens + tile, min(kTileTokens, count - tile * kTileTokens), to,
-               shared_floats());
+  const int tiles = (count + kTileTokens - 1) / kTileTokens, tile = blockIdx.x, side = blockIdx.y, head = blockIdx.z % layer.kv_heads;
+  float* to = (side == 0 ? keys : values) + static_cast<long long>(blockIdx.z) * (count + others) * layer.dim;
+  if (tile >= tiles) {
+    const int begin = (tile - tiles) * kTileTokens * layer.dim, end = min(begin + kTileTokens * layer.dim, others * layer.dim);
+    const float* from = side == 0 ? turned + static_cast<long long>(blockIdx.z) * others * layer.dim
+                                  : vectors + (2ll * blockIdx.z + 1) * others * layer.dim;
+    for (int i = begin + threadIdx.x; i < end; i += kLookUpThreads) to[static_cast<long long>(count) * layer.dim + i] = from[i];
+    return;
+  }
+  const LayerCodes codes = codes_of(tables, closed, open, blockIdx.z / layer.kv_heads, num_closed, coded);
+  restore_tile(codes, side, head, first / kTileTokens + tile, min(kTileTokens, count - tile * kTileTokens),
+               to + static_cast<long long>(tile) * kTileTokens * layer.dim, shared_floats());
+}
+#endif
+
+#ifdef VELOXQUANT_SOFTMAX
+VELOXQUANT_KERNEL(softmax, veloxquant::kSoftmaxThreads)
+(const float* scores, float* weights, int keys, int tokens, int first, int codes, int first_code, int sinks, int begin, int window,
+ int reach, int all_see, float scale, float soft_cap) {
+  using namespace veloxquant;
+  softmax_of_seen(scores, weights, {codes, first_code, sinks, begin, window, reach, all_see}, keys, tokens, first, scale, soft_cap);
 }
 #endif
 

@@ -53,14 +53,15 @@ struct Tile {
   __device__ int index() const { return tile / kTilesOfBlock; }
   __device__ const unsigned char* block() const { return of.block(side, index()); }
 
-  /// Sums of entries → columns [dim][kTileStride].  Keys in planes come turned from `position`, that of the first coded token.
-  __device__ void look_up(float* columns, int position) const {
+  /// Sums of entries → columns [dim][kTileStride], by `warps` warps of which this is one.  Keys in planes come turned from `position`,
+  /// that of the first coded token.
+  __device__ void look_up(float* columns, int position, int warp, int warps) const {
     const int token = threadIdx.x % 32, place = tile % kTilesOfBlock * kTileTokens + token;
     const unsigned char* codes = block();
     const auto* units = of.at<TableUnit>(side.units);
     const unsigned at = position + tile * kTileTokens + token;
 #pragma unroll 1
-    for (int i = threadIdx.x / 32; i < side.num_units; i += kLookUpWarps) {
+    for (int i = warp; i < side.num_units; i += warps) {
       const TableUnit& unit = units[i];
       const int first = codes[code_place(side, unit.codes[0], place)];
       float sums[kUnitDims];
@@ -92,36 +93,25 @@ struct Tile {
   /// Adds what patches say of tokens of the tile.
   __device__ void add_patches(float* columns, int position) const {
     if (side.patches == 0) return;
-    const int dim = of.layer().dim, held = min(side.patches, of.tokens - index() * kTileTokens * kTilesOfBlock),
-              begin = tile % kTilesOfBlock * kTileTokens;
-    const unsigned char* patch = block() + side.codes * kTileTokens * kTilesOfBlock;
-#pragma unroll 1
-    for (int p = 0; p < held; ++p, patch += patch_bytes_of(dim)) {
-      const int token = patch[0] - begin;
-      if (token < 0 || token >= kTileTokens) continue;
-      const float scale = __half2float(__ushort_as_half(static_cast<unsigned short>(patch[1] | patch[2] << 8)));
-      const auto rest = [&](int i) { return scale * (static_cast<float>(patch[3 + i / 2] >> 4 * (i & 1) & 15) - kPatchCentre); };
-      if (!side.planes) {
-#pragma unroll 1
-        for (int i = threadIdx.x; i < dim; i += kLookUpThreads) columns[i * kTileStride + token] += rest(i);
-        continue;
-      }
-      const auto* inverse = of.at<float>(side.inverse);
-#pragma unroll 1
-      for (int pair = threadIdx.x; pair < dim / 2; pair += kLookUpThreads) {
-        float x = 0, y = 0;
-#pragma unroll 2
-        for (int i = 0; i < dim; ++i) x += rest(i) * inverse[i * dim + 2 * pair], y += rest(i) * inverse[i * dim + 2 * pair + 1];
-        turn(x, y, pair, position + tile * kTileTokens + token);
-        columns[2 * pair * kTileStride + token] += x;
-        columns[(2 * pair + 1) * kTileStride + token] += y;
-      }
+    const int held = min(side.patches, of.tokens - index() * kTileTokens * kTilesOfBlock), lane = threadIdx.x % 32,
+              bytes = patch_bytes_of(of.layer().dim);
+    const unsigned char* patches = block() + side.codes * kTileTokens * kTilesOfBlock;
+    // Every warp looks for those of the tile; most tiles have none.
+    static_assert(kMostPatches == 64, "bits of a word");
+    unsigned long long found = 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int p = 32 * i + lane, place = p < held ? patches[p * bytes] : 0;
+      const bool here = p < held && place / kTileTokens == tile % kTilesOfBlock;
+      found |= static_cast<unsigned long long>(__ballot_sync(~0u, here)) << 32 * i;
     }
+#pragma unroll 1
+    for (; found != 0; found &= found - 1) add_patch(patches + (__ffsll(found) - 1) * bytes, columns, position);
   }
 
   /// Out of the rotated space: columns → vectors [dim][kTileStride], keys in the order of `dims`, turned.
   __device__ void multiply_back(const float* columns, float* vectors, bool keys, int position) const {
-    constexpr int kAtOnce = 8;
+    constexpr int kAtOnce = 4;
     const int dim = of.layer().dim, token = threadIdx.x % 32;
     const auto *inverse = of.at<float>(side.inverse), *mean = of.at<float>(side.inverse_mean);
 #pragma unroll 1
@@ -133,13 +123,11 @@ struct Tile {
 #pragma unroll 4
         for (int i = 0; i < dim; ++i) {
           const float z = columns[i * kTileStride + token];
-          const auto* row = reinterpret_cast<const float4*>(inverse + i * dim + first);
-          const float4 low = row[0], high = row[1];
-          sums[0] += z * low.x, sums[1] += z * low.y, sums[2] += z * low.z, sums[3] += z * low.w;
-          sums[4] += z * high.x, sums[5] += z * high.y, sums[6] += z * high.z, sums[7] += z * high.w;
+          const float4 row = *reinterpret_cast<const float4*>(inverse + i * dim + first);
+          sums[0] += z * row.x, sums[1] += z * row.y, sums[2] += z * row.z, sums[3] += z * row.w;
         }
       } else {
-#pragma unroll 1
+#pragma unroll 4
         for (int i = 0; i < dim; ++i) {
           const float z = columns[i * kTileStride + token];
 #pragma unroll
@@ -159,6 +147,28 @@ struct Tile {
   }
 
  private:
+  // Of a token of the tile.
+  __device__ void add_patch(const unsigned char* patch, float* columns, int position) const {
+    const int dim = of.layer().dim, token = patch[0] % kTileTokens;
+    const float scale = __half2float(__ushort_as_half(static_cast<unsigned short>(patch[1] | patch[2] << 8)));
+    const auto rest = [&](int i) { return scale * (static_cast<float>(patch[3 + i / 2] >> 4 * (i & 1) & 15) - kPatchCentre); };
+    if (!side.planes) {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < dim; i += kLookUpThreads) columns[i * kTileStride + token] += rest(i);
+      return;
+    }
+    const auto* inverse = of.at<float>(side.inverse);
+#pragma unroll 1
+    for (int pair = threadIdx.x; pair < dim / 2; pair += kLookUpThreads) {
+      float x = 0, y = 0;
+#pragma unroll 4
+      for (int i = 0; i < dim; ++i) x += rest(i) * inverse[i * dim + 2 * pair], y += rest(i) * inverse[i * dim + 2 * pair + 1];
+      turn(x, y, pair, position + tile * kTileTokens + token);
+      columns[2 * pair * kTileStride + token] += x;
+      columns[(2 * pair + 1) * kTileStride + token] += y;
+    }
+  }
+
   // By the position of their token.  Pairs that RoPE leaves alone are not lengthened either.
   __device__ __forceinline__ void turn(float& x, float& y, int pair, unsigned position) const {
     if (pair >= of.layer().turned) return;

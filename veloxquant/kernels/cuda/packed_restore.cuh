@@ -14,7 +14,7 @@ __device__ __forceinline__ void restore_tile(const LayerCodes& codes, int side, 
   const Tile here{codes, of, tile};
   const int dim = layer.dim;
   float *columns = shared, *vectors = shared + dim * kTileStride;
-  here.look_up(columns, layer.sinks);
+  here.look_up(columns, layer.sinks, threadIdx.x / 32, kLookUpWarps);
   __syncthreads();
   here.add_patches(columns, layer.sinks);
   __syncthreads();

@@ -39,14 +39,14 @@ VELOXQUANT_ANYWHERE constexpr int finish_floats(int dim, int parts) {
   return kQueriesAtOnce * (dim + parts + 1 + kFinishThreads);
 }
 
-/// Kernels of any plan: threads that look a tile up, and that round a token; floats between columns of a tile in shared memory, one
+/// Kernels of any plan: threads that look a tile up, that round a token, and of a row of weights; floats between columns of a tile in shared memory, one
 /// more than its tokens, so that neither lanes of tokens nor lanes of columns share banks; parts that attention is cut into, at most.
-constexpr int kLookUpThreads = 256, kRoundThreads = 128, kTileStride = kTileTokens + 1, kMostParts = 1024;
+constexpr int kLookUpThreads = 512, kRoundThreads = 128, kSoftmaxThreads = 256, kTileStride = kTileTokens + 1, kMostParts = 1024;
 
 /// Floats of shared memory: to attend to a tile, to restore it, to round a token, to encode one, and to encode a tile, with sub-spaces
 /// of up to so many dimensions.
 VELOXQUANT_ANYWHERE constexpr int attention_floats(int dim) {
-  return 2 * dim * kTileStride + kQueriesAtOnce * (dim + 3 * kTileTokens + 4);
+  return 2 * dim * kTileStride + kQueriesAtOnce * (dim + 5 * kTileTokens + 4);
 }
 VELOXQUANT_ANYWHERE constexpr int restore_floats(int dim) {
   return 2 * dim * kTileStride;
