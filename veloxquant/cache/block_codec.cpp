@@ -404,10 +404,17 @@ class PlaneKeysCodec : public RotatedKeysCodec {
 
  private:
   void add_rest(const float* rest, float* key) const override {
-    for (const auto& piece : pieces_)
-      for (std::size_t i = piece.column; i < piece.column + piece.width; ++i)
-        for (std::size_t j = piece.column; j < piece.column + piece.width; ++j)
-          key[places_[j]] += rest[i] * inverse_[i * dim_ + j];
+    thread_local std::vector<float> ordered;
+    ordered.assign(dim_, 0.0f);
+    for (const auto& piece : pieces_) {
+      float* to = &ordered[piece.column];
+      for (std::size_t i = 0; i < piece.width; ++i) {
+        const float weight = rest[piece.column + i];
+        const float* row = &inverse_[(piece.column + i) * dim_ + piece.column];
+        for (std::size_t j = 0; j < piece.width; ++j) to[j] += weight * row[j];
+      }
+    }
+    for (std::size_t j = 0; j < dim_; ++j) key[places_[j]] += ordered[j];
   }
 
   EntryLayout entries_;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #undef HWY_TARGET_INCLUDE
@@ -320,27 +321,37 @@ void add_groups(const BlockOfTiles& block, const EntryColumns* groups, const std
       }
 }
 
-template <std::size_t kQueries>
-void add_some(const BlockOfTiles& block, std::span<const EntryColumns> groups, const float* weights, std::size_t weight_stride,
-              float* sums) {
+// to [count] = x [count] in steps of 1/32767 of the largest, and zeros up to a whole number of pairs; what a step is.
+float round_weights(const float* x, std::size_t count, std::int16_t* to) {
   // 255 · 32767 · kMostTokens is less than 2³¹.
   constexpr float kLargest = 32767;
   static_assert(255ll * 32767 * kMostTokens < (1ll << 31));
-  alignas(64) std::int16_t rounded[kMostTokens / 2][kQueries][2];
+  const DF d;
+  const hn::Rebind<std::int16_t, DF> narrow;
+  const std::size_t lanes = hn::Lanes(d), whole = count / lanes * lanes;
+  auto tops = hn::Zero(d);
+  for (std::size_t i = 0; i < whole; i += lanes) tops = hn::Max(tops, hn::Abs(hn::LoadU(d, x + i)));
+  float largest = hn::GetLane(hn::MaxOfLanes(d, tops));
+  for (std::size_t i = whole; i < count; ++i) largest = std::max(largest, std::abs(x[i]));
+  const float steps = largest > 0 ? kLargest / largest : 0.0f;
+  const auto each = hn::Set(d, steps);
+  for (std::size_t i = 0; i < whole; i += lanes)
+    hn::StoreU(hn::DemoteTo(narrow, hn::NearestInt(hn::Mul(hn::LoadU(d, x + i), each))), narrow, to + i);
+  for (std::size_t i = whole; i < count; ++i) to[i] = static_cast<std::int16_t>(std::lrint(x[i] * steps));
+  if (count % 2 == 1) to[count] = 0;
+  return largest / kLargest;
+}
+
+template <std::size_t kQueries>
+void add_some(const BlockOfTiles& block, std::span<const EntryColumns> groups, const float* weights, std::size_t weight_stride,
+              float* sums) {
+  std::int32_t pairs[kMostTokens / 2 * kQueries];
   float factors[kQueries];
   for (std::size_t r = 0; r < kQueries; ++r) {
-    const float* from = weights + r * weight_stride;
-    float largest = 0;
-    for (std::size_t t = 0; t < block.tokens; ++t) largest = std::max(largest, std::abs(from[t]));
-    factors[r] = largest / kLargest;
-    const float steps = largest > 0 ? kLargest / largest : 0.0f;
-    for (std::size_t t = 0; t < block.tokens; ++t) {
-      const float x = from[t] * steps;
-      rounded[t / 2][r][t % 2] = static_cast<std::int16_t>(static_cast<int>(x + (x < 0 ? -0.5f : 0.5f)));
-    }
-    if (block.tokens % 2 == 1) rounded[block.tokens / 2][r][1] = 0;
+    std::int16_t rounded[kMostTokens];
+    factors[r] = round_weights(weights + r * weight_stride, block.tokens, rounded);
+    for (std::size_t t = 0; t < block.tokens; t += 2) std::memcpy(&pairs[t / 2 * kQueries + r], rounded + t, sizeof(std::int32_t));
   }
-  const auto* pairs = reinterpret_cast<const std::int32_t*>(rounded);
   const std::size_t stride = groups.size() * kEntryColumns;
   const std::size_t usual = count_usual(groups, 2);
   std::size_t g = 0;
