@@ -102,18 +102,22 @@ TEST(PackedCache, ServesEveryShape) {
   struct Shape {
     int dim, group, key_codes, value_codes;
   };
-  for (const Shape& shape : {Shape{64, 3, 2, 64}, {64, 16, 17, 5}, {80, 1, 20, 33}, {96, 7, 24, 3}, {128, 6, 64, 4}, {256, 4, 40, 31}}) {
+  for (const Shape& shape :
+       {Shape{64, 3, 2, 64}, {64, 16, 17, 5}, {80, 1, 20, 33}, {96, 7, 24, 3}, {128, 6, 64, 4}, {256, 4, 40, 31}}) {
     const auto [dim, group, key_codes, value_codes] = shape;
     constexpr int kMany = 2350;
-    const auto q = random_array({1, group, kMany, dim}, 1), k = random_array({1, 1, kMany, dim}, 2), v = random_array({1, 1, kMany, dim}, 3);
+    const auto q = random_array({1, group, kMany, dim}, 1), k = random_array({1, 1, kMany, dim}, 2),
+               v = random_array({1, 1, kMany, dim}, 3);
     for (const Rotation rotation : {Rotation::kFull, Rotation::kPlane}) {
-      SCOPED_TRACE(::testing::Message() << "dim " << dim << " group " << group << (rotation == Rotation::kPlane ? " plane" : " full"));
+      SCOPED_TRACE(::testing::Message() << "dim " << dim << " group " << group
+                                        << (rotation == Rotation::kPlane ? " plane" : " full"));
       const auto fit = [&](const mx::array& x, Side side, Rotation of_side, int codes) {
         const RotatedPqFitter fitter({x.data<float>(), std::size_t{600} * static_cast<std::size_t>(dim)}, dim, {}, of_side);
         return fitter.fit(side, {.codes = codes, .stages = 2, .patches = 2, .max_iter = 1});
       };
       const int most = rotation == Rotation::kPlane ? dim / 2 : dim;
-      const auto keys = fit(k, Side::kKeys, rotation, std::min(key_codes, most)), values = fit(v, Side::kValues, Rotation::kFull, value_codes);
+      const auto keys = fit(k, Side::kKeys, rotation, std::min(key_codes, most)),
+                 values = fit(v, Side::kValues, Rotation::kFull, value_codes);
       const Rope rope(RopeConfig{}, dim);
       const AttentionSpec spec{.scale = 1 / std::sqrt(static_cast<float>(dim)), .rope = &rope};
       RestoringCache restoring(make_restore({keys}), make_restore({values}), {0, 0});
@@ -121,9 +125,11 @@ TEST(PackedCache, ServesEveryShape) {
       int begin = 0;
       for (const int end : {300, kMany - 1, kMany}) {
         const auto some = [&](const mx::array& y) { return cut(y, begin, end); };
-        const auto expected = restoring.attend(some(q), some(k), some(v), spec), got = packed.attend(some(q), some(k), some(v), spec);
+        const auto expected = restoring.attend(some(q), some(k), some(v), spec),
+                   got = packed.attend(some(q), some(k), some(v), spec);
         if (end != kMany - 1)
-          EXPECT_LT(mx::max(mx::abs(mx::subtract(expected, got))).item<float>() / mx::max(mx::abs(expected)).item<float>(), kWholeRounding);
+          EXPECT_LT(mx::max(mx::abs(mx::subtract(expected, got))).item<float>() / mx::max(mx::abs(expected)).item<float>(),
+                    kWholeRounding);
         begin = end;
       }
     }

@@ -17,7 +17,8 @@ using testing::normal_values;
 std::vector<std::int16_t> whole_numbers(std::size_t count, int most, std::uint64_t seed) {
   Random random(seed);
   std::vector<std::int16_t> values(count);
-  for (auto& value : values) value = static_cast<std::int16_t>(static_cast<int>(random.below(static_cast<std::uint64_t>(2 * most + 1))) - most);
+  for (auto& value : values)
+    value = static_cast<std::int16_t>(static_cast<int>(random.below(static_cast<std::uint64_t>(2 * most + 1))) - most);
   return values;
 }
 

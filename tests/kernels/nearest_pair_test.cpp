@@ -51,7 +51,8 @@ TEST(NearestPair, TakesEqualEntriesInTheirOrder) {
   testing::for_each_target([] {
     for (const std::size_t count : {33, 64, 256})
       for (std::uint64_t seed = 0; seed < 20; ++seed) {
-        auto first = normal_values(count, seed), second = normal_values(count, seed + 30), cross = normal_values(count * count, seed + 60);
+        auto first = normal_values(count, seed), second = normal_values(count, seed + 30),
+             cross = normal_values(count * count, seed + 60);
         for (auto* values : {&first, &second, &cross})
           for (float& value : *values) value = std::nearbyint(value);
         auto scratch = first;

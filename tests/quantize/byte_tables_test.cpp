@@ -66,7 +66,8 @@ TEST(ByteTables, RoundingCostsLittle) {
   constexpr int kWidth = 8;
   constexpr std::size_t kRows = 16384;
   const auto points = testing::gaussian(kRows, kWidth);
-  const auto trained = AdditiveCodebook::train(points.data(), kRows, kWidth, kWidth, {}, {.stages = 2, .num_centroids = 256, .max_iter = 4});
+  const auto trained =
+      AdditiveCodebook::train(points.data(), kRows, kWidth, kWidth, {}, {.stages = 2, .num_centroids = 256, .max_iter = 4});
   std::vector<std::vector<float>> tables;
   for (int stage = 0; stage < 2; ++stage) tables.emplace_back(trained.entry(stage, 0), trained.entry(stage, 0) + 256 * kWidth);
   const auto rounded = round_to_bytes(tables, kWidth);

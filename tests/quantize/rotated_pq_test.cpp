@@ -275,9 +275,11 @@ TEST(RotatedPq, BadInput) {
   EXPECT_THAT(refused([](auto& p) { p.byte_tensors.clear(); }), HasSubstr("entries"));
   EXPECT_THAT(refused([](auto& p) { p.byte_tensors.at("entries").values.assign(2 * 256 * kDim, 128); }),
               HasSubstr("sums of two up to 255, got 256"));
-  for (const float bad : {0.0f, -1.0f}) EXPECT_THAT(refused([&](auto& p) { p.tensors.at("scales").values[1] = bad; }), HasSubstr("scales"));
+  for (const float bad : {0.0f, -1.0f})
+    EXPECT_THAT(refused([&](auto& p) { p.tensors.at("scales").values[1] = bad; }), HasSubstr("scales"));
   EXPECT_THAT(refused([](auto& p) { p.tensors.at("scales").values[1] = std::numeric_limits<float>::max(); }), HasSubstr("scales"));
-  EXPECT_THAT(refused([](auto& p) { p.tensors.at("scales").values[1] = std::numeric_limits<float>::quiet_NaN(); }), HasSubstr("scales"));
+  EXPECT_THAT(refused([](auto& p) { p.tensors.at("scales").values[1] = std::numeric_limits<float>::quiet_NaN(); }),
+              HasSubstr("scales"));
   for (const float bad : {0.5f, 1001.0f, -1001.0f})
     EXPECT_THAT(refused([&](auto& p) { p.tensors.at("offsets").values[3] = bad; }), HasSubstr("offsets"));
   EXPECT_THAT(refused([](auto& p) {
@@ -331,7 +333,8 @@ TEST(RotatedPq, FloatCodebooksAreRounded) {
     for (const auto& subspace : quantizer.subspaces()) {
       const auto width = static_cast<std::size_t>(subspace.dim());
       for (std::size_t row = 0; row < static_cast<std::size_t>(subspace.stages()) * 256; ++row)
-        std::copy_n(subspace.entry(static_cast<int>(row / 256), row % 256), width, codebook.values.begin() + static_cast<std::ptrdiff_t>(row * kDim + begin));
+        std::copy_n(subspace.entry(static_cast<int>(row / 256), row % 256), width,
+                    codebook.values.begin() + static_cast<std::ptrdiff_t>(row * kDim + begin));
       begin += width;
     }
     auto old = made;

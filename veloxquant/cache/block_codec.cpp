@@ -265,7 +265,8 @@ class RotatedKeysCodec : public RotatedPqCodec {
             static_cast<std::int16_t>(std::clamp(std::lround(angles[column] * 32768.0f), -32767L, 32767L));
     }
     step_ = angles_of(-static_cast<double>(kTurnedTokens));
-    for (std::size_t b = 0; b < kTurnedBlocks; ++b) block_angles_.push_back(angles_of(-static_cast<double>(b * kPackedBlockTokens)));
+    for (std::size_t b = 0; b < kTurnedBlocks; ++b)
+      block_angles_.push_back(angles_of(-static_cast<double>(b * kPackedBlockTokens)));
   }
 
   // Queries in rows, turned back to the begin of every kTurnedBlocks-th block, and times what makes whole numbers of them.
@@ -302,14 +303,15 @@ class RotatedKeysCodec : public RotatedPqCodec {
     const float* rows;
     const std::int16_t* whole;
   };
-  Turned turn_to_stretches(std::size_t tokens, std::size_t position, std::size_t num_queries, const PreparedQueries& prepared) const {
+  Turned turn_to_stretches(std::size_t tokens, std::size_t position, std::size_t num_queries,
+                           const PreparedQueries& prepared) const {
     const std::size_t size = num_queries * columns(), stretches = (tokens + kTurnedTokens - 1) / kTurnedTokens,
                       index = (position - prepared.first_position) / kPackedBlockTokens;
     thread_local std::vector<float> rows;
     thread_local std::vector<std::int16_t> whole;
     rows.resize(stretches * size), whole.resize(stretches * size);
-    turn_rows(&prepared.turned[index / kTurnedBlocks * size], this->rows(), num_queries, block_angles_[index % kTurnedBlocks].data(),
-              rows.data());
+    turn_rows(&prepared.turned[index / kTurnedBlocks * size], this->rows(), num_queries,
+              block_angles_[index % kTurnedBlocks].data(), rows.data());
     for (std::size_t s = 1; s < stretches; ++s)
       turn_rows(rows.data() + (s - 1) * size, this->rows(), num_queries, step_.data(), rows.data() + s * size);
     round_rows(rows.data(), stretches * size, whole.data());
@@ -371,7 +373,8 @@ class PlaneKeysCodec : public RotatedKeysCodec {
     // As many bits as 16 hold of a plane that is turned.
     std::vector<float> reaches;
     for (std::size_t i = 0; i < entries_.columns(); ++i)
-      reaches.push_back(std::max(std::abs(entries_.offsets()[i]), static_cast<float>(entries_.largest()[i]) - entries_.offsets()[i]));
+      reaches.push_back(
+          std::max(std::abs(entries_.offsets()[i]), static_cast<float>(entries_.largest()[i]) - entries_.offsets()[i]));
     float furthest = 1;
     for (std::size_t i = 0; i < reaches.size(); ++i)
       if (i % kTurnColumns < kTurnPlanes) furthest = std::max(furthest, std::hypot(reaches[i], reaches[i + kTurnPlanes]));
@@ -423,8 +426,8 @@ class PlaneKeysCodec : public RotatedKeysCodec {
   std::vector<float> inverse_;         // A⁻¹ [dim, dim], to order_ and whole numbers
 };
 
-// Any sub-spaces: keys are a product with A⁻¹.  Of few blocks it is one, a block at a time; for many, it is made of every entry once,
-// and keys are sums of those.
+// Any sub-spaces: keys are a product with A⁻¹.  Of few blocks it is one, a block at a time; for many, it is made of every entry
+// once, and keys are sums of those.
 class FullKeysCodec : public RotatedKeysCodec {
  public:
   FullKeysCodec(const QuantizerParameters& parameters, RotatedPqQuantizer quantizer, const Rope& rope)
@@ -530,8 +533,8 @@ class FullKeysCodec : public RotatedKeysCodec {
   // rows [256, columns] = the entries of a table times A⁻¹.
   void multiply(const LookupPiece& piece, const float* table, float* rows) const {
     const auto columns = static_cast<int>(inverse_.size() / dim_), width = static_cast<int>(piece.width);
-    gemm(false, false, 256, columns, width, 1.0f, table, width, &inverse_[piece.column * static_cast<std::size_t>(columns)], columns,
-         0.0f, rows, columns);
+    gemm(false, false, 256, columns, width, 1.0f, table, width, &inverse_[piece.column * static_cast<std::size_t>(columns)],
+         columns, 0.0f, rows, columns);
   }
 
   // Keys before they are turned, without patches, as whole numbers would be, [tokens, columns].

@@ -51,7 +51,7 @@ struct PreparedQueries {
 
   std::vector<float> turned, factors;  // rotated_pq: turned back by the positions of some blocks, and what their scores are times
   std::vector<std::int16_t> wide;      // rotated_pq, Rotation::kFull: every entry times A⁻¹
-  std::vector<ScanTables> tables;  // vecinfer: of each query
+  std::vector<ScanTables> tables;      // vecinfer: of each query
 };
 
 /// From here on a matrix product pays for packing its operands.

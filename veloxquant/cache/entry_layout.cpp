@@ -24,7 +24,8 @@ EntryLayout::EntryLayout(std::span<const BytePiece> pieces, EntryOrder order) : 
       add_columns(piece, from, std::min(kEntryColumns, width - from), 0);
     }
   }
-  while (groups_.size() % (order == EntryOrder::kPlain ? 2 : kTurnGroups) != 0) add_group(groups_.back().codes[0], groups_.back().codes[1]);
+  while (groups_.size() % (order == EntryOrder::kPlain ? 2 : kTurnGroups) != 0)
+    add_group(groups_.back().codes[0], groups_.back().codes[1]);
   tables_.resize(tables_.size() + kEntryPadding);
   for (std::size_t g = 0; g < groups_.size(); ++g)
     for (std::size_t stage = 0; stage < 2; ++stage) groups_[g].tables[stage] = table(g, stage);

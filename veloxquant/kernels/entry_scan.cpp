@@ -22,8 +22,8 @@ using reference::score_wide;
 using reference::sum_wide_entries;
 using reference::turn_rows;
 
-void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const KeyGrid& grid, const TurnedQueries& queries,
-                   std::uint8_t*, float* scores, std::size_t score_stride) {
+void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const KeyGrid& grid,
+                   const TurnedQueries& queries, std::uint8_t*, float* scores, std::size_t score_stride) {
   reference::score_entries(block, groups, grid, queries, scores, score_stride);
 }
 
@@ -60,7 +60,8 @@ void turn_rows(const float* x, std::size_t rows, std::size_t count, const float*
 void round_rows(const float* x, std::size_t count, std::int16_t* to) {
   const DF d;
   const hn::Rebind<std::int16_t, DF> narrow;
-  for (std::size_t i = 0; i < count; i += hn::Lanes(d)) hn::StoreU(hn::DemoteTo(narrow, hn::NearestInt(hn::LoadU(d, x + i))), narrow, to + i);
+  for (std::size_t i = 0; i < count; i += hn::Lanes(d))
+    hn::StoreU(hn::DemoteTo(narrow, hn::NearestInt(hn::LoadU(d, x + i))), narrow, to + i);
 }
 
 // Bytes as they are, in 16 bits: the `part`-th vector of them.
@@ -116,8 +117,8 @@ std::size_t count_usual(std::span<const EntryColumns> groups, std::size_t togeth
   return usual / together * together;
 }
 
-// Keys as sums of bytes, and as whole numbers: those of a token from `at` on, the i-th vector of 16 planes' first (half 0) or second
-// dimensions.
+// Keys as sums of bytes, and as whole numbers: those of a token from `at` on, the i-th vector of 16 planes' first (half 0) or
+// second dimensions.
 struct ByteKeys {
   const std::uint8_t* at;
   const std::int16_t* offsets;
@@ -212,9 +213,12 @@ HWY_INLINE void score_all(std::size_t tokens, std::size_t rows, const std::int16
   std::size_t r = 0;
   for (; r + 4 <= queries.num_queries; r += 4) score_some<4>(tokens, rows, angles, queries, r, scores, score_stride, keys_of);
   switch (queries.num_queries - r) {
-    case 3: return score_some<3>(tokens, rows, angles, queries, r, scores, score_stride, keys_of);
-    case 2: return score_some<2>(tokens, rows, angles, queries, r, scores, score_stride, keys_of);
-    case 1: return score_some<1>(tokens, rows, angles, queries, r, scores, score_stride, keys_of);
+    case 3:
+      return score_some<3>(tokens, rows, angles, queries, r, scores, score_stride, keys_of);
+    case 2:
+      return score_some<2>(tokens, rows, angles, queries, r, scores, score_stride, keys_of);
+    case 1:
+      return score_some<1>(tokens, rows, angles, queries, r, scores, score_stride, keys_of);
   }
 }
 
@@ -227,10 +231,12 @@ void look_up_row(const BlockOfTiles& block, const EntryColumns* groups, std::uin
   const std::size_t tile_tokens = block.tile_tokens;
   for (std::size_t begin = 0; begin < block.tokens; begin += tile_tokens) {
     const std::uint8_t* tile = block.bytes + begin / tile_tokens * block.tile_bytes;
-    const Entries<kStride> first(tile, 0, groups[0]), second(tile, 0, groups[1]), third(tile, 0, groups[2]), fourth(tile, 0, groups[3]);
+    const Entries<kStride> first(tile, 0, groups[0]), second(tile, 0, groups[1]), third(tile, 0, groups[2]),
+        fourth(tile, 0, groups[3]);
     for (std::size_t t = 0; t < tile_tokens; ++t, bytes += kTurnColumns) {
       const auto pair = [&](const Entries<kStride>& a, const Entries<kStride>& b) HWY_ATTR {
-        return hn::BitCast(halves, hn::InterleaveLower(quarters, hn::BitCast(quarters, a.load(t)), hn::BitCast(quarters, b.load(t))));
+        return hn::BitCast(halves,
+                           hn::InterleaveLower(quarters, hn::BitCast(quarters, a.load(t)), hn::BitCast(quarters, b.load(t))));
       };
       const auto low = pair(first, second), high = pair(third, fourth);
       hn::StoreU(hn::BitCast(d, hn::InterleaveLower(halves, low, high)), d, bytes);
@@ -239,8 +245,8 @@ void look_up_row(const BlockOfTiles& block, const EntryColumns* groups, std::uin
   }
 }
 
-void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const KeyGrid& grid, const TurnedQueries& queries,
-                   std::uint8_t* bytes, float* scores, std::size_t score_stride) {
+void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const KeyGrid& grid,
+                   const TurnedQueries& queries, std::uint8_t* bytes, float* scores, std::size_t score_stride) {
   // Four groups at a time: their tables, and no others, stay in the first-level cache.
   constexpr std::size_t kRowBytes = kMostTokens * kTurnColumns;
   const std::size_t usual = count_usual(groups, kTurnGroups);
@@ -256,8 +262,9 @@ void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> grou
 void score_wide(const std::int16_t* keys, std::size_t tokens, std::size_t rows, const KeyGrid& grid, const TurnedQueries& queries,
                 float* scores, std::size_t score_stride) {
   const std::size_t stride = rows * kTurnColumns;
-  score_all(tokens, rows, grid.angles, queries, scores, score_stride,
-            [&](std::size_t row, std::size_t t) HWY_ATTR { return WideKeys{keys + t * stride + row * kTurnColumns, stride}; });
+  score_all(tokens, rows, grid.angles, queries, scores, score_stride, [&](std::size_t row, std::size_t t) HWY_ATTR {
+    return WideKeys{keys + t * stride + row * kTurnColumns, stride};
+  });
 }
 
 void sum_wide_entries(const BlockOfTiles& block, std::span<const CodePlace> codes, const std::int16_t* tables, std::size_t rows,
@@ -366,9 +373,12 @@ void add_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups
   for (; r + 4 <= num_queries; r += 4) add_some<4>(block, groups, weights + r * weight_stride, weight_stride, sums + r * stride);
   weights += r * weight_stride, sums += r * stride;
   switch (num_queries - r) {
-    case 3: return add_some<3>(block, groups, weights, weight_stride, sums);
-    case 2: return add_some<2>(block, groups, weights, weight_stride, sums);
-    case 1: return add_some<1>(block, groups, weights, weight_stride, sums);
+    case 3:
+      return add_some<3>(block, groups, weights, weight_stride, sums);
+    case 2:
+      return add_some<2>(block, groups, weights, weight_stride, sums);
+    case 1:
+      return add_some<1>(block, groups, weights, weight_stride, sums);
   }
 }
 
@@ -396,8 +406,8 @@ void round_rows(const float* x, std::size_t count, std::int16_t* to) {
   HWY_DYNAMIC_DISPATCH(round_rows)(x, count, to);
 }
 
-void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const KeyGrid& grid, const TurnedQueries& queries,
-                   float* scores, std::size_t score_stride) {
+void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const KeyGrid& grid,
+                   const TurnedQueries& queries, float* scores, std::size_t score_stride) {
   thread_local std::vector<std::uint8_t> bytes;
   bytes.resize(groups.size() * kEntryColumns * kMostTokens);
   HWY_DYNAMIC_DISPATCH(score_entries)(block, groups, grid, queries, bytes.data(), scores, score_stride);

@@ -51,17 +51,18 @@ void turn_rows(const float* x, std::size_t rows, std::size_t count, const float*
 /// to [count] = the nearest whole numbers to x [count], which are within ±32767; count is a multiple of kTurnColumns.
 void round_rows(const float* x, std::size_t count, std::int16_t* to);
 
-/// scores[r · score_stride + t] = q[r]·k[t]: keys of a multiple of kTurnGroups groups, each looked up and turned (to 15 bits, rounded), and the queries
-/// of their stretch.  Tiles are whole stretches; what lies behind the last token of its stretch is read, but not used.
-void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const KeyGrid& grid, const TurnedQueries& queries,
-                   float* scores, std::size_t score_stride);
+/// scores[r · score_stride + t] = q[r]·k[t]: keys of a multiple of kTurnGroups groups, each looked up and turned (to 15 bits,
+/// rounded), and the queries of their stretch.  Tiles are whole stretches; what lies behind the last token of its stretch is read,
+/// but not used.
+void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const KeyGrid& grid,
+                   const TurnedQueries& queries, float* scores, std::size_t score_stride);
 
 /// The same of keys that are whole numbers in memory, [tokens, rows, kTurnColumns]; of `grid` only the angles are read.
 void score_wide(const std::int16_t* keys, std::size_t tokens, std::size_t rows, const KeyGrid& grid, const TurnedQueries& queries,
                 float* scores, std::size_t score_stride);
 
-/// keys [tokens, rows, kTurnColumns] = the sums of an entry of each code's table, of `tables` [rows, codes, 256, kTurnColumns], which
-/// do not overflow.
+/// keys [tokens, rows, kTurnColumns] = the sums of an entry of each code's table, of `tables` [rows, codes, 256, kTurnColumns],
+/// which do not overflow.
 void sum_wide_entries(const BlockOfTiles& block, std::span<const CodePlace> codes, const std::int16_t* tables, std::size_t rows,
                       std::int16_t* keys);
 
@@ -74,8 +75,8 @@ void add_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups
 namespace reference {
 void turn_rows(const float* x, std::size_t rows, std::size_t count, const float* angles, float* to);
 void round_rows(const float* x, std::size_t count, std::int16_t* to);
-void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const KeyGrid& grid, const TurnedQueries& queries,
-                   float* scores, std::size_t score_stride);
+void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const KeyGrid& grid,
+                   const TurnedQueries& queries, float* scores, std::size_t score_stride);
 void score_wide(const std::int16_t* keys, std::size_t tokens, std::size_t rows, const KeyGrid& grid, const TurnedQueries& queries,
                 float* scores, std::size_t score_stride);
 void sum_wide_entries(const BlockOfTiles& block, std::span<const CodePlace> codes, const std::int16_t* tables, std::size_t rows,

@@ -58,8 +58,8 @@ void score(std::size_t tokens, std::size_t rows, const KeyGrid& grid, const Turn
 
 }  // namespace
 
-void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const KeyGrid& grid, const TurnedQueries& queries,
-                   float* scores, std::size_t score_stride) {
+void score_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups, const KeyGrid& grid,
+                   const TurnedQueries& queries, float* scores, std::size_t score_stride) {
   score(block.tokens, groups.size() / kTurnGroups, grid, queries, scores, score_stride, [&](std::size_t t, std::size_t column) {
     const std::size_t plane = column % kTurnPlanes, half = kEntryColumns / 2,
                       group = column / kTurnColumns * kTurnGroups + plane / half,

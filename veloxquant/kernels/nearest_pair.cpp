@@ -42,8 +42,8 @@ std::size_t place_of(float value, std::size_t count, Sum sum, Scalar scalar) {
   return 0;  // only for values that are not numbers
 }
 
-// Takes the smallest of x [count] out, one after another; of equal ones the first.  x is in four parts, of which the minima by lanes
-// are kept: only the part that one was taken from is looked at again.
+// Takes the smallest of x [count] out, one after another; of equal ones the first.  x is in four parts, of which the minima by
+// lanes are kept: only the part that one was taken from is looked at again.
 class Ascending {
  public:
   static bool serves(std::size_t count) { return count % (kParts * hn::Lanes(D())) == 0; }
@@ -96,7 +96,8 @@ class AscendingOneByOne {
     const float* x = x_;
     value = least_of(x, count_);
     const std::size_t place = place_of(
-        value, count_, [x](auto d, std::size_t at) HWY_ATTR { return hn::LoadU(d, x + at); }, [x](std::size_t at) { return x[at]; });
+        value, count_, [x](auto d, std::size_t at) HWY_ATTR { return hn::LoadU(d, x + at); },
+        [x](std::size_t at) { return x[at]; });
     x_[place] = std::numeric_limits<float>::infinity();
     return place;
   }

@@ -247,8 +247,9 @@ void write_plan(const Plan& plan, const std::filesystem::path& path) {
   const std::string json = plan_text(plan);
   const Entries entries = all_entries(plan);
   parse_plan(json, kVersion, entries, path.string());  // so that what is written can be read
-  write_entries(path, entries,
-                {{"format", kFormat}, {"version", std::to_string(kVersion)}, {"plan", json}, {"checksum", checksum(json, entries)}});
+  write_entries(
+      path, entries,
+      {{"format", kFormat}, {"version", std::to_string(kVersion)}, {"plan", json}, {"checksum", checksum(json, entries)}});
 }
 
 Plan read_plan(const std::filesystem::path& path) {

@@ -21,9 +21,9 @@ constexpr std::size_t byte_units(std::size_t width) {
   return (width + kByteColumns - 1) / kByteColumns;
 }
 
-/// The tables of one sub-space, of one stage or two.  Entry c of a stage reads scale · (byte − offset) in a column; the scale is that
-/// of the column's unit, j / kByteColumns.  Offsets of stages are apart so that each table by itself is near what it was rounded from:
-/// encoding seeks in the first before it looks at sums.
+/// The tables of one sub-space, of one stage or two.  Entry c of a stage reads scale · (byte − offset) in a column; the scale is
+/// that of the column's unit, j / kByteColumns.  Offsets of stages are apart so that each table by itself is near what it was
+/// rounded from: encoding seeks in the first before it looks at sums.
 struct ByteTables {
   std::size_t width = 0;                           // columns
   std::vector<std::vector<std::uint8_t>> entries;  // of each stage [num_entries, width]

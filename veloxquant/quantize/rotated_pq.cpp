@@ -372,14 +372,15 @@ void expect_names(const QuantizerParameters& parameters, std::initializer_list<s
   expect_parameters(parameters, {"codes", "stages", "num_centroids", "patches", "plane"}, tensors, byte_tensors);
 }
 
-// rows [count, width] times an orthonormal matrix (DCT-II) that gives all columns about the same variance.  A sub-space may be turned
-// as one likes, and columns of one scale lose least by rounding where they are alike.
+// rows [count, width] times an orthonormal matrix (DCT-II) that gives all columns about the same variance.  A sub-space may be
+// turned as one likes, and columns of one scale lose least by rounding where they are alike.
 void mix_columns(float* rows, std::size_t count, std::size_t width, std::size_t stride) {
   std::vector<double> matrix(width * width), mixed(width);
   for (std::size_t i = 0; i < width; ++i)
     for (std::size_t j = 0; j < width; ++j)
-      matrix[i * width + j] = std::sqrt((j == 0 ? 1.0 : 2.0) / static_cast<double>(width)) *
-                              std::cos(std::numbers::pi * (static_cast<double>(i) + 0.5) * static_cast<double>(j) / static_cast<double>(width));
+      matrix[i * width + j] =
+          std::sqrt((j == 0 ? 1.0 : 2.0) / static_cast<double>(width)) *
+          std::cos(std::numbers::pi * (static_cast<double>(i) + 0.5) * static_cast<double>(j) / static_cast<double>(width));
   for (std::size_t row = 0; row < count; ++row, rows += stride) {
     std::fill(mixed.begin(), mixed.end(), 0.0);
     for (std::size_t i = 0; i < width; ++i)
@@ -460,9 +461,9 @@ QuantizerParameters with_byte_tables(QuantizerParameters parameters) {
     const auto rounded = round_to_bytes(tables, static_cast<std::size_t>(subspace.width));
     for (std::size_t stage = 0; stage < tables.size(); ++stage) {
       for (std::size_t entry = 0; entry < static_cast<std::size_t>(basis.centroids); ++entry)
-        std::copy_n(rounded.entries[stage].begin() + static_cast<std::ptrdiff_t>(entry * rounded.width), rounded.width,
-                    entries.values.begin() +
-                        static_cast<std::ptrdiff_t>(place_of_entry(basis, subspace, static_cast<int>(stage), entry)));
+        std::copy_n(
+            rounded.entries[stage].begin() + static_cast<std::ptrdiff_t>(entry * rounded.width), rounded.width,
+            entries.values.begin() + static_cast<std::ptrdiff_t>(place_of_entry(basis, subspace, static_cast<int>(stage), entry)));
       std::copy(rounded.offsets[stage].begin(), rounded.offsets[stage].end(),
                 offsets.values.begin() + static_cast<std::ptrdiff_t>(stage * basis.width()) + subspace.begin);
     }
