@@ -37,8 +37,10 @@ __global__ void attend(AttentionCodes codes, QueryRows queries, AttentionTables 
 }
 
 __global__ void __launch_bounds__(kFinishThreads)
-    finish(AttentionParts parts, int splits, int kv_heads, QueryRows queries, ValueSpace space, float* out) {
-  finish_attention(parts, splits, kv_heads, queries, space, out, shared_memory);
+    finish(AttentionParts parts, int splits, int kv_heads, QueryRows queries, const float* inverse, const float* mean, float* out) {
+  const int head = blockIdx.x % kv_heads;
+  finish_attention(parts, splits, 1, queries, inverse + head * queries.dim * queries.dim, mean + head * queries.dim, out,
+                   shared_memory);
 }
 
 struct Shape {
@@ -161,14 +163,14 @@ void measure(const Shape& shape, bool compare) {
                              on_device(std::vector<float>(parts_rows * static_cast<std::size_t>(dim)))};
   const ExactTokens exact_tokens{on_device(exact), sinks,  window, shape.tokens, shape.tokens + sinks + window,
                                  on_device(turns), dim / 2};
-  const ValueSpace space{on_device(inverse), on_device(mean), shape.kv_heads};
+  const float *value_inverse = on_device(inverse), *value_mean = on_device(mean);
   float* out = on_device(std::vector<float>(q.size()));
   const auto attend_kernel = attend<kUnits, kUnits, kWarps, kFullDim>;
   const std::size_t memory = sizeof(typename CodeAttention<kUnits, kUnits, kWarps, true, true, kFullDim>::Memory) +
                              2 * 32 * kWarps * 2 * static_cast<std::size_t>(codes);
   if (memory > static_cast<std::size_t>(limit)) return void(std::printf("%zu bytes of shared memory are too many\n", memory));
   check(cudaFuncSetAttribute(attend_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(memory)));
-  const auto finish_memory = static_cast<int>(sizeof(float)) * finish_floats(dim, splits);
+  const auto finish_memory = static_cast<int>(sizeof(float)) * finish_floats(dim, splits + 1);
   check(cudaFuncSetAttribute(finish, cudaFuncAttributeMaxDynamicSharedMemorySize, finish_memory));
   const auto run_attend = [&] {
     attend_kernel<<<dim3(splits, sequence_heads + blocks_of_exact(sequence_heads, splits), row_groups), 32 * kWarps, memory>>>(
@@ -176,7 +178,7 @@ void measure(const Shape& shape, bool compare) {
   };
   const auto run_finish = [&] {
     finish<<<dim3(sequence_heads, (dim + kColumnsAtOnce - 1) / kColumnsAtOnce, row_groups), kFinishThreads, finish_memory>>>(
-        parts, splits, shape.kv_heads, queries, space, out);
+        parts, splits, shape.kv_heads, queries, value_inverse, value_mean, out);
   };
   run_attend(), run_finish();
   check(cudaDeviceSynchronize());

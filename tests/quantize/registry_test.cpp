@@ -93,7 +93,7 @@ TEST(Registry, MoreBitsNeverWorse) {
         SCOPED_TRACE(width);
         const double error =
             testing::relative_error(vectors, testing::restored(*make_quantizer(fit(method, side, width, vectors)), vectors));
-        EXPECT_LE(error, before);
+        EXPECT_LE(error, 1.0001 * before);  // entries are bytes: where codes could say more than those, nothing is left to win
         before = error;
       }
       EXPECT_LT(before, 1e-3);
