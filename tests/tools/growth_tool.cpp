@@ -1,5 +1,5 @@
 // growth_tool PLAN TOKENS        appends so many tokens one by one to the packed caches of a plan, of a model as it says, and then
-// in chunks to others.  JSON: by what resident memory grew, and what effective bits say, from 1024 tokens on; whether both hold
+// in chunks to others.  JSON: by what resident memory grew, and what effective bits say, from 2560 tokens on; whether both hold
 // the same; how far apart their attention is, relative to its largest value.
 #include <fmt/format.h>
 
@@ -19,7 +19,7 @@ using namespace veloxquant;
 
 namespace {
 
-constexpr int kChunk = 512, kWarm = 1024;
+constexpr int kChunk = 512, kWarm = 2560;  // where attention has all the memory that it works in
 
 std::size_t resident_bytes() {
   std::ifstream status("/proc/self/status");

@@ -10,7 +10,7 @@ namespace veloxquant {
 RecallCount recall(const LanguageModel& model, std::span<const std::int32_t> tokens, const AnswerSpans& answers,
                    const CacheFactory& factory) {
   const int length = static_cast<int>(tokens.size()) - 1;  // nothing is asked about what follows the last token
-  const auto hidden = model.forward(mx::array(tokens.data(), {1, length}, mx::int32), model.make_caches(factory), [] {});
+  const auto hidden = model.forward_by_layers(mx::array(tokens.data(), {1, length}, mx::int32), model.make_caches(factory), [] {});
   std::vector<mx::array> tops;
   for (const auto& [begin, end] : answers)
     tops.push_back(mx::argmax(model.logits(mx::slice(hidden, {0, begin - 1, 0}, {1, end - 1, hidden.shape(2)})), -1));

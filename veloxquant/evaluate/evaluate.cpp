@@ -76,7 +76,7 @@ void score_window(const LanguageModel& model, const TokenBatch& windows, int ind
   const auto hidden_of = [&](const Storage& storage) {
     auto caches = model.make_caches(storage.factory);
     auto cache = caches.begin();
-    auto hidden = model.forward(tokens, caches, [&] {
+    auto hidden = model.forward_by_layers(tokens, caches, [&] {
       (cache++)->reset();  // a window is read in one go
       stage.advance();
     });

@@ -64,7 +64,7 @@ std::vector<float> read_prompt(const LanguageModel& model, std::span<const std::
   ProgressStage stage(progress, "reading the prompt", prompt.size() * caches.size());
   for (;; prompt = prompt.subspan(kPromptChunk)) {
     const auto chunk = prompt.first(std::min(kPromptChunk, prompt.size()));
-    const auto hidden = model.forward(token_row(chunk), caches, [&] { stage.advance(chunk.size()); });
+    const auto hidden = model.forward_by_layers(token_row(chunk), caches, [&] { stage.advance(chunk.size()); });
     if (chunk.size() == prompt.size()) return last_logits(model, hidden);
   }
 }

@@ -23,8 +23,8 @@ mx::array LanguageModel::forward(const mx::array& tokens, const AttentionCaches&
   return hidden;
 }
 
-mx::array LanguageModel::forward(const mx::array& tokens, const AttentionCaches& caches,
-                                 const std::function<void()>& after_layer) const {
+mx::array LanguageModel::forward_by_layers(const mx::array& tokens, const AttentionCaches& caches,
+                                           const std::function<void()>& after_layer) const {
   const bool waits = mx::default_device() == mx::Device::cpu;
   auto hidden = embed(tokens);
   for (int i = 0; i < config_.num_layers; ++i) {

@@ -43,7 +43,8 @@ class LanguageModel {
 
   /// The same, evaluated layer by layer: the activations of two layers at most are in memory, and `after_layer` is called as each
   /// is done (on a GPU, as the one after it is under way).  What it throws ends the work.
-  mx::array forward(const mx::array& tokens, const AttentionCaches& caches, const std::function<void()>& after_layer) const;
+  mx::array forward_by_layers(const mx::array& tokens, const AttentionCaches& caches,
+                              const std::function<void()>& after_layer) const;
 
   /// One cache per layer.
   AttentionCaches make_caches(const CacheFactory& factory) const;
