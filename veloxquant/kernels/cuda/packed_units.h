@@ -86,25 +86,10 @@ struct HeadBlocks {
   int key_word, key_codes, key_patches, value_word, value_codes, value_patches;
 };
 
-/// Numbers of a layer.
-struct PackedLayout {
-  int kv_heads, dim, window, sinks, block_words, num_tables, rest_columns, turned;  // num_tables: 1, where all KV heads share them
-  int num_errors, most_subspaces;
-};
-
-/// Tokens of a sequence: those that are codes, and all.  They stay on the GPU, where each token that is appended counts them on.
-struct PackedCounts {
-  int coded, offset;
-};
-
 /// A sub-space of a side of a head, as tokens are encoded.  Its tables stand by dimension [width + 1, 256] for each stage, the last
 /// row half the squared norms, huge for entries that are not there.
 struct EncodingSubspace {
   int column, width, first_code, stages, table;  // table: where its first one begins, in floats
-};
-
-struct EncodingHead {
-  int word, codes, patches, subspaces, error;  // of the layer's block, from which word on; of the errors, from which on
 };
 
 /// Eight columns at most that an entry of one table, or the sum of one of each of two, makes up, from `column` on: of values and of
