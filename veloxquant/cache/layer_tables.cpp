@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "veloxquant/cache/attention_tables.h"
 #include "veloxquant/core/parallel.h"
@@ -202,13 +203,32 @@ std::string refusal(const QuantizerParameters& parameters) {
   return {};
 }
 
+// Of vecinfer, whose entries stay floats.
+std::vector<TableUnit> add_float_entries(Words& words, const Unit& unit, SideTables& side) {
+  const auto [units, entries] = float_units(unit);
+  side.float_entries = 1;
+  side.entries = words.add(entries);
+  return units;
+}
+
+// What both sides have, the columns of A⁻¹ and μ in this order.
+void add_unit(Words& words, const Unit& unit, const std::vector<TableUnit>& units, const std::vector<int>& columns, SideTables& side) {
+  add_encoding(words, unit, side);
+  side.num_units = static_cast<int>(units.size());
+  side.units = words.add(units);
+  side.inverse = words.add(in_order(unit.inverse, columns));
+  side.inverse_mean = words.add(in_order(unit.mean, columns));
+  side.codes = unit.codes, side.patches = unit.patches, side.order = unit.order;
+}
+
+std::vector<int> as_they_are(int dim) {
+  std::vector<int> columns(static_cast<std::size_t>(dim));
+  std::iota(columns.begin(), columns.end(), 0);
+  return columns;
+}
+
 void add_keys(Words& words, const QuantizerParameters& parameters, const Quantizer& made, const Rope& rope, SideTables& side) {
-  const auto identical = [](int dim) {
-    std::vector<int> columns;
-    for (int i = 0; i < dim; ++i) columns.push_back(i);
-    return columns;
-  };
-  std::vector<int> dims = identical(parameters.dim);
+  std::vector<int> dims = as_they_are(parameters.dim);
   std::vector<std::uint32_t> turns(static_cast<std::size_t>(parameters.dim) / 2);
   std::vector<TableUnit> units;
   Unit unit;
@@ -231,22 +251,13 @@ void add_keys(Words& words, const QuantizerParameters& parameters, const Quantiz
       auto places = key_places(parameters.dim, rope);
       dims = std::move(places.columns), turns = std::move(places.turns);
     }
-    add_encoding(words, unit, side);
   } else {
     unit = unit_of(static_cast<const VecInferQuantizer&>(made), Side::kKeys);
-    const auto [float_table_units, entries] = float_units(unit);
-    units = float_table_units;
-    side.float_entries = 1;
-    side.entries = words.add(entries);
-    add_encoding(words, unit, side);
+    units = add_float_entries(words, unit, side);
   }
-  side.num_units = static_cast<int>(units.size());
-  side.units = words.add(units);
-  side.inverse = words.add(in_order(unit.inverse, dims));
-  side.inverse_mean = words.add(in_order(unit.mean, dims));
+  add_unit(words, unit, units, dims, side);
   side.dims = words.add(dims);
   side.turns = words.add(turns);
-  side.codes = unit.codes, side.patches = unit.patches, side.order = unit.order;
 }
 
 void add_values(Words& words, const QuantizerParameters& parameters, const Quantizer& made, SideTables& side) {
@@ -258,20 +269,11 @@ void add_values(Words& words, const QuantizerParameters& parameters, const Quant
     const auto tables = value_tables(quantizer, num_units(quantizer));
     units = units_of(tables);
     side.entries = words.add(tables.tables);
-    add_encoding(words, unit, side);
   } else {
     unit = unit_of(static_cast<const VecInferQuantizer&>(made), Side::kValues);
-    const auto [float_table_units, entries] = float_units(unit);
-    units = float_table_units;
-    side.float_entries = 1;
-    side.entries = words.add(entries);
-    add_encoding(words, unit, side);
+    units = add_float_entries(words, unit, side);
   }
-  side.num_units = static_cast<int>(units.size());
-  side.units = words.add(units);
-  side.inverse = words.add(unit.inverse);
-  side.inverse_mean = words.add(unit.mean);
-  side.codes = unit.codes, side.patches = unit.patches, side.order = unit.order;
+  add_unit(words, unit, units, as_they_are(parameters.dim), side);
 }
 
 }  // namespace
