@@ -22,24 +22,23 @@ std::vector<std::int16_t> whole_numbers(std::size_t count, int most, std::uint64
   return values;
 }
 
-// A block of random codes, two a group and those of the last word closer together.
+// A block of random codes, none to four a group; those of the last word stand closer together.
 struct Codes {
   PackedCodes layout;
   std::vector<std::uint8_t> bytes;
   std::vector<std::vector<std::uint8_t>> tables;
   std::vector<EntryColumns> groups;
 
-  explicit Codes(std::size_t num_groups, std::size_t fewer = 0) : layout{2 * num_groups - fewer}, bytes(layout.block_bytes()) {
+  explicit Codes(std::size_t num_groups, std::size_t codes) : layout{codes}, bytes(layout.block_bytes()), groups(num_groups) {
     Random random(num_groups);
     for (auto& byte : bytes) byte = static_cast<std::uint8_t>(random.below(256));
-    for (std::size_t code = 0; code < 2 * num_groups; ++code) {
-      auto& table = tables.emplace_back(256 * kEntryColumns + kEntryPadding);
-      for (auto& byte : table) byte = static_cast<std::uint8_t>(random.below(code % 2 == 0 ? 156 : 101));
-    }
-    // Where there are fewer codes, the last one is read by the others.
-    const auto place = [&](std::size_t code) { return layout.place(std::min(code, layout.codes - 1)); };
-    for (std::size_t code = 0; code < 2 * num_groups; code += 2)
-      groups.push_back({{place(code), place(code + 1)}, {tables[code].data(), tables[code + 1].data()}});
+    for (std::size_t g = 0; g < num_groups; ++g)
+      for (auto& group = groups[g]; group.count < g % (kMostEntries + 1);) {
+        auto& table = tables.emplace_back(256 * kEntryColumns);
+        for (auto& byte : table) byte = static_cast<std::uint8_t>(random.below(256 / (g % (kMostEntries + 1))));
+        group.codes[group.count] = layout.place(tables.size() % codes);
+        group.tables[group.count++] = table.data();
+      }
   }
 
   BlockOfTiles block(std::size_t tokens) const { return {bytes.data(), layout.tile_bytes(), kPackedTileTokens, tokens}; }
@@ -68,32 +67,54 @@ TEST(EntryScan, TurnsAndRoundsRowsAsTheReferenceDoes) {
     }
 }
 
-// Whole numbers: the same on every target.
-TEST(EntryScan, ScoresAsTheReferenceDoes) {
+TEST(EntryScan, LooksUpAsTheReferenceDoes) {
   for (const std::size_t groups : {4, 8, 12})
-    for (const std::size_t fewer : {0, 1, 2, 3}) {
-      const Codes codes(groups, fewer);
-      const std::size_t rows = groups / kTurnGroups;
-      const auto angles = whole_numbers(rows * kTurnedTokens * kTurnColumns, 23000, 1),
-                 offsets = whole_numbers(rows * kTurnColumns, 100 << 6, 3);
-      for (const std::size_t queries : {1, 2, 3, 4, 6, 7}) {
-        const auto q = whole_numbers(kStretches * rows * queries * kTurnColumns, 500, 2);
-        const auto factors = normal_values(queries, 4, 1e-6);
-        for (const std::size_t tokens : kTokens) {
-          SCOPED_TRACE(::testing::Message() << groups << " groups, " << queries << " queries, " << tokens << " tokens");
-          const std::size_t stride = tokens + 3;
-          const TurnedQueries turned{q.data(), queries, factors.data()};
-          const KeyGrid grid{offsets.data(), 6, angles.data()};
-          std::vector<float> expected(queries * stride, 7.0f);
-          reference::score_entries(codes.block(tokens), codes.groups, grid, turned, expected.data(), stride);
-          for_each_target([&] {
-            std::vector<float> scores(expected.size(), 7.0f);
-            score_entries(codes.block(tokens), codes.groups, grid, turned, scores.data(), stride);
-            EXPECT_EQ(scores, expected);
-          });
+    for (const std::size_t count : {1, 2, 3, 8, 17}) {
+      const Codes codes(groups, count);
+      for (const std::size_t tokens : kTokens) {
+        SCOPED_TRACE(::testing::Message() << groups << " groups, " << count << " codes, " << tokens << " tokens");
+        std::vector<std::uint8_t> expected(groups / kTurnGroups * kMostTokens * kTurnColumns);
+        reference::look_up_entries(codes.block(tokens), codes.groups, expected.data());
+        const std::uint8_t* bytes = look_up_entries(codes.block(tokens), codes.groups);
+        for (std::size_t row = 0; row < groups / kTurnGroups; ++row) {
+          const std::size_t at = row * kMostTokens * kTurnColumns;
+          EXPECT_TRUE(std::equal(bytes + at, bytes + at + tokens * kTurnColumns, expected.data() + at));
         }
       }
     }
+}
+
+std::vector<std::uint8_t> random_bytes(std::size_t count) {
+  Random random(count);
+  std::vector<std::uint8_t> bytes(count);
+  for (auto& byte : bytes) byte = static_cast<std::uint8_t>(random.below(256));
+  return bytes;
+}
+
+// Whole numbers: the same on every target.
+TEST(EntryScan, ScoresOfBytesAsTheReferenceDoes) {
+  for (const std::size_t rows : {1, 2, 3}) {
+    const auto bytes = random_bytes(rows * kMostTokens * kTurnColumns);
+    const auto angles = whole_numbers(rows * kTurnedTokens * kTurnColumns, 23000, 1),
+               offsets = whole_numbers(rows * kTurnColumns, 100 << 6, 3);
+    for (const std::size_t queries : {1, 2, 3, 4, 6, 7}) {
+      const auto q = whole_numbers(kStretches * rows * queries * kTurnColumns, 500, 2);
+      const auto factors = normal_values(queries, 4, 1e-6);
+      for (const std::size_t tokens : kTokens) {
+        SCOPED_TRACE(::testing::Message() << rows << " rows, " << queries << " queries, " << tokens << " tokens");
+        const std::size_t stride = tokens + 3;
+        const TurnedQueries turned{q.data(), queries, factors.data()};
+        const KeyGrid grid{offsets.data(), 6, angles.data()};
+        std::vector<float> expected(queries * stride, 7.0f);
+        reference::score_bytes(bytes.data(), tokens, rows, grid, turned, expected.data(), stride);
+        for_each_target([&] {
+          std::vector<float> scores(expected.size(), 7.0f);
+          score_bytes(bytes.data(), tokens, rows, grid, turned, scores.data(), stride);
+          EXPECT_EQ(scores, expected);
+        });
+      }
+    }
+  }
 }
 
 TEST(EntryScan, ScoresOfWideKeysAsTheReferenceDoes) {
@@ -118,9 +139,28 @@ TEST(EntryScan, ScoresOfWideKeysAsTheReferenceDoes) {
   }
 }
 
+TEST(EntryScan, AddsScoresAsTheReferenceDoes) {
+  const std::vector<std::size_t> tokens = {0, 3, 17, 31, 255};
+  for (const std::size_t rows : {1, 2, 3})
+    for (const std::size_t queries : {1, 2, 3, 4, 7, 11}) {
+      const std::size_t columns = rows * kTurnColumns;
+      const auto keys = normal_values(tokens.size() * columns, 1, 3000), angles = normal_values(kTurnedTokens * columns, 2),
+                 q = normal_values(kStretches * queries * columns, 3), factors = normal_values(queries, 4, 1e-3),
+                 before = normal_values(queries * kMostTokens, 5);
+      auto expected = before;
+      reference::add_scores(keys.data(), tokens, rows, angles.data(), {q.data(), queries, factors.data()}, expected.data(),
+                            kMostTokens);
+      for_each_target([&] {
+        auto scores = before;
+        add_scores(keys.data(), tokens, rows, angles.data(), {q.data(), queries, factors.data()}, scores.data(), kMostTokens);
+        expect_near(scores, expected, 1e-3, 1e-5);
+      });
+    }
+}
+
 TEST(EntryScan, SumsWideEntriesAsTheReferenceDoes) {
   for (const std::size_t count : {1, 5, 16}) {
-    const Codes codes((count + 1) / 2, count % 2);
+    const Codes codes(4, count);
     std::vector<CodePlace> places;
     for (std::size_t code = 0; code < count; ++code) places.push_back(codes.layout.place(code));
     for (const std::size_t rows : {1, 3}) {
@@ -139,37 +179,33 @@ TEST(EntryScan, SumsWideEntriesAsTheReferenceDoes) {
 }
 
 // Weights in steps of 2⁻¹⁵ of the largest, sums of bytes up to 255.
-TEST(EntryScan, AddsAsTheReferenceDoes) {
-  for (const std::size_t groups : {2, 4, 8})
-    for (const std::size_t fewer : {0, 1}) {
-      const Codes codes(groups, fewer);
-      for (const std::size_t queries : {1, 2, 3, 4, 7}) {
-        for (const std::size_t tokens : kTokens) {
-          SCOPED_TRACE(::testing::Message() << groups << " groups, " << queries << " queries, " << tokens << " tokens");
-          const std::size_t stride = tokens + 3;
-          const auto weights = normal_values(queries * stride, 1), before = normal_values(queries * groups * kEntryColumns, 2);
-          auto expected = before;
-          reference::add_entries(codes.block(tokens), codes.groups, weights.data(), queries, stride, expected.data());
-          for_each_target([&] {
-            auto sums = before;
-            add_entries(codes.block(tokens), codes.groups, weights.data(), queries, stride, sums.data());
-            expect_near(sums, expected, 4 * 0.5 * 0x1p-15 * 255 * std::sqrt(static_cast<double>(tokens)) + 1e-3, 1e-5);
-          });
-        }
+TEST(EntryScan, AddsBytesAsTheReferenceDoes) {
+  for (const std::size_t rows : {1, 2, 3}) {
+    const auto bytes = random_bytes(rows * kMostTokens * kTurnColumns);
+    for (const std::size_t queries : {1, 2, 3, 4, 5, 7})
+      for (const std::size_t tokens : kTokens) {
+        SCOPED_TRACE(::testing::Message() << rows << " rows, " << queries << " queries, " << tokens << " tokens");
+        const std::size_t stride = tokens + 3;
+        const auto weights = normal_values(queries * stride, 1), before = normal_values(queries * rows * kTurnColumns, 2);
+        auto expected = before;
+        reference::add_bytes(bytes.data(), tokens, rows, weights.data(), queries, stride, expected.data());
+        for_each_target([&] {
+          auto sums = before;
+          add_bytes(bytes.data(), tokens, rows, weights.data(), queries, stride, sums.data());
+          expect_near(sums, expected, 4 * 0.5 * 0x1p-15 * 255 * std::sqrt(static_cast<double>(tokens)) + 1e-3, 1e-5);
+        });
       }
-    }
+  }
 }
 
 // The largest that whole numbers may be: sums do not overflow.
 TEST(EntryScan, LargestSumsFit) {
-  Codes codes(2);
-  for (std::size_t code = 0; code < codes.tables.size(); ++code)
-    std::fill(codes.tables[code].begin(), codes.tables[code].end(), static_cast<std::uint8_t>(code % 2 == 0 ? 155 : 100));
-  const std::vector<float> weights(2 * kPackedBlockTokens, 1.0f);
+  const std::vector<std::uint8_t> bytes(kMostTokens * kTurnColumns, 255);
+  const std::vector<float> weights(2 * kMostTokens, 1.0f);
   for_each_target([&] {
-    std::vector<float> sums(2 * 2 * kEntryColumns);
-    add_entries(codes.block(kPackedBlockTokens), codes.groups, weights.data(), 2, kPackedBlockTokens, sums.data());
-    for (const float sum : sums) EXPECT_NEAR(sum, 255.0 * kPackedBlockTokens, 1);
+    std::vector<float> sums(2 * kTurnColumns);
+    add_bytes(bytes.data(), kMostTokens, 1, weights.data(), 2, kMostTokens, sums.data());
+    for (const float sum : sums) EXPECT_NEAR(sum, 255.0 * kMostTokens, 1);
   });
 }
 

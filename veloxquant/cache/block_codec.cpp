@@ -110,14 +110,14 @@ class RotatedPqCodec : public BlockCodec {
   }
 
   // In the rotated space, stride_ apart, without patches.
-  void look_up_entries(const std::uint8_t* block, std::size_t tokens, float* z) const {
+  void look_up_codes(const std::uint8_t* block, std::size_t tokens, float* z) const {
     for (std::size_t t = 0; t < tokens; t += kPackedTileTokens)
       sum_entries(block + t / kPackedTileTokens * codes_.tile_bytes(), std::min(kPackedTileTokens, tokens - t), pieces_,
                   z + t * stride_, stride_);
   }
 
   void look_up(const std::uint8_t* block, std::size_t tokens, float* z) const {
-    look_up_entries(block, tokens, z);
+    look_up_codes(block, tokens, z);
     each_patch(block, tokens, [&](std::size_t t, const std::uint8_t* bytes) {
       RotatedPqQuantizer::add_patch(bytes, {z + t * stride_, dim_});
     });
@@ -143,10 +143,20 @@ class RotatedPqCodec : public BlockCodec {
       if (bytes[0] < tokens) use(std::size_t{bytes[0]}, bytes);  // others are of a damaged file
   }
 
-  // What a patch adds to a rotated vector, [dim].
-  void read_patch(const std::uint8_t* bytes, float* rest) const {
-    std::fill_n(rest, dim_, 0.0f);
-    RotatedPqQuantizer::add_patch(bytes, {rest, dim_});
+  // What patches add to rotated vectors, rests [tokens.size(), dim].  In memory of the thread, until it reads others.
+  struct Patches {
+    std::vector<std::size_t> tokens;
+    std::vector<float> rests;
+  };
+  const Patches& read_patches(const std::uint8_t* block, std::size_t tokens) const {
+    thread_local Patches patches;
+    patches.tokens.clear();
+    patches.rests.assign(patches_ * dim_, 0.0f);
+    each_patch(block, tokens, [&](std::size_t t, const std::uint8_t* bytes) {
+      RotatedPqQuantizer::add_patch(bytes, {patches.rests.data() + patches.tokens.size() * dim_, dim_});
+      patches.tokens.push_back(t);
+    });
+    return patches;
   }
 
   RotatedPqQuantizer quantizer_;
@@ -190,11 +200,12 @@ class RotatedValuesCodec : public RotatedPqCodec {
       return add_vectors(weights, num_queries, weight_stride, z, tokens, stride_, dim_, sums);
     }
     entries_.add(tiles(block, tokens), weights, num_queries, weight_stride, sums);
-    float* rest = scratch(dim_);
-    each_patch(block, tokens, [&](std::size_t t, const std::uint8_t* bytes) {
-      read_patch(bytes, rest);
-      add_rows(weights + t, num_queries, weight_stride, rest, 1, dim_, dim_, sums);
-    });
+    const auto& [patched, rests] = read_patches(block, tokens);
+    if (patched.empty()) return;
+    float *of_patched = scratch(num_queries * patched.size()), *to = of_patched;
+    for (std::size_t r = 0; r < num_queries; ++r)
+      for (const std::size_t t : patched) *to++ = weights[r * weight_stride + t];
+    add_rows(of_patched, num_queries, patched.size(), rests.data(), patched.size(), dim_, dim_, sums);
   }
 
   // Back from the rotated space: v = z·A⁻¹ + μ.
@@ -260,6 +271,7 @@ class RotatedKeysCodec : public RotatedPqCodec {
     angles_.resize(kTurnedTokens * columns());
     for (std::size_t t = 0; t < kTurnedTokens; ++t) {
       const auto angles = angles_of(static_cast<double>(t));
+      patch_angles_.insert(patch_angles_.end(), angles.begin(), angles.end());
       for (std::size_t column = 0; column < columns(); ++column)
         angles_[(column / kTurnColumns * kTurnedTokens + t) * kTurnColumns + column % kTurnColumns] =
             static_cast<std::int16_t>(std::clamp(std::lround(angles[column] * 32768.0f), -32767L, 32767L));
@@ -321,44 +333,27 @@ class RotatedKeysCodec : public RotatedPqCodec {
   // Adds what patches add.
   void score_patches(const std::uint8_t* block, std::size_t tokens, std::size_t num_queries, const Turned& queries,
                      const PreparedQueries& prepared, float* scores, std::size_t score_stride) const {
-    thread_local std::vector<float> rest, key;
-    rest.resize(dim_), key.resize(columns());
-    each_patch(block, tokens, [&](std::size_t t, const std::uint8_t* bytes) {
-      read_patch(bytes, rest.data());
-      std::fill(key.begin(), key.end(), 0.0f);
-      add_rest(rest.data(), key.data());
-      const float* q = queries.rows + t / kTurnedTokens * num_queries * columns();
-      for (std::size_t row = 0; row < rows(); ++row) {
-        const std::int16_t* angles = &angles_[(row * kTurnedTokens + t % kTurnedTokens) * kTurnColumns];
-        float turned[kTurnColumns];
-        for (std::size_t i = 0; i < kTurnPlanes; ++i) {
-          const float a = key[row * kTurnColumns + i], b = key[row * kTurnColumns + kTurnPlanes + i],
-                      c = 0x1p-15f * static_cast<float>(angles[i]), s = 0x1p-15f * static_cast<float>(angles[kTurnPlanes + i]);
-          turned[i] = a * c - b * s;
-          turned[kTurnPlanes + i] = b * c + a * s;
-        }
-        for (std::size_t r = 0; r < num_queries; ++r, q += kTurnColumns) {
-          float sum = 0;
-          for (std::size_t i = 0; i < kTurnColumns; ++i) sum += turned[i] * q[i];
-          scores[r * score_stride + t] += prepared.factors[r] * sum;
-        }
-      }
-    });
+    const auto& [patched, rests] = read_patches(block, tokens);
+    if (patched.empty()) return;
+    thread_local std::vector<float> keys;
+    keys.assign(patched.size() * columns(), 0.0f);
+    add_rows(rests.data(), patched.size(), dim_, inverse_.data(), dim_, columns(), columns(), keys.data());
+    add_scores(keys.data(), patched, rows(), patch_angles_.data(), {queries.rows, num_queries, prepared.factors.data()}, scores,
+               score_stride);
   }
-
-  // key [columns], as whole numbers would be, += what a rest of z [dim] adds.
-  virtual void add_rest(const float* rest, float* key) const = 0;
 
   std::vector<std::size_t> planes_, order_;  // planes that turn; the dimension that stands at each place of a key
   std::vector<std::size_t> places_;          // of these, in a row
   std::vector<float> scales_;                // [columns], with the rope's magnitude
   std::vector<float> plane_reaches_;         // of each plane of a row
   std::vector<std::int16_t> angles_;         // as KeyGrid has them
+  std::vector<float> inverse_;               // from the rotated space to whole numbers, before they are rounded: [dim, columns]
 
  private:
   static constexpr std::size_t kTurnedBlocks = 16;  // that are turned to from the first of them
 
   std::vector<float> step_;                       // back by a stretch
+  std::vector<float> patch_angles_;               // [kTurnedTokens, columns]
   std::vector<std::vector<float>> block_angles_;  // back by so many blocks, up to kTurnedBlocks − 1
 };
 
@@ -383,9 +378,12 @@ class PlaneKeysCodec : public RotatedKeysCodec {
     for (float& reach : reaches) reach /= step;
     for (const float offset : entries_.offsets()) offsets_.push_back(static_cast<std::int16_t>(offset / step));
     auto scales = entries_.scales();
+    inverse_.resize(dim_ * entries_.columns());
     for (std::size_t i = 0; i < dim_; ++i)
-      for (std::size_t j = 0; j < dim_; ++j)
-        inverse_.push_back(quantizer_.inverse()[i * dim_ + order_[j]] / (scales[entries_.places()[j]] * step));
+      for (std::size_t j = 0; j < dim_; ++j) {
+        const std::size_t place = entries_.places()[j];
+        inverse_[i * entries_.columns() + place] = quantizer_.inverse()[i * dim_ + order_[j]] / (scales[place] * step);
+      }
     for (float& scale : scales) scale *= step;
     set_grid(entries_.places(), std::move(scales), reaches);
   }
@@ -400,30 +398,15 @@ class PlaneKeysCodec : public RotatedKeysCodec {
     const std::size_t num_queries = queries.num_queries;
     if (prepared.turned.empty()) return BlockCodec::score(block, tokens, position, queries, prepared, scores, score_stride);
     const Turned q = turn_to_stretches(tokens, position, num_queries, prepared);
-    score_entries(tiles(block, tokens), entries_.groups(), {offsets_.data(), shift_, angles_.data()},
-                  {q.whole, num_queries, prepared.factors.data()}, scores, score_stride);
+    score_bytes(look_up_entries(tiles(block, tokens), entries_.groups()), tokens, rows(), {offsets_.data(), shift_, angles_.data()},
+                {q.whole, num_queries, prepared.factors.data()}, scores, score_stride);
     score_patches(block, tokens, num_queries, q, prepared, scores, score_stride);
   }
 
  private:
-  void add_rest(const float* rest, float* key) const override {
-    thread_local std::vector<float> ordered;
-    ordered.assign(dim_, 0.0f);
-    for (const auto& piece : pieces_) {
-      float* to = &ordered[piece.column];
-      for (std::size_t i = 0; i < piece.width; ++i) {
-        const float weight = rest[piece.column + i];
-        const float* row = &inverse_[(piece.column + i) * dim_ + piece.column];
-        for (std::size_t j = 0; j < piece.width; ++j) to[j] += weight * row[j];
-      }
-    }
-    for (std::size_t j = 0; j < dim_; ++j) key[places_[j]] += ordered[j];
-  }
-
   EntryLayout entries_;
   int shift_ = 0;
   std::vector<std::int16_t> offsets_;  // times 2^shift_
-  std::vector<float> inverse_;         // A⁻¹ [dim, dim], to order_ and whole numbers
 };
 
 // Any sub-spaces: keys are a product with A⁻¹.  Of few blocks it is one, a block at a time; for many, it is made of every entry
@@ -541,18 +524,13 @@ class FullKeysCodec : public RotatedKeysCodec {
   void decode_rows(const std::uint8_t* block, std::size_t tokens, float* rows) const {
     const int n = static_cast<int>(tokens), d = static_cast<int>(dim_), c = static_cast<int>(columns());
     float* z = scratch(tokens * stride_ + kLookupPadding);
-    look_up_entries(block, tokens, z);
+    look_up_codes(block, tokens, z);
     for (std::size_t t = 0; t < tokens; ++t) std::copy(mean_.begin(), mean_.end(), rows + t * columns());
     gemm(false, false, n, c, d, 1.0f, z, static_cast<int>(stride_), inverse_.data(), c, 1.0f, rows, c);
   }
 
-  void add_rest(const float* rest, float* key) const override {
-    for (std::size_t i = 0; i < dim_; ++i)
-      for (std::size_t j = 0; j < columns(); ++j) key[j] += rest[i] * inverse_[i * columns() + j];
-  }
-
   std::size_t codes_of_tables_ = 0;
-  std::vector<float> inverse_, mean_;  // A⁻¹ [dim, columns] and μ [columns] of the quantizer, in order_ and whole numbers
+  std::vector<float> mean_;  // μ [columns], as whole numbers would be
 };
 
 }  // namespace

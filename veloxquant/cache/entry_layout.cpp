@@ -6,59 +6,83 @@
 namespace veloxquant {
 
 EntryLayout::EntryLayout(std::span<const BytePiece> pieces, EntryOrder order) : order_(order) {
-  for (std::size_t p = 0; p < pieces.size(); ++p) {
-    const auto& piece = pieces[p];
-    const auto narrow = [&](std::size_t i) {
-      return i < pieces.size() && pieces[i].tables->entries.size() == 1 && 2 * pieces[i].tables->width <= kEntryColumns;
-    };
-    const std::size_t width = piece.tables->width;
-    if (narrow(p) && narrow(p + 1)) {
-      const auto& next = pieces[++p];
-      add_group(piece.codes[0], next.codes[0]);
-      add_columns(piece, 0, width, 0);
-      add_columns(next, 0, next.tables->width, width);
-      continue;
-    }
-    for (std::size_t from = 0; from < width; from += kEntryColumns) {
-      add_group(piece.codes[0], piece.codes[piece.tables->entries.size() - 1]);
-      add_columns(piece, from, std::min(kEntryColumns, width - from), 0);
-    }
+  struct Rest {
+    const BytePiece* piece;
+    std::size_t column, from;
+
+    std::size_t width() const { return piece->tables->width - from; }
+  };
+  std::vector<Rest> rests;
+  std::size_t columns = 0;
+  for (const auto& piece : pieces) columns += piece.tables->width;
+  places_.resize(columns);
+  columns = 0;
+  for (const auto& piece : pieces) {
+    Rest rest{&piece, columns, 0};
+    for (; rest.width() >= kEntryColumns; rest.from += kEntryColumns)
+      add_columns(piece, columns, rest.from, kEntryColumns, add_group());
+    if (rest.width() > 0) rests.push_back(rest);
+    columns += piece.tables->width;
   }
-  while (groups_.size() % (order == EntryOrder::kPlain ? 2 : kTurnGroups) != 0)
-    add_group(groups_.back().codes[0], groups_.back().codes[1]);
-  tables_.resize(tables_.size() + kEntryPadding);
-  for (std::size_t g = 0; g < groups_.size(); ++g)
-    for (std::size_t stage = 0; stage < 2; ++stage) groups_[g].tables[stage] = table(g, stage);
+  // The widest first: into a group that has room for it, a new one as long as so many are needed anyway, or cut into what room there is.
+  std::stable_sort(rests.begin(), rests.end(), [](const Rest& a, const Rest& b) { return a.width() > b.width(); });
+  const std::size_t needed = (columns + kEntryColumns - 1) / kEntryColumns;
+  for (auto& rest : rests) {
+    const std::size_t stages = rest.piece->tables->entries.size();
+    const auto room = [&](std::size_t group) { return has_room(group, stages) ? kEntryColumns - used_[group] : 0; };
+    const auto place = [&](std::size_t group, std::size_t count) {
+      add_columns(*rest.piece, rest.column, rest.from, count, group);
+      rest.from += count;
+    };
+    for (std::size_t group = 0; group < groups_.size() && rest.width() > 0; ++group)
+      if (room(group) >= rest.width()) place(group, rest.width());
+    if (rest.width() > 0 && groups_.size() < needed) place(add_group(), rest.width());
+    for (std::size_t group = 0; group < groups_.size() && rest.width() > 0; ++group)
+      if (room(group) > 0) place(group, std::min(room(group), rest.width()));
+    if (rest.width() > 0) place(add_group(), rest.width());
+  }
+  while (groups_.size() % kTurnGroups != 0) add_group();
 }
 
-void EntryLayout::add_group(const CodePlace& first, const CodePlace& second) {
-  groups_.push_back({{first, second}, {nullptr, nullptr}});
-  tables_.resize(tables_.size() + 2 * kTableEntries * kEntryColumns);
+std::size_t EntryLayout::add_group() {
+  groups_.emplace_back();
+  used_.push_back(0);
   // Columns of a group may stand among those of the groups that follow.
   const std::size_t columns = (groups_.size() + kTurnGroups - 1) / kTurnGroups * kTurnColumns;
   scales_.resize(columns), offsets_.resize(columns), largest_.resize(columns);
+  return groups_.size() - 1;
 }
 
-// Columns from … from + count − 1 of a piece, in the last group from column `to` on.  A piece behind another, of one table as it
-// is, has the second table.
-void EntryLayout::add_columns(const BytePiece& piece, std::size_t from, std::size_t count, std::size_t to) {
+bool EntryLayout::has_room(std::size_t group, std::size_t stages) const {
+  return used_[group] < kEntryColumns && groups_[group].count + stages <= kMostEntries;
+}
+
+// Columns from … from + count − 1 of a piece, whose first is the vector's `column`, behind those that a group has.
+void EntryLayout::add_columns(const BytePiece& piece, std::size_t column, std::size_t from, std::size_t count, std::size_t group) {
+  constexpr std::size_t kHalf = kEntryColumns / 2;
   const ByteTables& tables = *piece.tables;
-  const std::size_t group = groups_.size() - 1;
-  for (std::size_t i = 0; i < count; ++i) {
-    const std::size_t column = from + i, in_group = to + i, half = kEntryColumns / 2;
-    std::size_t byte_place = in_group, place = group * kEntryColumns + in_group;
+  EntryColumns& entries = groups_[group];
+  const std::size_t first_table = tables_.size();
+  for (std::size_t stage = 0; stage < tables.entries.size(); ++stage) {
+    auto& table = tables_.emplace_back(kTableEntries * kEntryColumns);
+    entries.codes[entries.count] = piece.codes[stage];
+    entries.tables[entries.count++] = table.data();
+  }
+  for (std::size_t i = from; i < from + count; ++i) {
+    const std::size_t in_group = used_[group]++, row = group / kTurnGroups * kTurnColumns, in_row = group % kTurnGroups;
+    std::size_t byte_place = in_group, place = row + in_row * kEntryColumns + in_group;
     if (order_ == EntryOrder::kTurned) {
-      byte_place = in_group % 2 * half + in_group / 2;
-      place = group / kTurnGroups * kTurnColumns + in_group % 2 * kTurnPlanes + group % kTurnGroups * half + in_group / 2;
+      byte_place = in_group % 2 * kHalf + in_group / 2;
+      place = row + in_group % 2 * kTurnPlanes + kGroupPlaces[in_row] + in_group / 2;
     }
-    places_.push_back(place);
-    scales_[place] = tables.scale(column);
-    offsets_[place] = tables.offset(column);
+    places_[column + i] = place;
+    scales_[place] = tables.scale(i);
+    offsets_[place] = tables.offset(i);
     for (std::size_t stage = 0; stage < tables.entries.size(); ++stage) {
       int largest = 0;
       for (std::size_t entry = 0; entry * tables.width < tables.entries[stage].size(); ++entry) {
-        const std::uint8_t byte = tables.entries[stage][entry * tables.width + column];
-        table(group, to > 0 ? 1 : stage)[entry * kEntryColumns + byte_place] = byte;
+        const std::uint8_t byte = tables.entries[stage][entry * tables.width + i];
+        tables_[first_table + stage][entry * kEntryColumns + byte_place] = byte;
         largest = std::max<int>(largest, byte);
       }
       largest_[place] += largest;
@@ -85,7 +109,8 @@ void EntryLayout::add(const BlockOfTiles& block, const float* weights, std::size
                       float* sums) const {
   thread_local std::vector<float> grouped;
   grouped.assign(num_queries * columns(), 0.0f);
-  add_entries(block, groups_, weights, num_queries, weight_stride, grouped.data());
+  add_bytes(look_up_entries(block, groups_), block.tokens, columns() / kTurnColumns, weights, num_queries, weight_stride,
+            grouped.data());
   for (std::size_t r = 0; r < num_queries; ++r) {
     const float *of_row = grouped.data() + r * columns(), *first = weights + r * weight_stride;
     const float total = sum_of(first, block.tokens);

@@ -18,11 +18,11 @@ struct BytePiece {
 };
 
 enum class EntryOrder {
-  kPlain,   // for add_entries: column after column, an even number of groups
-  kTurned,  // for score_entries: pairs of columns are planes, a multiple of kTurnGroups groups
+  kPlain,   // for add_bytes: in any order
+  kTurned,  // for score_bytes: pairs of columns are planes
 };
 
-/// Pieces of a vector in groups of kEntryColumns columns: wide ones cut, those of one table and half a group or less two by two,
+/// Pieces of a vector in groups of kEntryColumns columns, a multiple of kTurnGroups groups: wide ones cut, narrow ones together,
 /// and zeros where nothing is left.
 class EntryLayout {
  public:
@@ -49,20 +49,19 @@ class EntryLayout {
   void add(const BlockOfTiles& block, const float* weights, std::size_t num_queries, std::size_t weight_stride, float* sums) const;
 
  private:
-  void add_columns(const BytePiece& piece, std::size_t from, std::size_t count, std::size_t to);
-  void add_group(const CodePlace& first, const CodePlace& second);
-  std::uint8_t* table(std::size_t group, std::size_t stage) {
-    return tables_.data() + (2 * group + stage) * kTableEntries * kEntryColumns;
-  }
+  std::size_t add_group();
+  bool has_room(std::size_t group, std::size_t stages) const;
+  void add_columns(const BytePiece& piece, std::size_t column, std::size_t from, std::size_t count, std::size_t group);
 
   static constexpr std::size_t kTableEntries = 256;  // any byte is a code
 
   EntryOrder order_;
   std::vector<EntryColumns> groups_;
+  std::vector<std::size_t> used_;  // columns of each group
   std::vector<std::size_t> places_;
   std::vector<float> scales_, offsets_;
   std::vector<int> largest_;
-  std::vector<std::uint8_t> tables_;  // [groups, 2, kTableEntries, kEntryColumns], and kEntryPadding
+  std::vector<std::vector<std::uint8_t>> tables_;  // each [kTableEntries, kEntryColumns]
 };
 
 }  // namespace veloxquant

@@ -124,8 +124,10 @@ class PackedCache::Attention {
         attend_exact(head, recent_keys[head], recent_values[head], partials[i]);
       } else {
         const std::size_t held = blocks_of(sequence_of(head).coded);
-        for (std::size_t block = held * part / parts; block < held * (part + 1) / parts; ++block)
+        for (std::size_t block = held * part / parts; block < held * (part + 1) / parts; ++block) {
+          if (block + 1 < held * (part + 1) / parts) fetch_block(head, block + 1);
           attend_block(head, block, partials[i]);
+        }
       }
     });
     // A few rows are merged before another thread is awake.
@@ -138,6 +140,7 @@ class PackedCache::Attention {
   // Even out the threads, the same on every machine.
   static constexpr std::size_t kTasks = 16;
   static constexpr std::size_t kFewRows = 32;
+  static constexpr std::size_t kCacheLine = 64;
 
   // What is prepared is large, and the same for layer after layer.
   static std::vector<PreparedQueries>& memory() {
@@ -216,6 +219,12 @@ class PackedCache::Attention {
   // Of tokens begin … end − 1.
   BlockQueries queries(std::size_t head, std::size_t begin, std::size_t end) const {
     return {q_ + (head * rows_ + begin * group_) * dim_, (end - begin) * group_, spec_.scale};
+  }
+
+  // While others are computed with: their lines lie too far apart for what processors fetch by themselves.
+  void fetch_block(std::size_t head, std::size_t block) const {
+    for (const auto* side : {&head_at(head).keys, &head_at(head).values})
+      for (std::size_t i = 0; i < side->blocks[block].size(); i += kCacheLine) __builtin_prefetch(&side->blocks[block][i]);
   }
 
   void attend_block(std::size_t head, std::size_t block, Partial& partial) const {

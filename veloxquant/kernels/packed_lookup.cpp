@@ -84,22 +84,36 @@ void score_rows(const float* q, std::size_t num_queries, const float* k, std::si
   if (r < num_queries) score_some<1>(q + r * dim, k, tokens, k_stride, dim, scale, scores + r * score_stride, score_stride);
 }
 
-// A vector of columns of kQueries sums stays in registers over the tokens.
+// kVectors vectors of columns of kQueries sums stay in registers over the tokens, enough of them that additions do not wait for
+// each other.
+template <std::size_t kQueries, std::size_t kVectors>
+HWY_INLINE void add_columns(const float* weights, std::size_t weight_stride, const float* v, std::size_t tokens,
+                            std::size_t v_stride, std::size_t dim, float* sums) {
+  const hn::ScalableTag<float> d;
+  const std::size_t lanes = hn::Lanes(d);
+  hn::Vec<decltype(d)> sum[kQueries][kVectors];
+  for (std::size_t r = 0; r < kQueries; ++r)
+    for (std::size_t i = 0; i < kVectors; ++i) sum[r][i] = hn::LoadU(d, sums + r * dim + i * lanes);
+  for (std::size_t t = 0; t < tokens; ++t)
+    for (std::size_t i = 0; i < kVectors; ++i) {
+      const auto value = hn::LoadU(d, v + t * v_stride + i * lanes);
+      for (std::size_t r = 0; r < kQueries; ++r)
+        sum[r][i] = hn::MulAdd(hn::Set(d, weights[r * weight_stride + t]), value, sum[r][i]);
+    }
+  for (std::size_t r = 0; r < kQueries; ++r)
+    for (std::size_t i = 0; i < kVectors; ++i) hn::StoreU(sum[r][i], d, sums + r * dim + i * lanes);
+}
+
 template <std::size_t kQueries>
 void add_some(const float* weights, std::size_t weight_stride, const float* v, std::size_t tokens, std::size_t v_stride,
               std::size_t dim, float* sums) {
-  const hn::ScalableTag<float> d;
-  const std::size_t lanes = hn::Lanes(d), whole = dim / lanes * lanes;
-  for (std::size_t i = 0; i < whole; i += lanes) {
-    hn::Vec<decltype(d)> sum[kQueries];
-    for (std::size_t r = 0; r < kQueries; ++r) sum[r] = hn::LoadU(d, sums + r * dim + i);
-    for (std::size_t t = 0; t < tokens; ++t) {
-      const auto value = hn::LoadU(d, v + t * v_stride + i);
-      for (std::size_t r = 0; r < kQueries; ++r) sum[r] = hn::MulAdd(hn::Set(d, weights[r * weight_stride + t]), value, sum[r]);
-    }
-    for (std::size_t r = 0; r < kQueries; ++r) hn::StoreU(sum[r], d, sums + r * dim + i);
-  }
-  for (std::size_t i = whole; i < dim; ++i)
+  constexpr std::size_t kVectors = kQueries == 4 ? 2 : 4;
+  const std::size_t lanes = hn::Lanes(hn::ScalableTag<float>());
+  std::size_t i = 0;
+  for (; i + kVectors * lanes <= dim; i += kVectors * lanes)
+    add_columns<kQueries, kVectors>(weights, weight_stride, v + i, tokens, v_stride, dim, sums + i);
+  for (; i + lanes <= dim; i += lanes) add_columns<kQueries, 1>(weights, weight_stride, v + i, tokens, v_stride, dim, sums + i);
+  for (; i < dim; ++i)
     for (std::size_t r = 0; r < kQueries; ++r)
       for (std::size_t t = 0; t < tokens; ++t) sums[r * dim + i] += weights[r * weight_stride + t] * v[t * v_stride + i];
 }
@@ -109,9 +123,15 @@ void add_rows(const float* weights, std::size_t num_queries, std::size_t weight_
   std::size_t r = 0;
   for (; r + 4 <= num_queries; r += 4)
     add_some<4>(weights + r * weight_stride, weight_stride, v, tokens, v_stride, dim, sums + r * dim);
-  for (; r + 2 <= num_queries; r += 2)
-    add_some<2>(weights + r * weight_stride, weight_stride, v, tokens, v_stride, dim, sums + r * dim);
-  if (r < num_queries) add_some<1>(weights + r * weight_stride, weight_stride, v, tokens, v_stride, dim, sums + r * dim);
+  weights += r * weight_stride, sums += r * dim;
+  switch (num_queries - r) {
+    case 3:
+      return add_some<3>(weights, weight_stride, v, tokens, v_stride, dim, sums);
+    case 2:
+      return add_some<2>(weights, weight_stride, v, tokens, v_stride, dim, sums);
+    case 1:
+      return add_some<1>(weights, weight_stride, v, tokens, v_stride, dim, sums);
+  }
 }
 
 }  // namespace HWY_NAMESPACE
