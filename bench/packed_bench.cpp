@@ -53,7 +53,8 @@ std::unique_ptr<PackedCache> filled(const Shape& shape, Rotation rotation, const
   for (int at = 0; at < kTokens; at += kStep)
     cache->attend(normal({1, shape.kv_heads, kStep, shape.dim}, 2),
                   normal({1, shape.kv_heads, kStep, shape.dim}, 3 + static_cast<unsigned>(at)),
-                  normal({1, shape.kv_heads, kStep, shape.dim}, 4 + static_cast<unsigned>(at)), spec);
+                  normal({1, shape.kv_heads, kStep, shape.dim}, 4 + static_cast<unsigned>(at)), spec)
+        .eval();
   return cache;
 }
 
@@ -67,7 +68,7 @@ void decode(benchmark::State& state) {
   if (!cache) cache = filled(shape, rotation, spec);
   const auto q = normal({1, shape.heads, 1, shape.dim}, 1), k = normal({1, shape.kv_heads, 1, shape.dim}, 2),
              v = normal({1, shape.kv_heads, 1, shape.dim}, 3);
-  for (auto _ : state) cache->attend(q, k, v, spec);
+  for (auto _ : state) cache->attend(q, k, v, spec).eval();
 }
 
 // All threads read an array far larger than the caches.  bytes: what keys and values of fp16 would take.

@@ -45,10 +45,10 @@ void each_part(Sequences& sequences, const CacheState& state, const Part& part) 
 CacheState PackedCache::state() const {
   const InUse in_use(busy_);
   StateCounts counts{.offset = offset(), .tokens = tokens(), .coded = {}};
-  if (sequences_.empty() || sequences_[0].heads.empty()) return counting_state(counts);
-  for (const auto& sequence : sequences_) counts.coded.push_back(static_cast<int>(sequence.coded));
-  auto state = blank_state(counts, layer_->state_sizes(sequences_[0].heads.size()));
-  each_part(sequences_, state,
+  if (kv_heads_ == 0) return counting_state(counts);
+  for (const auto& of_sequence : counts_) counts.coded.push_back(static_cast<int>(of_sequence.coded));
+  auto state = blank_state(counts, layer_->state_sizes(kv_heads_));
+  each_part(sequences(), state,
             [](std::span<const std::uint8_t> held, std::span<std::uint8_t> to) { std::ranges::copy(held, to.begin()); });
   return state;
 }
@@ -60,7 +60,7 @@ void PackedCache::restore(const CacheState& state) {
     check_units(heads, layer_->units(Side::kKeys), layer_->units(Side::kValues));
     return sizes = layer_->state_sizes(static_cast<std::size_t>(heads));
   });
-  std::vector<Sequence> sequences(counts.tokens.size());
+  std::vector<PackedSequence> sequences(counts.tokens.size());
   for (std::size_t b = 0; b < sequences.size(); ++b) {
     sequences[b].tokens = static_cast<std::size_t>(counts.tokens[b]);
     if (!counts.coded.empty()) sequences[b].coded = static_cast<std::size_t>(counts.coded[b]);
@@ -73,7 +73,12 @@ void PackedCache::restore(const CacheState& state) {
     each_part(sequences, state, [](std::span<std::uint8_t> held, std::span<const std::uint8_t> from) {
       std::ranges::copy(from.first(held.size()), held.begin());
     });
-  sequences_ = std::move(sequences);
+  counts_.clear();
+  for (const auto& sequence : sequences) counts_.push_back({sequence.tokens, sequence.coded});
+  // Calls that were not evaluated belong to what was held before.
+  sequences_ = std::make_shared<std::vector<PackedSequence>>(std::move(sequences));
+  last_call_.reset();
+  kv_heads_ = static_cast<std::size_t>(sizes.heads);
   offset_ = static_cast<std::size_t>(counts.offset);
 }
 
