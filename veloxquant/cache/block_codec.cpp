@@ -192,6 +192,8 @@ class RotatedValuesCodec : public RotatedPqCodec {
   RotatedValuesCodec(const QuantizerParameters& parameters, RotatedPqQuantizer quantizer)
       : RotatedPqCodec(parameters, std::move(quantizer), nullptr), entries_(byte_pieces(), EntryOrder::kPlain) {}
 
+  void fetch() const override { entries_.fetch(); }
+
   void add(const std::uint8_t* block, std::size_t tokens, const float* weights, std::size_t num_queries, std::size_t weight_stride,
            float* sums) const override {
     if (num_queries >= kManyQueries) {
@@ -211,11 +213,9 @@ class RotatedValuesCodec : public RotatedPqCodec {
   // Back from the rotated space: v = z·A⁻¹ + μ.
   void finish(std::span<float> sums, std::span<const float> totals) const override {
     const std::vector<float> z(sums.begin(), sums.end());
-    const int d = static_cast<int>(dim_);
     for (std::size_t r = 0; r < totals.size(); ++r)
       for (std::size_t i = 0; i < dim_; ++i) sums[r * dim_ + i] = totals[r] * quantizer_.mean()[i];
-    gemm(false, false, static_cast<int>(totals.size()), d, d, 1.0f, z.data(), d, quantizer_.inverse().data(), d, 1.0f, sums.data(),
-         d);
+    add_vectors(z.data(), totals.size(), dim_, quantizer_.inverse().data(), dim_, dim_, dim_, sums.data());
   }
 
  private:
@@ -387,6 +387,8 @@ class PlaneKeysCodec : public RotatedKeysCodec {
     for (float& scale : scales) scale *= step;
     set_grid(entries_.places(), std::move(scales), reaches);
   }
+
+  void fetch() const override { entries_.fetch(); }
 
   void prepare(const BlockQueries& queries, PreparedQueries& prepared) const override {
     prepared.turned.clear();

@@ -76,6 +76,9 @@ class BlockCodec {
   /// The first `tokens` tokens → vectors [tokens, dim].
   virtual void decode(const std::uint8_t* block, std::size_t tokens, float* vectors) const = 0;
 
+  /// Brings near what score(), of keys, or add() looks up, before the first block of many.
+  virtual void fetch() const {}
+
   /// Keys: what is done to queries once.
   virtual void prepare(const BlockQueries&, PreparedQueries&) const {}
 

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "veloxquant/core/fetch.h"
+
 namespace veloxquant {
 
 EntryLayout::EntryLayout(std::span<const BytePiece> pieces, EntryOrder order) : order_(order) {
@@ -55,6 +57,10 @@ std::size_t EntryLayout::add_group() {
 
 bool EntryLayout::has_room(std::size_t group, std::size_t stages) const {
   return used_[group] < kEntryColumns && groups_[group].count + stages <= kMostEntries;
+}
+
+void EntryLayout::fetch() const {
+  for (const auto& table : tables_) veloxquant::fetch(table);
 }
 
 // Columns from … from + count − 1 of a piece, whose first is the vector's `column`, behind those that a group has.

@@ -34,6 +34,9 @@ class EntryLayout {
 
   std::span<const EntryColumns> groups() const { return groups_; }
 
+  /// Tables on their way to the caches: look-ups would wait for one line after the other.
+  void fetch() const;
+
   /// Columns of a row in groups.
   std::size_t columns() const { return groups_.size() * kEntryColumns; }
 

@@ -7,6 +7,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "veloxquant/core/fetch.h"
 #include "veloxquant/core/parallel.h"
 #include "veloxquant/kernels/rope.h"
 #include "veloxquant/kernels/running_softmax.h"
@@ -89,6 +90,7 @@ class PackedStep {
         attend_exact(head, partials[i]);
       } else {
         const std::size_t held = blocks_of(sequence_of(head).coded), end = held * (part + 1) / parts;
+        for (const Side side : {Side::kKeys, Side::kValues}) codec(side, head).fetch();
         for (std::size_t block = held * part / parts; block < end; ++block) {
           if (block + 1 < end) fetch_block(head, block + 1);
           attend_block(head, block, partials[i]);
@@ -101,7 +103,6 @@ class PackedStep {
  private:
   // Even out the threads, the same on every machine.
   static constexpr std::size_t kTasks = 16;
-  static constexpr std::size_t kCacheLine = 64;
 
   // What is prepared is large, and the same for layer after layer.
   static std::vector<PreparedQueries>& memory() {
@@ -204,10 +205,9 @@ class PackedStep {
     return {queries_.get() + (head * rows_ + begin * group_) * dim_, (end - begin) * group_, spec_.scale};
   }
 
-  // While others are computed with: their lines lie too far apart for what processors fetch by themselves.
+  // While another is computed with: its lines lie far apart.
   void fetch_block(std::size_t head, std::size_t block) const {
-    for (const auto* side : {&head_at(head).keys, &head_at(head).values})
-      for (std::size_t i = 0; i < side->blocks[block].size(); i += kCacheLine) __builtin_prefetch(&side->blocks[block][i]);
+    for (const auto* side : {&head_at(head).keys, &head_at(head).values}) fetch(side->blocks[block]);
   }
 
   void attend_block(std::size_t head, std::size_t block, Partial& partial) const {

@@ -18,14 +18,30 @@
 namespace veloxquant {
 constexpr std::size_t kQuad = 4;
 
+// Centroids whose values of one dimension stand beside each other.
+constexpr std::size_t kRun = 16;
+
 struct CentroidsView {
-  const float* quads;
+  const float* runs;  // [⌈count / kRun⌉, dim, kRun]
   const float* half_norms;
   const float* shift;
   std::size_t count, dim;
 
+  std::size_t num_runs() const { return (count + kRun - 1) / kRun; }
   std::size_t num_quads() const { return (count + kQuad - 1) / kQuad; }
+
+  // Where the values of a centroid begin; the next one is kRun further.
+  std::size_t begin_of(std::size_t index) const { return index / kRun * dim * kRun + index % kRun; }
 };
+
+// Aligned memory of the thread.
+inline float* columns(std::size_t size) {
+  thread_local hwy::AlignedFreeUniquePtr<float[]> memory;
+  thread_local std::size_t held = 0;
+  if (held < size) memory = hwy::AllocateAligned<float>(size), held = size;
+  return memory.get();
+}
+
 }  // namespace veloxquant
 #endif
 
@@ -51,14 +67,14 @@ void best_quads(const float* HWY_RESTRICT x, const CentroidsView& centroids, con
   const F d;
   const I di;
   const std::size_t lanes = hn::Lanes(d), dim = kDim != 0 ? kDim : centroids.dim;
-  const float* HWY_RESTRICT centroid = centroids.quads;
   auto best0 = hn::Set(d, std::numeric_limits<float>::infinity()), best1 = best0, best2 = best0;
   auto where0 = hn::Zero(di), where1 = where0, where2 = where0;
   for (std::size_t quad = 0; quad < centroids.num_quads(); ++quad) {
     const float* half_norms = centroids.half_norms + quad * kQuad;
     auto a0 = hn::Set(d, half_norms[0]), a1 = a0, a2 = a0, b0 = hn::Set(d, half_norms[1]), b1 = b0, b2 = b0;
     auto c0 = hn::Set(d, half_norms[2]), c1 = c0, c2 = c0, e0 = hn::Set(d, half_norms[3]), e1 = e0, e2 = e0;
-    for (std::size_t i = 0; i < dim; ++i, centroid += kQuad) {
+    const float* HWY_RESTRICT centroid = centroids.runs + centroids.begin_of(quad * kQuad);
+    for (std::size_t i = 0; i < dim; ++i, centroid += kRun) {
       const float* column = x + i * kVectors * lanes;
       const auto x0 = hn::Load(d, column), x1 = kVectors > 1 ? hn::Load(d, column + lanes) : x0;
       const auto x2 = kVectors > 2 ? hn::Load(d, column + 2 * lanes) : x0;
@@ -97,13 +113,67 @@ std::size_t index_in_quad(const float* x, std::size_t x_stride, const CentroidsV
   const std::size_t lanes = hn::Lanes(d);
   for (std::size_t first = 0; first < kQuad; first += lanes) {
     auto scores = hn::LoadU(d, centroids.half_norms + quad * kQuad + first);
-    const float* centroid = centroids.quads + quad * centroids.dim * kQuad + first;
+    const float* centroid = centroids.runs + centroids.begin_of(quad * kQuad) + first;
     for (std::size_t i = 0; i < centroids.dim; ++i)
-      scores = hn::NegMulAdd(hn::LoadU(d, centroid + i * kQuad), hn::Set(d, x[i * x_stride]), scores);
+      scores = hn::NegMulAdd(hn::LoadU(d, centroid + i * kRun), hn::Set(d, x[i * x_stride]), scores);
     const std::intptr_t found = hn::FindFirstTrue(d, hn::Eq(scores, hn::Set(d, score)));
     if (found >= 0) return std::min(quad * kQuad + first + static_cast<std::size_t>(found), centroids.count - 1);
   }
   return quad * kQuad;  // only for scores that are not numbers
+}
+
+// Lanes hold centroids: one point x [dim].  The same operations on each score as best_quads.
+template <std::size_t kDim>
+std::size_t nearest_of_dim(const float* HWY_RESTRICT x, const CentroidsView& centroids) {
+  const hn::CappedTag<float, kRun> d;
+  const hn::RebindToSigned<decltype(d)> di;
+  constexpr std::size_t kLanes = hn::MaxLanes(d), kVectors = kRun / kLanes;
+  const std::size_t dim = kDim != 0 ? kDim : centroids.dim;
+  const float* HWY_RESTRICT centroid = centroids.runs;
+  hn::Vec<decltype(d)> best[kVectors];
+  hn::Vec<decltype(di)> where[kVectors];
+  for (std::size_t v = 0; v < kVectors; ++v) {
+    best[v] = hn::Set(d, std::numeric_limits<float>::infinity());
+    where[v] = hn::Zero(di);
+  }
+  for (std::size_t run = 0; run < centroids.num_runs(); ++run) {
+    hn::Vec<decltype(d)> scores[kVectors];
+    for (std::size_t v = 0; v < kVectors; ++v) scores[v] = hn::LoadU(d, centroids.half_norms + run * kRun + v * kLanes);
+    for (std::size_t i = 0; i < dim; ++i, centroid += kRun) {
+      const auto value = hn::Set(d, x[i]);
+      for (std::size_t v = 0; v < kVectors; ++v)
+        scores[v] = hn::NegMulAdd(hn::LoadU(d, centroid + v * kLanes), value, scores[v]);
+    }
+    const auto index = hn::Set(di, static_cast<std::int32_t>(run));
+    for (std::size_t v = 0; v < kVectors; ++v) {
+      where[v] = hn::IfThenElse(hn::RebindMask(di, hn::Lt(scores[v], best[v])), index, where[v]);
+      best[v] = hn::Min(scores[v], best[v]);
+    }
+  }
+  HWY_ALIGN float scores[kRun];
+  HWY_ALIGN std::int32_t runs[kRun];
+  for (std::size_t v = 0; v < kVectors; ++v) {
+    hn::Store(best[v], d, scores + v * kLanes);
+    hn::Store(where[v], di, runs + v * kLanes);
+  }
+  const float lowest = *std::min_element(scores, scores + kRun);
+  std::size_t first = centroids.count - 1;
+  for (std::size_t lane = 0; lane < kRun; ++lane)
+    if (scores[lane] == lowest) first = std::min(first, static_cast<std::size_t>(runs[lane]) * kRun + lane);
+  return first;
+}
+
+std::size_t nearest(const float* x, const CentroidsView& centroids) {
+  switch (centroids.dim) {
+    case 2:
+      return nearest_of_dim<2>(x, centroids);
+    case 4:
+      return nearest_of_dim<4>(x, centroids);
+    case 8:
+      return nearest_of_dim<8>(x, centroids);
+    default:
+      return nearest_of_dim<0>(x, centroids);
+  }
 }
 
 template <std::size_t kVectors>
@@ -121,7 +191,7 @@ void best_quads_of_dim(const float* x, const CentroidsView& centroids, const Win
 }
 
 // Of points x [dim, block] from the centroids that begin at `first`: |x|² + 2·score would cancel where they are close.
-void squared_distances(const float* x, std::size_t block, std::size_t dim, const float* quads, const std::int32_t* first,
+void squared_distances(const float* x, std::size_t block, std::size_t dim, const float* runs, const std::int32_t* first,
                        float* distances) {
   const F d;
   const I di;
@@ -129,9 +199,9 @@ void squared_distances(const float* x, std::size_t block, std::size_t dim, const
     auto at = hn::Load(di, first + r);
     auto sum = hn::Zero(d);
     for (std::size_t i = 0; i < dim; ++i) {
-      const auto difference = hn::Sub(hn::Load(d, x + i * block + r), hn::GatherIndex(d, quads, at));
+      const auto difference = hn::Sub(hn::Load(d, x + i * block + r), hn::GatherIndex(d, runs, at));
       sum = hn::MulAdd(difference, difference, sum);
-      at = hn::Add(at, hn::Set(di, static_cast<std::int32_t>(kQuad)));
+      at = hn::Add(at, hn::Set(di, static_cast<std::int32_t>(kRun)));
     }
     hn::Store(sum, d, distances + r);
   }
@@ -167,11 +237,12 @@ void nearest_rows(const CentroidsView& centroids, const float* points, std::size
                   std::size_t code_stride, float* distances) {
   constexpr std::size_t kMaxBlock = 3 * hn::MaxLanes(F());
   const std::size_t lanes = hn::Lanes(F()), dim = centroids.dim;
-  const auto buffer = hwy::AllocateAligned<float>(dim * kMaxBlock);
-  float* x = buffer.get();
+  float* x = columns(dim * kMaxBlock);
   HWY_ALIGN float scores[kMaxBlock] = {};
   HWY_ALIGN std::int32_t quads[kMaxBlock] = {};
-  for (std::size_t begin = 0; begin < rows;) {
+  std::size_t begin = 0;
+  // Fewer points than lanes one by one, unless distances are wanted, which is where there are many.
+  while (begin < rows && (distances || rows - begin >= lanes)) {
     const std::size_t block = rows - begin > lanes ? 3 * lanes : lanes, count = std::min(block, rows - begin);
     to_columns(points + begin * stride, stride, count, block, dim, centroids.shift, x);
     if (block == lanes) {
@@ -182,13 +253,17 @@ void nearest_rows(const CentroidsView& centroids, const float* points, std::size
     for (std::size_t r = 0; r < count; ++r) {
       const std::size_t code = index_in_quad(x + r, block, centroids, static_cast<std::size_t>(quads[r]), scores[r]);
       codes[(begin + r) * code_stride] = static_cast<std::uint16_t>(code);
-      quads[r] = static_cast<std::int32_t>(code / kQuad * dim * kQuad + code % kQuad);  // where the centroid begins
+      quads[r] = static_cast<std::int32_t>(centroids.begin_of(code));
     }
     if (distances) {
-      squared_distances(x, block, dim, centroids.quads, quads, scores);
+      squared_distances(x, block, dim, centroids.runs, quads, scores);
       std::copy_n(scores, count, distances + begin);
     }
     begin += count;
+  }
+  for (; begin < rows; ++begin) {
+    for (std::size_t i = 0; i < dim; ++i) x[i] = points[begin * stride + i] - centroids.shift[i];
+    codes[begin * code_stride] = static_cast<std::uint16_t>(nearest(x, centroids));
   }
 }
 
@@ -221,15 +296,15 @@ float shift_of(const float* values, std::size_t count, std::size_t stride) {
 
 NearestCentroid::NearestCentroid(std::span<const float> centroids, std::size_t count, std::size_t dim) : count_(count), dim_(dim) {
   for (std::size_t i = 0; i < dim; ++i) shift_.push_back(shift_of(centroids.data() + i, count, dim));
-  const std::size_t num_quads = (count + kQuad - 1) / kQuad;
-  quads_.resize(num_quads * dim * kQuad);
-  half_norms_.assign(num_quads * kQuad, std::numeric_limits<float>::infinity());
+  const CentroidsView view{nullptr, nullptr, nullptr, count, dim};
+  runs_.resize(view.num_runs() * dim * kRun);
+  half_norms_.assign(view.num_runs() * kRun, std::numeric_limits<float>::infinity());
   for (std::size_t c = 0; c < count; ++c) {
-    float* column = quads_.data() + c / kQuad * dim * kQuad + c % kQuad;
+    float* column = runs_.data() + view.begin_of(c);
     double norm = 0;
     for (std::size_t i = 0; i < dim; ++i) {
       const float value = centroids[c * dim + i] - shift_[i];
-      column[i * kQuad] = value;
+      column[i * kRun] = value;
       norm += static_cast<double>(value) * value;
     }
     half_norms_[c] = static_cast<float>(norm / 2);
@@ -238,7 +313,7 @@ NearestCentroid::NearestCentroid(std::span<const float> centroids, std::size_t c
 
 void NearestCentroid::operator()(const float* points, std::size_t rows, std::size_t stride, std::uint16_t* codes,
                                  std::size_t code_stride, float* distances) const {
-  const CentroidsView centroids{quads_.data(), half_norms_.data(), shift_.data(), count_, dim_};
+  const CentroidsView centroids{runs_.data(), half_norms_.data(), shift_.data(), count_, dim_};
   HWY_DYNAMIC_DISPATCH(nearest_rows)(centroids, points, rows, stride, codes, code_stride, distances);
 }
 

@@ -24,9 +24,9 @@ class NearestCentroid {
 
  private:
   std::size_t count_, dim_;
-  std::vector<float> shift_;  // [dim]
-  std::vector<float> quads_;  // centroids − shift in fours, [⌈count / 4⌉, dim, 4]; filled up with ones that are infinitely far
-  std::vector<float> half_norms_;  // [⌈count / 4⌉, 4]
+  std::vector<float> shift_;       // [dim]
+  std::vector<float> runs_;        // centroids − shift, 16 beside each other, [⌈count / 16⌉, dim, 16]; filled up with infinitely far ones
+  std::vector<float> half_norms_;  // [⌈count / 16⌉, 16]
 };
 
 namespace reference {
