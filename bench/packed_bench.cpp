@@ -51,9 +51,10 @@ std::unique_ptr<PackedCache> filled(const Shape& shape, Rotation rotation, const
       copies(fit(Side::kKeys, rotation)), copies(fit(Side::kValues, Rotation::kFull)), kDefaultWindow, kDefaultSinks));
   constexpr int kStep = 512;
   for (int at = 0; at < kTokens; at += kStep)
-    cache->attend(normal({1, shape.kv_heads, kStep, shape.dim}, 2),
-                  normal({1, shape.kv_heads, kStep, shape.dim}, 3 + static_cast<unsigned>(at)),
-                  normal({1, shape.kv_heads, kStep, shape.dim}, 4 + static_cast<unsigned>(at)), spec)
+    cache
+        ->attend(normal({1, shape.kv_heads, kStep, shape.dim}, 2),
+                 normal({1, shape.kv_heads, kStep, shape.dim}, 3 + static_cast<unsigned>(at)),
+                 normal({1, shape.kv_heads, kStep, shape.dim}, 4 + static_cast<unsigned>(at)), spec)
         .eval();
   return cache;
 }

@@ -73,12 +73,16 @@ TEST(EntryScan, LooksUpAsTheReferenceDoes) {
       const Codes codes(groups, count);
       for (const std::size_t tokens : kTokens) {
         SCOPED_TRACE(::testing::Message() << groups << " groups, " << count << " codes, " << tokens << " tokens");
-        std::vector<std::uint8_t> expected(groups / kTurnGroups * kMostTokens * kTurnColumns);
-        reference::look_up_entries(codes.block(tokens), codes.groups, expected.data());
-        const std::uint8_t* bytes = look_up_entries(codes.block(tokens), codes.groups);
-        for (std::size_t row = 0; row < groups / kTurnGroups; ++row) {
-          const std::size_t at = row * kMostTokens * kTurnColumns;
-          EXPECT_TRUE(std::equal(bytes + at, bytes + at + tokens * kTurnColumns, expected.data() + at));
+        const BlockOfTiles blocks[] = {codes.block(kMostTokens), codes.block(tokens)};
+        const std::uint8_t* bytes = look_up_entries(blocks, codes.groups);
+        for (const auto& block : blocks) {
+          std::vector<std::uint8_t> expected(groups / kTurnGroups * kMostTokens * kTurnColumns);
+          reference::look_up_entries(block, codes.groups, expected.data());
+          for (std::size_t row = 0; row < groups / kTurnGroups; ++row) {
+            const std::size_t at = row * kMostTokens * kTurnColumns;
+            EXPECT_TRUE(std::equal(bytes + at, bytes + at + block.tokens * kTurnColumns, expected.data() + at));
+          }
+          bytes += expected.size();
         }
       }
     }

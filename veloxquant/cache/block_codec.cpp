@@ -92,7 +92,7 @@ class RotatedPqCodec : public BlockCodec {
 
   void decode(const std::uint8_t* block, std::size_t tokens, float* vectors) const override {
     float* z = scratch(tokens * stride_ + kLookupPadding);
-    look_up(block, tokens, z);
+    restore(block, tokens, z);
     const int d = static_cast<int>(dim_);
     for (std::size_t t = 0; t < tokens; ++t) std::copy(quantizer_.mean().begin(), quantizer_.mean().end(), vectors + t * dim_);
     gemm(false, false, static_cast<int>(tokens), d, d, 1.0f, z, static_cast<int>(stride_), quantizer_.inverse().data(), d, 1.0f,
@@ -116,7 +116,7 @@ class RotatedPqCodec : public BlockCodec {
                   z + t * stride_, stride_);
   }
 
-  void look_up(const std::uint8_t* block, std::size_t tokens, float* z) const {
+  void restore(const std::uint8_t* block, std::size_t tokens, float* z) const {
     look_up_codes(block, tokens, z);
     each_patch(block, tokens, [&](std::size_t t, const std::uint8_t* bytes) {
       RotatedPqQuantizer::add_patch(bytes, {z + t * stride_, dim_});
@@ -131,8 +131,13 @@ class RotatedPqCodec : public BlockCodec {
     return result;
   }
 
-  BlockOfTiles tiles(const std::uint8_t* block, std::size_t tokens) const {
-    return {block, codes_.tile_bytes(), kPackedTileTokens, tokens};
+  BlockOfTiles tiles(const CodedBlock& block) const { return {block.bytes, codes_.tile_bytes(), kPackedTileTokens, block.tokens}; }
+
+  void look_up_entries(std::span<CodedBlock> blocks, const EntryLayout& entries) const {
+    std::vector<BlockOfTiles> all;
+    for (const auto& block : blocks) all.push_back(tiles(block));
+    const std::uint8_t* sums = veloxquant::look_up_entries(all, entries.groups());
+    for (auto& block : blocks) block.sums = sums, sums += entries.columns() * kMostTokens;
   }
 
   // use(token, bytes of its patch).
@@ -148,11 +153,11 @@ class RotatedPqCodec : public BlockCodec {
     std::vector<std::size_t> tokens;
     std::vector<float> rests;
   };
-  const Patches& read_patches(const std::uint8_t* block, std::size_t tokens) const {
+  const Patches& read_patches(const CodedBlock& block) const {
     thread_local Patches patches;
     patches.tokens.clear();
     patches.rests.assign(patches_ * dim_, 0.0f);
-    each_patch(block, tokens, [&](std::size_t t, const std::uint8_t* bytes) {
+    each_patch(block.bytes, block.tokens, [&](std::size_t t, const std::uint8_t* bytes) {
       RotatedPqQuantizer::add_patch(bytes, {patches.rests.data() + patches.tokens.size() * dim_, dim_});
       patches.tokens.push_back(t);
     });
@@ -194,15 +199,18 @@ class RotatedValuesCodec : public RotatedPqCodec {
 
   void fetch() const override { entries_.fetch(); }
 
-  void add(const std::uint8_t* block, std::size_t tokens, const float* weights, std::size_t num_queries, std::size_t weight_stride,
+  void look_up(std::span<CodedBlock> blocks) const override { look_up_entries(blocks, entries_); }
+
+  void add(const CodedBlock& block, const float* weights, std::size_t num_queries, std::size_t weight_stride,
            float* sums) const override {
-    if (num_queries >= kManyQueries) {
+    const std::size_t tokens = block.tokens;
+    if (!block.sums) {
       float* z = scratch(tokens * stride_ + kLookupPadding);
-      look_up(block, tokens, z);
+      restore(block.bytes, tokens, z);
       return add_vectors(weights, num_queries, weight_stride, z, tokens, stride_, dim_, sums);
     }
-    entries_.add(tiles(block, tokens), weights, num_queries, weight_stride, sums);
-    const auto& [patched, rests] = read_patches(block, tokens);
+    entries_.add(block.sums, tokens, weights, num_queries, weight_stride, sums);
+    const auto& [patched, rests] = read_patches(block);
     if (patched.empty()) return;
     float *of_patched = scratch(num_queries * patched.size()), *to = of_patched;
     for (std::size_t r = 0; r < num_queries; ++r)
@@ -331,9 +339,9 @@ class RotatedKeysCodec : public RotatedPqCodec {
   }
 
   // Adds what patches add.
-  void score_patches(const std::uint8_t* block, std::size_t tokens, std::size_t num_queries, const Turned& queries,
-                     const PreparedQueries& prepared, float* scores, std::size_t score_stride) const {
-    const auto& [patched, rests] = read_patches(block, tokens);
+  void score_patches(const CodedBlock& block, std::size_t num_queries, const Turned& queries, const PreparedQueries& prepared,
+                     float* scores, std::size_t score_stride) const {
+    const auto& [patched, rests] = read_patches(block);
     if (patched.empty()) return;
     thread_local std::vector<float> keys;
     keys.assign(patched.size() * columns(), 0.0f);
@@ -390,19 +398,21 @@ class PlaneKeysCodec : public RotatedKeysCodec {
 
   void fetch() const override { entries_.fetch(); }
 
+  void look_up(std::span<CodedBlock> blocks) const override { look_up_entries(blocks, entries_); }
+
   void prepare(const BlockQueries& queries, PreparedQueries& prepared) const override {
     prepared.turned.clear();
     if (queries.num_queries < kManyQueries) prepare_rows(queries, prepared);
   }
 
-  void score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries,
-             const PreparedQueries& prepared, float* scores, std::size_t score_stride) const override {
-    const std::size_t num_queries = queries.num_queries;
-    if (prepared.turned.empty()) return BlockCodec::score(block, tokens, position, queries, prepared, scores, score_stride);
+  void score(const CodedBlock& block, std::size_t position, const BlockQueries& queries, const PreparedQueries& prepared,
+             float* scores, std::size_t score_stride) const override {
+    const std::size_t num_queries = queries.num_queries, tokens = block.tokens;
+    if (prepared.turned.empty()) return BlockCodec::score(block, position, queries, prepared, scores, score_stride);
     const Turned q = turn_to_stretches(tokens, position, num_queries, prepared);
-    score_bytes(look_up_entries(tiles(block, tokens), entries_.groups()), tokens, rows(), {offsets_.data(), shift_, angles_.data()},
+    score_bytes(block.sums, tokens, rows(), {offsets_.data(), shift_, angles_.data()},
                 {q.whole, num_queries, prepared.factors.data()}, scores, score_stride);
-    score_patches(block, tokens, num_queries, q, prepared, scores, score_stride);
+    score_patches(block, num_queries, q, prepared, scores, score_stride);
   }
 
  private:
@@ -478,28 +488,28 @@ class FullKeysCodec : public RotatedKeysCodec {
     });
   }
 
-  void score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries,
-             const PreparedQueries& prepared, float* scores, std::size_t score_stride) const override {
-    const std::size_t num_queries = queries.num_queries;
-    if (prepared.turned.empty()) return BlockCodec::score(block, tokens, position, queries, prepared, scores, score_stride);
+  void score(const CodedBlock& block, std::size_t position, const BlockQueries& queries, const PreparedQueries& prepared,
+             float* scores, std::size_t score_stride) const override {
+    const std::size_t num_queries = queries.num_queries, tokens = block.tokens;
+    if (prepared.turned.empty()) return BlockCodec::score(block, position, queries, prepared, scores, score_stride);
     const Turned q = turn_to_stretches(tokens, position, num_queries, prepared);
     thread_local std::vector<std::int16_t> keys;
     keys.resize((tokens + kTurnedTokens) * columns());
     if (prepared.wide.empty()) {
       thread_local std::vector<float> decoded;
       decoded.resize(tokens * columns());
-      decode_rows(block, tokens, decoded.data());
+      decode_rows(block.bytes, tokens, decoded.data());
       round_rows(decoded.data(), decoded.size(), keys.data());
     } else {
       std::vector<CodePlace> places;
       for (const auto& piece : pieces_)
         for (std::size_t stage = 0; stage < 2; ++stage)
           if (piece.tables[stage]) places.push_back(piece.codes[stage]);
-      sum_wide_entries(tiles(block, tokens), places, prepared.wide.data(), rows(), keys.data());
+      sum_wide_entries(tiles(block), places, prepared.wide.data(), rows(), keys.data());
     }
     score_wide(keys.data(), tokens, rows(), {nullptr, 0, angles_.data()}, {q.whole, num_queries, prepared.factors.data()}, scores,
                score_stride);
-    score_patches(block, tokens, num_queries, q, prepared, scores, score_stride);
+    score_patches(block, num_queries, q, prepared, scores, score_stride);
   }
 
  private:
@@ -537,11 +547,12 @@ class FullKeysCodec : public RotatedKeysCodec {
 
 }  // namespace
 
-void BlockCodec::score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries,
-                       const PreparedQueries&, float* scores, std::size_t score_stride) const {
+void BlockCodec::score(const CodedBlock& block, std::size_t position, const BlockQueries& queries, const PreparedQueries&,
+                       float* scores, std::size_t score_stride) const {
+  const std::size_t tokens = block.tokens;
   thread_local std::vector<float> keys;
   keys.resize(tokens * dim_);
-  decode(block, tokens, keys.data());
+  decode(block.bytes, tokens, keys.data());
   if (rope_ && !rope_->frequencies().empty()) {
     const MutableStridedView view{keys.data(), 0, 0, static_cast<std::ptrdiff_t>(dim_)};
     rope({1, 1, tokens, dim_}, {keys.data(), 0, 0, static_cast<std::ptrdiff_t>(dim_)}, rope_->frequencies(), rope_->magnitude(),
@@ -550,12 +561,12 @@ void BlockCodec::score(const std::uint8_t* block, std::size_t tokens, std::size_
   score_vectors(queries, keys.data(), tokens, dim_, dim_, scores, score_stride);
 }
 
-void BlockCodec::add(const std::uint8_t* block, std::size_t tokens, const float* weights, std::size_t num_queries,
-                     std::size_t weight_stride, float* sums) const {
+void BlockCodec::add(const CodedBlock& block, const float* weights, std::size_t num_queries, std::size_t weight_stride,
+                     float* sums) const {
   thread_local std::vector<float> values;
-  values.resize(tokens * dim_);
-  decode(block, tokens, values.data());
-  add_vectors(weights, num_queries, weight_stride, values.data(), tokens, dim_, dim_, sums);
+  values.resize(block.tokens * dim_);
+  decode(block.bytes, block.tokens, values.data());
+  add_vectors(weights, num_queries, weight_stride, values.data(), block.tokens, dim_, dim_, sums);
 }
 
 void BlockCodec::finish(std::span<float>, std::span<const float>) const {}

@@ -38,6 +38,14 @@ struct OpenBlock {
 /// displaces, stand in their place.  What a token lost is taken from its patch where `open` does not know it.
 void trim_block(const BlockShape& shape, std::size_t held, std::size_t tokens, std::uint8_t* block, OpenBlock& open);
 
+/// The first `tokens` tokens of a block, and what BlockCodec::look_up() found for them.
+struct CodedBlock {
+  const std::uint8_t* bytes;
+  std::size_t tokens;
+  const std::uint8_t* sums = nullptr;
+};
+inline constexpr std::size_t kLookUpBlocks = 4;
+
 /// Queries of one KV head [num_queries, dim] at work on a block.
 struct BlockQueries {
   const float* q;  // as attention has them: turned by their positions
@@ -76,20 +84,25 @@ class BlockCodec {
   /// The first `tokens` tokens → vectors [tokens, dim].
   virtual void decode(const std::uint8_t* block, std::size_t tokens, float* vectors) const = 0;
 
-  /// Brings near what score(), of keys, or add() looks up, before the first block of many.
+  /// Brings near what look_up() reads, before the first block of many.
   virtual void fetch() const {}
+
+  /// Looks up the codes of at most kLookUpBlocks blocks at once, for fewer than kManyQueries queries: each table is read once for
+  /// all of them.  What it finds, block.sums, lasts until the thread looks up others.
+  virtual void look_up(std::span<CodedBlock>) const {}
 
   /// Keys: what is done to queries once.
   virtual void prepare(const BlockQueries&, PreparedQueries&) const {}
 
-  /// Keys: scores[r · score_stride + t] = scale · q[r]·k[t] of the first `tokens` tokens, the first at `position`.  `queries` are
-  /// those that were prepared, or, of kManyQueries and more, some of them.
-  virtual void score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries,
-                     const PreparedQueries& prepared, float* scores, std::size_t score_stride) const;
+  /// Keys, of a block that was looked up unless queries are many: scores[r · score_stride + t] = scale · q[r]·k[t], the first token
+  /// at `position`.  `queries` are those that were prepared, or, of kManyQueries and more, some of them.
+  virtual void score(const CodedBlock& block, std::size_t position, const BlockQueries& queries, const PreparedQueries& prepared,
+                     float* scores, std::size_t score_stride) const;
 
-  /// Values: sums[r] += Σ_t weights[r · weight_stride + t] · v[t], sums [num_queries, dim], in a space of the codec's own, …
-  virtual void add(const std::uint8_t* block, std::size_t tokens, const float* weights, std::size_t num_queries,
-                   std::size_t weight_stride, float* sums) const;
+  /// Values, of a block that may have been looked up: sums[r] += Σ_t weights[r · weight_stride + t] · v[t], sums [num_queries,
+  /// dim], in a space of the codec's own, …
+  virtual void add(const CodedBlock& block, const float* weights, std::size_t num_queries, std::size_t weight_stride,
+                   float* sums) const;
 
   /// … from which they are brought back once: sums [num_queries, dim] of weights that add up to totals [num_queries].
   virtual void finish(std::span<float> sums, std::span<const float> totals) const;

@@ -26,7 +26,8 @@ EntryLayout::EntryLayout(std::span<const BytePiece> pieces, EntryOrder order) : 
     if (rest.width() > 0) rests.push_back(rest);
     columns += piece.tables->width;
   }
-  // The widest first: into a group that has room for it, a new one as long as so many are needed anyway, or cut into what room there is.
+  // The widest first: into a group that has room for it, a new one as long as so many are needed anyway, or cut into what room
+  // there is.
   std::stable_sort(rests.begin(), rests.end(), [](const Rest& a, const Rest& b) { return a.width() > b.width(); });
   const std::size_t needed = (columns + kEntryColumns - 1) / kEntryColumns;
   for (auto& rest : rests) {
@@ -111,15 +112,14 @@ float sum_of(const float* x, std::size_t count) {
 
 }  // namespace
 
-void EntryLayout::add(const BlockOfTiles& block, const float* weights, std::size_t num_queries, std::size_t weight_stride,
-                      float* sums) const {
+void EntryLayout::add(const std::uint8_t* bytes, std::size_t tokens, const float* weights, std::size_t num_queries,
+                      std::size_t weight_stride, float* sums) const {
   thread_local std::vector<float> grouped;
   grouped.assign(num_queries * columns(), 0.0f);
-  add_bytes(look_up_entries(block, groups_), block.tokens, columns() / kTurnColumns, weights, num_queries, weight_stride,
-            grouped.data());
+  add_bytes(bytes, tokens, columns() / kTurnColumns, weights, num_queries, weight_stride, grouped.data());
   for (std::size_t r = 0; r < num_queries; ++r) {
     const float *of_row = grouped.data() + r * columns(), *first = weights + r * weight_stride;
-    const float total = sum_of(first, block.tokens);
+    const float total = sum_of(first, tokens);
     for (const std::size_t place : places_) *sums++ += scales_[place] * (of_row[place] - offsets_[place] * total);
   }
 }

@@ -48,8 +48,9 @@ class EntryLayout {
   const std::vector<float>& offsets() const { return offsets_; }
   const std::vector<int>& largest() const { return largest_; }
 
-  /// kPlain: sums[r] += Σ_t weights[r · weight_stride + t] · v[t], sums [num_queries, dim].
-  void add(const BlockOfTiles& block, const float* weights, std::size_t num_queries, std::size_t weight_stride, float* sums) const;
+  /// kPlain: sums[r] += Σ_t weights[r · weight_stride + t] · v[t], sums [num_queries, dim], of what was looked up of the groups.
+  void add(const std::uint8_t* bytes, std::size_t tokens, const float* weights, std::size_t num_queries, std::size_t weight_stride,
+           float* sums) const;
 
  private:
   std::size_t add_group();

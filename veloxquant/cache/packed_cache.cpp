@@ -84,12 +84,11 @@ mx::array PackedCache::attend(const mx::array& q, const mx::array& k, const mx::
   sequences_->resize(steps.size());
   kv_heads_ = static_cast<std::size_t>(k.shape(1));
   offset_ += static_cast<std::size_t>(k.shape(2));
-  const auto outputs = cpu_operation(
-      "PackedStep", std::move(inputs), {token_major_shape(q), {1}},
-      [layer = layer_, steps, spec, sequences = sequences_](const auto& in, auto& out) {
-        packed_step(*layer, steps, spec, in[0], in[1], in[2], *sequences, out[0]);
-        out[1].template data<float>()[0] = 0;
-      });
+  const auto outputs = cpu_operation("PackedStep", std::move(inputs), {token_major_shape(q), {1}},
+                                     [layer = layer_, steps, spec, sequences = sequences_](const auto& in, auto& out) {
+                                       packed_step(*layer, steps, spec, in[0], in[1], in[2], *sequences, out[0]);
+                                       out[1].template data<float>()[0] = 0;
+                                     });
   last_call_ = outputs[1];
   return mx::astype(from_token_major(outputs[0]), q.dtype());
 }

@@ -91,10 +91,8 @@ class PackedStep {
       } else {
         const std::size_t held = blocks_of(sequence_of(head).coded), end = held * (part + 1) / parts;
         for (const Side side : {Side::kKeys, Side::kValues}) codec(side, head).fetch();
-        for (std::size_t block = held * part / parts; block < end; ++block) {
-          if (block + 1 < end) fetch_block(head, block + 1);
-          attend_block(head, block, partials[i]);
-        }
+        for (std::size_t block = held * part / parts; block < end; block += at_once())
+          attend_blocks(head, block, std::min(block + at_once(), end), end, partials[i]);
       }
       if (++done[head] == parts + 1) merge(head, {partials.data() + head * (parts + 1), parts + 1});
     });
@@ -119,8 +117,7 @@ class PackedStep {
     recent.resize((before + own) * dim_);
     for (std::size_t t = 0; t < before; ++t) side.exact.read(begin + t, recent.data() + t * dim_);
     const std::span<float> arrived = std::span(recent).subspan(before * dim_);
-    for (std::size_t t = 0; t < own; ++t)
-      std::copy_n(from.at(batch, of_sequence, skipped + t), dim_, arrived.data() + t * dim_);
+    for (std::size_t t = 0; t < own; ++t) std::copy_n(from.at(batch, of_sequence, skipped + t), dim_, arrived.data() + t * dim_);
     std::vector<std::uint8_t> encoded(quantizer.encoded_bytes(own));
     quantizer.encode(arrived, encoded);
     if (layer_.window() > 0) quantizer.decode(encoded, arrived);
@@ -205,27 +202,42 @@ class PackedStep {
     return {queries_.get() + (head * rows_ + begin * group_) * dim_, (end - begin) * group_, spec_.scale};
   }
 
-  // While another is computed with: its lines lie far apart.
-  void fetch_block(std::size_t head, std::size_t block) const {
-    for (const auto* side : {&head_at(head).keys, &head_at(head).values}) fetch(side->blocks[block]);
-  }
+  // Of many queries, a block's scores are as many as those of some blocks of few.
+  std::size_t at_once() const { return rows_ < kManyQueries ? kLookUpBlocks : 1; }
 
-  void attend_block(std::size_t head, std::size_t block, Partial& partial) const {
-    const PackedHead& of = head_at(head);
-    const std::size_t first = block * kPackedBlockTokens, count = std::min(kPackedBlockTokens, sequence_of(head).coded - first),
-                      begin = layer_.sinks() + first;
+  // Blocks begin … end − 1, of those before `last` that will follow.
+  void attend_blocks(std::size_t head, std::size_t begin, std::size_t end, std::size_t last, Partial& partial) const {
+    const std::size_t first = begin * kPackedBlockTokens, first_position = layer_.sinks() + first,
+                      count = std::min(end * kPackedBlockTokens, sequence_of(head).coded) - first;
+    const auto blocks_of_side = [&](Side which) {
+      const auto& side = which == Side::kKeys ? head_at(head).keys : head_at(head).values;
+      // While these are computed with, the next ones: their lines lie far apart.
+      for (std::size_t block = end; block < std::min(end + (end - begin), last); ++block) fetch(side.blocks[block]);
+      std::vector<CodedBlock> blocks;
+      for (std::size_t at = 0; at < count; at += kPackedBlockTokens)
+        blocks.push_back({side.blocks[begin + blocks.size()].data(), std::min(kPackedBlockTokens, count - at)});
+      if (rows_ < kManyQueries) codec(which, head).look_up(blocks);
+      return blocks;
+    };
     attend(
         head, count,
         [&](std::size_t token) {
           auto sees = seen(head, token);
           sees.end = std::min(sees.end, exact_begin(head, sees.end));
-          return within(sees, begin, begin + count);
+          return within(sees, first_position, first_position + count);
         },
         [&](const BlockQueries& queries, float* scores) {
-          codec(Side::kKeys, head).score(of.keys.blocks[block].data(), count, begin, queries, prepared_[head], scores, count);
+          std::size_t at = 0;
+          for (const auto& block : blocks_of_side(Side::kKeys)) {
+            codec(Side::kKeys, head).score(block, first_position + at, queries, prepared_[head], scores + at, count);
+            at += block.tokens;
+          }
         },
         [&](const float* weights, std::size_t queries, float* sums) {
-          codec(Side::kValues, head).add(of.values.blocks[block].data(), count, weights, queries, count, sums);
+          for (const auto& block : blocks_of_side(Side::kValues)) {
+            codec(Side::kValues, head).add(block, weights, queries, count, sums);
+            weights += block.tokens;
+          }
         },
         partial);
   }
@@ -311,9 +323,9 @@ class PackedStep {
   std::size_t kv_heads_, arrived_, group_, rows_, dim_;
   MutableStridedView out_;
   std::vector<PackedSequence>& sequences_;
-  std::unique_ptr<float[]> queries_;                              // [heads, arrived_, group_, dim_]: of a KV head, one matrix
+  std::unique_ptr<float[]> queries_;                             // [heads, arrived_, group_, dim_]: of a KV head, one matrix
   std::vector<std::vector<float>> recent_keys_, recent_values_;  // of each head, behind the codes: not turned where stored so
-  std::vector<PreparedQueries>& prepared_;                        // [heads]
+  std::vector<PreparedQueries>& prepared_;                       // [heads]
 };
 
 }  // namespace

@@ -15,8 +15,8 @@ struct PackedSequence {
   std::vector<PackedHead> heads = {};  // none before the first token
 };
 
-/// What a call does to a sequence: it has `first` tokens and `coded_before` codes, and then `tokens` more and `coded` codes.  Of the
-/// tokens that come, the first `skipped` are padding.
+/// What a call does to a sequence: it has `first` tokens and `coded_before` codes, and then `tokens` more and `coded` codes.  Of
+/// the tokens that come, the first `skipped` are padding.
 struct SequenceStep {
   std::size_t first, coded_before, skipped, tokens, coded;
 

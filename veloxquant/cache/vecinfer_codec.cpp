@@ -50,12 +50,12 @@ class VecInferKeysCodec : public VecInferCodec {
       make_scan_tables(&products[r * subspaces_ * centroids_], subspaces_, centroids_, prepared.tables[r]);
   }
 
-  void score(const std::uint8_t* block, std::size_t tokens, std::size_t position, const BlockQueries& queries,
-             const PreparedQueries& prepared, float* scores, std::size_t score_stride) const override {
-    if (prepared.tables.empty()) return BlockCodec::score(block, tokens, position, queries, prepared, scores, score_stride);
+  void score(const CodedBlock& block, std::size_t position, const BlockQueries& queries, const PreparedQueries& prepared,
+             float* scores, std::size_t score_stride) const override {
+    if (prepared.tables.empty()) return BlockCodec::score(block, position, queries, prepared, scores, score_stride);
     const auto scan = centroids_ == 256 ? scan_bytes : scan_nibbles;
     for (std::size_t r = 0; r < prepared.tables.size(); ++r)
-      scan(prepared.tables[r], {block, tokens, kPackedBlockTokens}, queries.scale, scores + r * score_stride);
+      scan(prepared.tables[r], {block.bytes, block.tokens, kPackedBlockTokens}, queries.scale, scores + r * score_stride);
   }
 };
 
@@ -78,13 +78,13 @@ class VecInferValuesCodec : public VecInferCodec {
     }
   }
 
-  void add(const std::uint8_t* block, std::size_t tokens, const float* weights, std::size_t num_queries, std::size_t weight_stride,
+  void add(const CodedBlock& block, const float* weights, std::size_t num_queries, std::size_t weight_stride,
            float* sums) const override {
-    const std::size_t stride = dim_ + kLookupPadding, tile_bytes = codes_.tile_bytes();
+    const std::size_t tokens = block.tokens, stride = dim_ + kLookupPadding, tile_bytes = codes_.tile_bytes();
     thread_local std::vector<float> rows;
     rows.resize(tokens * stride + kLookupPadding);
     for (std::size_t t = 0; t < tokens; t += kPackedTileTokens)
-      sum_entries(block + t / kPackedTileTokens * tile_bytes, std::min(kPackedTileTokens, tokens - t), pieces_,
+      sum_entries(block.bytes + t / kPackedTileTokens * tile_bytes, std::min(kPackedTileTokens, tokens - t), pieces_,
                   rows.data() + t * stride, stride);
     add_vectors(weights, num_queries, weight_stride, rows.data(), tokens, stride, dim_, sums);
   }

@@ -60,7 +60,7 @@ void round_rows(const float* x, std::size_t count, std::int16_t* to) {
 // Lane i: the sum of a·b over lanes 2i and 2i + 1.
 template <class V>
 HWY_INLINE auto pair_products(V a, V b) {
-  const hn::RepartitionToWide<hn::DFromV<V>> d;
+  const hn::RepartitionToWide<hn::DFromV<V> > d;
   auto more = hn::Zero(d);
   const auto some = hn::ReorderWidenMulAccumulate(d, a, b, hn::Zero(d), more);
   return hn::RearrangeToOddPlusEven(some, more);
@@ -110,7 +110,7 @@ HWY_INLINE V32 add_four(const V32* x) {
 }
 
 // Four sums of lanes, as floats.
-HWY_INLINE hn::Vec<hn::FixedTag<float, 4>> add_lanes(const V32* sums) {
+HWY_INLINE hn::Vec<hn::FixedTag<float, 4> > add_lanes(const V32* sums) {
   const hn::FixedTag<std::int32_t, 4> d;
   const hn::FixedTag<float, 4> df;
   const V32 four = add_four(sums);
@@ -269,7 +269,8 @@ void sum_wide_entries(const BlockOfTiles& block, std::span<const CodePlace> code
 using DRow = hn::CappedTag<std::uint8_t, kTurnColumns>;
 constexpr std::size_t kRowLanes = HWY_MIN(kTurnColumns, HWY_LANES(std::uint8_t));
 
-// A row of columns of all tokens: their sums stay in registers.  weights [pairs of tokens, kQueries]: of two tokens beside each other.
+// A row of columns of all tokens: their sums stay in registers.  weights [pairs of tokens, kQueries]: of two tokens beside each
+// other.
 template <std::size_t kQueries>
 void add_row(const std::uint8_t* bytes, std::size_t tokens, const std::int32_t* weights, const float* factors,
              std::size_t sum_stride, float* out) {
@@ -285,8 +286,8 @@ void add_row(const std::uint8_t* bytes, std::size_t tokens, const std::int32_t* 
     const std::uint8_t* at = bytes;
     // The last token of an odd number has a neighbour of weight 0.
     for (std::size_t pair = 0; 2 * pair < tokens; ++pair, at += 2 * kTurnColumns) {
-      const auto first = hn::LoadU(d8, at), second = hn::LoadU(d8, at + kTurnColumns),
-                 low = hn::InterleaveLower(d8, first, second), high = hn::InterleaveUpper(d8, first, second);
+      const auto first = hn::LoadU(d8, at), second = hn::LoadU(d8, at + kTurnColumns), low = hn::InterleaveLower(d8, first, second),
+                 high = hn::InterleaveUpper(d8, first, second);
       const hn::Vec<decltype(d16)> columns[4] = {
           hn::BitCast(d16, hn::InterleaveLower(d8, low, zero)), hn::BitCast(d16, hn::InterleaveUpper(d8, low, zero)),
           hn::BitCast(d16, hn::InterleaveLower(d8, high, zero)), hn::BitCast(d16, hn::InterleaveUpper(d8, high, zero))};
@@ -412,22 +413,28 @@ void look_up_group(const BlockOfTiles& block, const EntryColumns& group, std::ui
 
 template <std::size_t kCount>
 void look_up_group(const BlockOfTiles& block, const EntryColumns& group, std::uint8_t* to) {
-  const bool usual = std::all_of(group.codes, group.codes + kCount, [](const CodePlace& code) { return code.stride == kUsualStride; });
+  const bool usual =
+      std::all_of(group.codes, group.codes + kCount, [](const CodePlace& code) { return code.stride == kUsualStride; });
   return usual ? look_up_group<kCount, true>(block, group, to) : look_up_group<kCount, false>(block, group, to);
 }
 
 }  // namespace
 
-const std::uint8_t* look_up_entries(const BlockOfTiles& block, std::span<const EntryColumns> groups) {
-  static constexpr void (*kOfCount[])(const BlockOfTiles&, const EntryColumns&, std::uint8_t*) = {look_up_group<0>, look_up_group<1>, look_up_group<2>, look_up_group<3>,
-                                                             look_up_group<4>};
+const std::uint8_t* look_up_entries(std::span<const BlockOfTiles> blocks, std::span<const EntryColumns> groups) {
+  static constexpr void (*kOfCount[])(const BlockOfTiles&, const EntryColumns&, std::uint8_t*) = {
+      look_up_group<0>, look_up_group<1>, look_up_group<2>, look_up_group<3>, look_up_group<4>};
   static_assert(std::size(kOfCount) == kMostEntries + 1);
+  const std::size_t block_bytes = groups.size() * kEntryColumns * kMostTokens;
   thread_local std::vector<std::uint8_t> memory;
-  memory.resize(std::max(memory.size(), groups.size() * kEntryColumns * kMostTokens));
+  memory.resize(std::max(memory.size(), blocks.size() * block_bytes));
   // One group after the other: its tables stay in the first-level cache.
-  for (std::size_t g = 0; g < groups.size(); ++g)
-    kOfCount[groups[g].count](
-        block, groups[g], memory.data() + g / kTurnGroups * kMostTokens * kTurnColumns + g % kTurnGroups * kEntryColumns);
+  for (std::size_t g = 0; g < groups.size(); ++g) {
+    std::uint8_t* to = memory.data() + g / kTurnGroups * kMostTokens * kTurnColumns + g % kTurnGroups * kEntryColumns;
+    for (const auto& block : blocks) {
+      kOfCount[groups[g].count](block, groups[g], to);
+      to += block_bytes;
+    }
+  }
   return memory.data();
 }
 

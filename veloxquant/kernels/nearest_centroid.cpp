@@ -141,8 +141,7 @@ std::size_t nearest_of_dim(const float* HWY_RESTRICT x, const CentroidsView& cen
     for (std::size_t v = 0; v < kVectors; ++v) scores[v] = hn::LoadU(d, centroids.half_norms + run * kRun + v * kLanes);
     for (std::size_t i = 0; i < dim; ++i, centroid += kRun) {
       const auto value = hn::Set(d, x[i]);
-      for (std::size_t v = 0; v < kVectors; ++v)
-        scores[v] = hn::NegMulAdd(hn::LoadU(d, centroid + v * kLanes), value, scores[v]);
+      for (std::size_t v = 0; v < kVectors; ++v) scores[v] = hn::NegMulAdd(hn::LoadU(d, centroid + v * kLanes), value, scores[v]);
     }
     const auto index = hn::Set(di, static_cast<std::int32_t>(run));
     for (std::size_t v = 0; v < kVectors; ++v) {

@@ -24,8 +24,8 @@ class NearestCentroid {
 
  private:
   std::size_t count_, dim_;
-  std::vector<float> shift_;       // [dim]
-  std::vector<float> runs_;        // centroids − shift, 16 beside each other, [⌈count / 16⌉, dim, 16]; filled up with infinitely far ones
+  std::vector<float> shift_;  // [dim]
+  std::vector<float> runs_;  // centroids − shift, 16 beside each other, [⌈count / 16⌉, dim, 16]; filled up with infinitely far ones
   std::vector<float> half_norms_;  // [⌈count / 16⌉, 16]
 };
 

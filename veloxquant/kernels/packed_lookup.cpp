@@ -37,16 +37,22 @@ void sum_piece(const std::uint8_t* tile, std::size_t tokens, const LookupPiece& 
 }
 
 template <bool kPair>
-void sum_piece_of_any_width(const std::uint8_t* tile, std::size_t tokens, const LookupPiece& piece, float* out, std::size_t stride) {
+void sum_piece_of_any_width(const std::uint8_t* tile, std::size_t tokens, const LookupPiece& piece, float* out,
+                            std::size_t stride) {
   switch (piece.width) {
-    case 4: return sum_piece<4, kPair>(tile, tokens, piece, out, stride);
-    case 8: return sum_piece<8, kPair>(tile, tokens, piece, out, stride);
-    case 16: return sum_piece<16, kPair>(tile, tokens, piece, out, stride);
-    default: return sum_piece<0, kPair>(tile, tokens, piece, out, stride);
+    case 4:
+      return sum_piece<4, kPair>(tile, tokens, piece, out, stride);
+    case 8:
+      return sum_piece<8, kPair>(tile, tokens, piece, out, stride);
+    case 16:
+      return sum_piece<16, kPair>(tile, tokens, piece, out, stride);
+    default:
+      return sum_piece<0, kPair>(tile, tokens, piece, out, stride);
   }
 }
 
-void sum_entries(const std::uint8_t* tile, std::size_t tokens, std::span<const LookupPiece> pieces, float* rows, std::size_t stride) {
+void sum_entries(const std::uint8_t* tile, std::size_t tokens, std::span<const LookupPiece> pieces, float* rows,
+                 std::size_t stride) {
   for (const auto& piece : pieces) {
     const auto sum = piece.tables[1] ? sum_piece_of_any_width<true> : sum_piece_of_any_width<false>;
     sum(tile, tokens, piece, rows + piece.column, stride);
@@ -55,8 +61,8 @@ void sum_entries(const std::uint8_t* tile, std::size_t tokens, std::span<const L
 
 // kQueries rows at once, so that a key is loaded once for them.
 template <std::size_t kQueries>
-void score_some(const float* q, const float* k, std::size_t tokens, std::size_t k_stride, std::size_t dim, float scale, float* scores,
-                std::size_t score_stride) {
+void score_some(const float* q, const float* k, std::size_t tokens, std::size_t k_stride, std::size_t dim, float scale,
+                float* scores, std::size_t score_stride) {
   const hn::ScalableTag<float> d;
   const std::size_t lanes = hn::Lanes(d), whole = dim / lanes * lanes;
   for (std::size_t t = 0; t < tokens; ++t, k += k_stride) {
