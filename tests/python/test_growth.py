@@ -14,5 +14,6 @@ def test_resident_memory_grows_by_what_bits_say(tokens, run, tools, demo_model, 
     done = subprocess.run([tools / "growth_tool", plan, str(tokens)], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["grew"] == pytest.approx(found["expected"], rel=0.05)
+    # Threads allocate blocks from arenas of their own, of which some 200 KB may stay unused.
+    assert found["grew"] == pytest.approx(found["expected"], rel=0.05, abs=256 << 10)
     assert found["same"] and found["difference"] == 0

@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "veloxquant/kernels/entry_scan.h"
 #include "veloxquant/kernels/lut_scan.h"
 #include "veloxquant/model/rope.h"
 #include "veloxquant/quantize/packed_layout.h"
@@ -44,7 +45,6 @@ struct CodedBlock {
   std::size_t tokens;
   const std::uint8_t* sums = nullptr;
 };
-inline constexpr std::size_t kLookUpBlocks = 4;
 
 /// Queries of one KV head [num_queries, dim] at work on a block.
 struct BlockQueries {

@@ -180,7 +180,7 @@ class PackedStep {
     if (rows_ < kManyQueries) begin = 0, end = arrived_;
     const std::size_t first_row = begin * group_, rows = (end - begin) * group_;
     thread_local std::vector<float> scores;
-    scores.resize(rows * count);
+    scores.resize(rows * std::max(count, at_once() * kPackedBlockTokens));
     score(queries(head, begin, end), scores.data());
     for (std::size_t row = 0; row < rows; ++row) {
       float* of_row = scores.data() + row * count;

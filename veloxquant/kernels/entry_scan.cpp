@@ -426,7 +426,7 @@ const std::uint8_t* look_up_entries(std::span<const BlockOfTiles> blocks, std::s
   static_assert(std::size(kOfCount) == kMostEntries + 1);
   const std::size_t block_bytes = groups.size() * kEntryColumns * kMostTokens;
   thread_local std::vector<std::uint8_t> memory;
-  memory.resize(std::max(memory.size(), blocks.size() * block_bytes));
+  memory.resize(std::max(memory.size(), kLookUpBlocks * block_bytes));  // at once, whatever the context
   // One group after the other: its tables stay in the first-level cache.
   for (std::size_t g = 0; g < groups.size(); ++g) {
     std::uint8_t* to = memory.data() + g / kTurnGroups * kMostTokens * kTurnColumns + g % kTurnGroups * kEntryColumns;

@@ -54,8 +54,9 @@ void turn_rows(const float* x, std::size_t rows, std::size_t count, const float*
 /// to [count] = the nearest whole numbers to x [count], which are within ±32767; count is a multiple of kTurnColumns.
 void round_rows(const float* x, std::size_t count, std::int16_t* to);
 
-/// Sums of bytes [blocks, rows, kMostTokens, kTurnColumns] of a multiple of kTurnGroups groups, for whole tiles.  In memory of the
-/// thread, until it looks up others.
+/// Sums of bytes [blocks, rows, kMostTokens, kTurnColumns] of a multiple of kTurnGroups groups, for whole tiles of at most
+/// kLookUpBlocks blocks.  In memory of the thread, until it looks up others.
+inline constexpr std::size_t kLookUpBlocks = 4;
 const std::uint8_t* look_up_entries(std::span<const BlockOfTiles> blocks, std::span<const EntryColumns> groups);
 
 /// scores[r · score_stride + t] = q[r]·k[t]: keys that were looked up, turned (to 15 bits, rounded), and the queries of their
