@@ -1,6 +1,7 @@
 #include "veloxquant/cache/packed_cache.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
@@ -15,8 +16,15 @@ PackedCache::PackedCache(std::shared_ptr<const PackedLayer> layer)
     : layer_(std::move(layer)), sequences_(std::make_shared<std::vector<PackedSequence>>()) {}
 PackedCache::~PackedCache() = default;
 
+bool PackedCache::pending() const {
+  if (!last_call_ || last_call_->is_available()) return false;
+  // Streams are of threads.
+  if (caller_ != std::this_thread::get_id()) throw std::logic_error("[packed cache] used from two threads at once");
+  return true;
+}
+
 std::vector<PackedSequence>& PackedCache::sequences() const {
-  if (last_call_) mx::eval(*last_call_);
+  if (pending()) mx::eval(*last_call_);
   last_call_.reset();
   return *sequences_;
 }
@@ -76,7 +84,7 @@ mx::array PackedCache::attend(const mx::array& q, const mx::array& k, const mx::
   const auto as_floats = [](const mx::array& x) { return mx::astype(x, mx::float32); };
   std::vector<mx::array> inputs = {as_floats((*spec.rope)(q, positions)),
                                    as_floats(layer_->keys_before_rope() ? k : (*spec.rope)(k, positions)), as_floats(v)};
-  if (last_call_ && !last_call_->is_available()) inputs.push_back(*last_call_);
+  if (pending()) inputs.push_back(*last_call_);
 
   // Nothing is refused from here on.
   counts_.clear();
@@ -90,6 +98,7 @@ mx::array PackedCache::attend(const mx::array& q, const mx::array& k, const mx::
                                        out[1].template data<float>()[0] = 0;
                                      });
   last_call_ = outputs[1];
+  caller_ = std::this_thread::get_id();
   return mx::astype(from_token_major(outputs[0]), q.dtype());
 }
 

@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <optional>
+#include <thread>
 #include <vector>
 
 #include "mlx/array.h"
@@ -46,6 +47,9 @@ class PackedCache : public PackedAttentionCache {
   void check_shapes(const mx::array& q, const mx::array& k, const mx::array& v) const;
   std::size_t coded_of(const Counts& counts) const;  // once the window is as full as it may be
 
+  // Whether the last call is still to be evaluated.  Throws std::logic_error if another thread made it.
+  bool pending() const;
+
   // What the calls so far leave in memory, once they are evaluated.
   std::vector<PackedSequence>& sequences() const;
 
@@ -54,6 +58,7 @@ class PackedCache : public PackedAttentionCache {
   std::size_t kv_heads_ = 0, offset_ = 0;
   std::shared_ptr<std::vector<PackedSequence>> sequences_;
   mutable std::optional<mx::array> last_call_;  // until it is known to be evaluated
+  std::thread::id caller_;
   mutable Busy busy_;
 };
 
