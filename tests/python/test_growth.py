@@ -6,7 +6,7 @@ import pytest
 
 
 # 32,768 tokens take minutes.
-@pytest.mark.parametrize("tokens", [6144, pytest.param(32768, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tokens", [10240, pytest.param(32768, marks=pytest.mark.slow)])
 def test_resident_memory_grows_by_what_bits_say(tokens, run, tools, demo_model, text_file, tmp_path):
     plan = tmp_path / "made.plan"
     made = run("calibrate", demo_model, "--bits", 2.5, "--samples", 3, "--length", 256, "--text", text_file, "-o", plan)
@@ -14,6 +14,5 @@ def test_resident_memory_grows_by_what_bits_say(tokens, run, tools, demo_model, 
     done = subprocess.run([tools / "growth_tool", plan, str(tokens)], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    # Threads allocate blocks from arenas of their own, of which some 200 KB may stay unused.
-    assert found["grew"] == pytest.approx(found["expected"], rel=0.05, abs=256 << 10)
+    assert found["grew"] == pytest.approx(found["expected"], rel=0.05)
     assert found["same"] and found["difference"] == 0

@@ -26,6 +26,7 @@ bool PackedCache::pending() const {
 std::vector<PackedSequence>& PackedCache::sequences() const {
   if (pending()) mx::eval(*last_call_);
   last_call_.reset();
+  if (sequences_->size() != counts_.size()) throw_incomplete();
   return *sequences_;
 }
 
@@ -87,9 +88,9 @@ mx::array PackedCache::attend(const mx::array& q, const mx::array& k, const mx::
   if (pending()) inputs.push_back(*last_call_);
 
   // Nothing is refused from here on.
+  if (counts_.empty()) sequences_->resize(steps.size());
   counts_.clear();
   for (const auto& step : steps) counts_.push_back({step.first + step.tokens, step.coded});
-  sequences_->resize(steps.size());
   kv_heads_ = static_cast<std::size_t>(k.shape(1));
   offset_ += static_cast<std::size_t>(k.shape(2));
   const auto outputs = cpu_operation("PackedStep", std::move(inputs), {token_major_shape(q), {1}},

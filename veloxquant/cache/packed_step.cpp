@@ -58,10 +58,11 @@ class PackedStep {
 
   void run() {
     const std::size_t heads = recent_keys_.size();
+    if (sequences_.size() != steps_.size()) throw_incomplete();
     for (std::size_t b = 0; b < sequences_.size(); ++b) {
       PackedSequence& sequence = sequences_[b];
       if (sequence.tokens != steps_[b].first || sequence.coded != steps_[b].coded_before)
-        throw std::logic_error("[packed cache] a call before this one failed: its tokens are missing");
+        throw_incomplete();
       for (std::size_t head = sequence.heads.size(); head < kv_heads_; ++head) sequence.heads.push_back(layer_.head(head));
       sequence.tokens += steps_[b].tokens;
       sequence.coded = steps_[b].coded;
@@ -332,7 +333,16 @@ class PackedStep {
 
 void packed_step(const PackedLayer& layer, const std::vector<SequenceStep>& steps, const AttentionSpec& spec, const mx::array& q,
                  const mx::array& k, const mx::array& v, std::vector<PackedSequence>& sequences, mx::array& out) {
-  PackedStep(layer, steps, spec, q, k, v, sequences, out).run();
+  try {
+    PackedStep(layer, steps, spec, q, k, v, sequences, out).run();
+  } catch (...) {
+    sequences.clear();  // half of a call is in them
+    throw;
+  }
+}
+
+void throw_incomplete() {
+  throw std::logic_error("[packed cache] a call before this one failed: its tokens are missing");
 }
 
 }  // namespace veloxquant
