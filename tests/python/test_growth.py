@@ -6,7 +6,7 @@ import pytest
 
 
 # 32,768 tokens take minutes.
-@pytest.mark.parametrize("tokens", [10240, pytest.param(32768, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tokens", [6144, pytest.param(32768, marks=pytest.mark.slow)])
 def test_resident_memory_grows_by_what_bits_say(tokens, run, tools, demo_model, text_file, tmp_path):
     plan = tmp_path / "made.plan"
     made = run("calibrate", demo_model, "--bits", 2.5, "--samples", 3, "--length", 256, "--text", text_file, "-o", plan)

@@ -38,8 +38,7 @@ std::vector<int> PackedCache::tokens() const {
 
 std::size_t PackedCache::nbytes() const {
   std::size_t bytes = 0;
-  for (const auto& sequence : sequences())
-    for (const auto& [keys, values] : sequence.heads) bytes += keys.nbytes() + values.nbytes();
+  for (const auto& sequence : sequences()) bytes += sequence.nbytes();
   return bytes;
 }
 
@@ -111,10 +110,7 @@ int PackedCache::trim(int tokens) {
   for (std::size_t b = 0; b < sequences.size(); ++b) {
     PackedSequence& sequence = sequences[b];
     sequence.tokens -= std::min(dropped, sequence.tokens);
-    const std::size_t coded = std::min(sequence.coded, sequence.tokens > layer_->sinks() ? sequence.tokens - layer_->sinks() : 0);
-    for (auto& [keys, values] : sequence.heads)
-      for (auto* side : {&keys, &values}) side->trim(sequence.coded, coded);
-    sequence.coded = coded;
+    sequence.keep_coded(std::min(sequence.coded, sequence.tokens > layer_->sinks() ? sequence.tokens - layer_->sinks() : 0));
     counts_[b] = {sequence.tokens, sequence.coded};
   }
   return static_cast<int>(dropped);

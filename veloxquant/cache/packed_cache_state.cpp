@@ -23,18 +23,17 @@ auto bytes_of(Values& values) {
 template <class Sequences, class Part>
 void each_part(Sequences& sequences, const CacheState& state, const Part& part) {
   const std::size_t batch = sequences.size(), rows = 2 * batch * sequences[0].heads.size();
-  const auto stride = static_cast<std::size_t>(state.at("blocks").shape(2));
   for (std::size_t b = 0, row = 0; b < batch; ++b) {
-    const auto blocks = row_of(state.at("blocks"), b, batch);
-    std::size_t at = 0;
+    auto blocks = row_of(state.at("blocks"), b, batch);
+    for (auto& block : sequences[b].blocks) {
+      part(bytes_of(block), blocks.first(block.size()));
+      blocks = blocks.subspan(block.size());
+    }
     for (auto& head : sequences[b].heads)
       for (auto* side : {&head.keys, &head.values}) {
         part(bytes_of(side->open.patch_errors), row_of(state.at("patch_errors"), row, rows));
         part(bytes_of(side->exact.sinks()), row_of(state.at("sinks"), row, rows));
         part(bytes_of(side->exact.ring()), row_of(state.at("window"), row, rows));
-        for (std::size_t block = 0; block < side->blocks.size(); ++block)
-          part(bytes_of(side->blocks[block]), blocks.subspan(block * stride + at, side->shape.bytes));
-        at += side->shape.bytes;
         ++row;
       }
   }
@@ -64,10 +63,12 @@ void PackedCache::restore(const CacheState& state) {
   for (std::size_t b = 0; b < sequences.size(); ++b) {
     sequences[b].tokens = static_cast<std::size_t>(counts.tokens[b]);
     if (!counts.coded.empty()) sequences[b].coded = static_cast<std::size_t>(counts.coded[b]);
-    for (int head = 0; head < sizes.heads; ++head) {
-      auto& [keys, values] = sequences[b].heads.emplace_back(layer_->head(static_cast<std::size_t>(head)));
-      for (auto* side : {&keys, &values}) side->make_room(sequences[b].coded);
-    }
+    if (sizes.heads == 0) continue;
+    sequences[b].heads = layer_->heads(static_cast<std::size_t>(sizes.heads));
+    sequences[b].make_room(sequences[b].coded);
+    for (auto& [keys, values] : sequences[b].heads)
+      for (auto* side : {&keys, &values})
+        side->open.patch_errors.assign(std::min(side->shape.patches, tokens_in_last_block(sequences[b].coded)), 0.0f);
   }
   if (sizes.heads > 0)
     each_part(sequences, state, [](std::span<std::uint8_t> held, std::span<const std::uint8_t> from) {

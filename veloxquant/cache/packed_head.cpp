@@ -24,29 +24,44 @@ void ExactStore::read(std::size_t position, float* vector) const {
   quantizer_->decode({from, bytes_}, {vector, static_cast<std::size_t>(quantizer_->dim())});
 }
 
-void PackedSide::encode(const BlockCodec& codec, std::span<const float> vectors, std::size_t index) {
+void PackedSide::encode(const BlockCodec& codec, std::span<const float> vectors, std::size_t index, PackedBlocks& blocks) {
   const auto dim = static_cast<std::size_t>(shape.dim);
-  for (std::size_t begin = 0, tokens = vectors.size() / dim; begin < tokens;) {
-    const std::size_t at = (index + begin) % kPackedBlockTokens, count = std::min(kPackedBlockTokens - at, tokens - begin);
-    if (at == 0) blocks.emplace_back(shape.bytes);
-    codec.append(vectors.subspan(begin * dim, count * dim), at, blocks.back().data(), open);
-    begin += count;
+  for (std::size_t done = 0, tokens = vectors.size() / dim; done < tokens;) {
+    const std::size_t at = (index + done) % kPackedBlockTokens, count = std::min(kPackedBlockTokens - at, tokens - done);
+    codec.append(vectors.subspan(done * dim, count * dim), at, blocks[(index + done) / kPackedBlockTokens].data() + begin, open);
+    done += count;
   }
 }
 
-void PackedSide::make_room(std::size_t coded) {
-  blocks.assign(blocks_of(coded), std::vector<std::uint8_t>(shape.bytes));
-  open.patch_errors.assign(std::min(shape.patches, tokens_in_last_block(coded)), 0.0f);
+void PackedSide::trim(std::size_t held, std::size_t tokens, bool closed, std::vector<std::uint8_t>& block) {
+  if (closed) open = {};
+  trim_block(shape, held, tokens, block.data() + begin, open);
 }
 
-void PackedSide::trim(std::size_t coded, std::size_t kept) {
+std::size_t PackedSequence::nbytes() const {
+  std::size_t bytes = 0;
+  for (const auto& block : blocks) bytes += block.size();
+  for (const auto& [keys, values] : heads) bytes += keys.exact.nbytes() + values.exact.nbytes();
+  return bytes;
+}
+
+void PackedSequence::make_room(std::size_t coded) {
+  while (blocks.size() < blocks_of(coded)) blocks.emplace_back(heads.back().values.end());
+}
+
+void PackedSequence::keep_coded(std::size_t kept) {
   if (kept == coded) return;
-  const bool reopened = blocks_of(kept) < blocks.size();
-  if (reopened) open = {};
+  const bool closed = blocks_of(kept) < blocks.size();
+  const std::size_t held = closed ? kPackedBlockTokens : tokens_in_last_block(coded);
   blocks.resize(blocks_of(kept));
-  if (kept > 0)
-    trim_block(shape, reopened ? kPackedBlockTokens : tokens_in_last_block(coded), tokens_in_last_block(kept), blocks.back().data(),
-               open);
+  for (auto& [keys, values] : heads)
+    for (auto* side : {&keys, &values}) {
+      if (kept > 0)
+        side->trim(held, tokens_in_last_block(kept), closed, blocks.back());
+      else if (closed)
+        side->open = {};
+    }
+  coded = kept;
 }
 
 }  // namespace veloxquant

@@ -1,4 +1,4 @@
-// The tokens of one KV head of one sequence: 8 bits of sinks and window, blocks of codes.
+// The tokens of one sequence in memory: 8 bits of sinks and window of each KV head, blocks of codes of all.
 #pragma once
 
 #include <cstddef>
@@ -36,27 +36,46 @@ class ExactStore {
   std::vector<std::uint8_t> sinks_, ring_;
 };
 
-/// One side, keys or values.
+/// Blocks of tokens, each with the bytes of all heads: of one head after another the keys, then the values.  One allocation a
+/// block: small ones of each head would leave holes in the heap as large as a few percent of the codes.
+using PackedBlocks = std::vector<std::vector<std::uint8_t>>;
+
+/// One side, keys or values, of a head.
 struct PackedSide {
   ExactStore exact;
   BlockShape shape;
+  std::size_t begin;  // where its bytes of a block are
   OpenBlock open = {};
-  std::vector<std::vector<std::uint8_t>> blocks = {};
 
-  std::size_t nbytes() const { return exact.nbytes() + blocks.size() * shape.bytes; }
+  std::size_t end() const { return begin + shape.bytes; }
+  std::span<const std::uint8_t> of(const std::vector<std::uint8_t>& block) const {
+    return std::span(block).subspan(begin, shape.bytes);
+  }
 
-  /// Appends vectors [n, dim] as codes, the first of them the `index`-th coded token.
-  void encode(const BlockCodec& codec, std::span<const float> vectors, std::size_t index);
+  /// Writes vectors [n, dim] as codes into blocks that have room for them, the first of them the `index`-th coded token.
+  void encode(const BlockCodec& codec, std::span<const float> vectors, std::size_t index, PackedBlocks& blocks);
 
-  /// Blocks, of zeros, for so many coded tokens that are about to be read from elsewhere.
-  void make_room(std::size_t coded);
-
-  /// Cuts `coded` coded tokens back to `kept`.
-  void trim(std::size_t coded, std::size_t kept);
+  /// Cuts the last block back to `tokens` ≥ 1; it held `held`, and if it was closed is not the one that `open` is of.
+  void trim(std::size_t held, std::size_t tokens, bool closed, std::vector<std::uint8_t>& block);
 };
 
 struct PackedHead {
   PackedSide keys, values;
+};
+
+/// Sinks, then `coded` tokens as codes, then those of the window.
+struct PackedSequence {
+  std::size_t tokens = 0, coded = 0;
+  std::vector<PackedHead> heads = {};  // none before the first token
+  PackedBlocks blocks = {};
+
+  std::size_t nbytes() const;
+
+  /// Blocks for so many coded tokens; those that come are zeros.
+  void make_room(std::size_t coded);
+
+  /// Cuts the coded tokens back to `kept`.
+  void keep_coded(std::size_t kept);
 };
 
 /// Tokens in the last block of so many coded ones.

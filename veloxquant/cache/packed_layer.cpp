@@ -18,11 +18,19 @@ PackedLayer::PackedLayer(std::vector<QuantizerParameters> keys, std::vector<Quan
   for (const auto& unit : values_) value_shapes_.push_back(block_shape(unit));
 }
 
-PackedHead PackedLayer::head(std::size_t head) const {
-  const auto side = [&](Side which, const std::vector<BlockShape>& shapes) {
-    return PackedSide{.exact = ExactStore(exact(which), window_, sinks_), .shape = unit(shapes, head)};
+std::vector<PackedHead> PackedLayer::heads(std::size_t kv_heads) const {
+  std::vector<PackedHead> heads;
+  std::size_t begin = 0;
+  const auto side = [&](Side which, const BlockShape& shape) {
+    PackedSide made{.exact = ExactStore(exact(which), window_, sinks_), .shape = shape, .begin = begin};
+    begin = made.end();
+    return made;
   };
-  return {side(Side::kKeys, key_shapes_), side(Side::kValues, value_shapes_)};
+  for (std::size_t head = 0; head < kv_heads; ++head) {
+    auto keys = side(Side::kKeys, unit(key_shapes_, head));
+    heads.push_back({std::move(keys), side(Side::kValues, unit(value_shapes_, head))});
+  }
+  return heads;
 }
 
 StateSizes PackedLayer::state_sizes(std::size_t kv_heads) const {

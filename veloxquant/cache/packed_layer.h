@@ -26,8 +26,8 @@ class PackedLayer {
   /// Made at the first call: what is looked up for keys depends on how they turn.  One layer has one rope.
   const Codecs& codecs(const Rope& rope) const;
 
-  /// An empty head.
-  PackedHead head(std::size_t head) const;
+  /// So many empty heads.
+  std::vector<PackedHead> heads(std::size_t kv_heads) const;
 
   StateSizes state_sizes(std::size_t kv_heads) const;
 

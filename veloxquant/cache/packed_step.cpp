@@ -61,11 +61,11 @@ class PackedStep {
     if (sequences_.size() != steps_.size()) throw_incomplete();
     for (std::size_t b = 0; b < sequences_.size(); ++b) {
       PackedSequence& sequence = sequences_[b];
-      if (sequence.tokens != steps_[b].first || sequence.coded != steps_[b].coded_before)
-        throw_incomplete();
-      for (std::size_t head = sequence.heads.size(); head < kv_heads_; ++head) sequence.heads.push_back(layer_.head(head));
+      if (sequence.tokens != steps_[b].first || sequence.coded != steps_[b].coded_before) throw_incomplete();
+      if (sequence.heads.empty()) sequence.heads = layer_.heads(kv_heads_);
       sequence.tokens += steps_[b].tokens;
       sequence.coded = steps_[b].coded;
+      sequence.make_room(sequence.coded);
     }
     prepared_.resize(heads);
     parallel_for(3 * heads, 1, [&](std::size_t i, std::size_t) {
@@ -126,7 +126,7 @@ class PackedStep {
     // Sinks are not recent.
     if (begin > first) recent.erase(recent.begin(), recent.begin() + static_cast<std::ptrdiff_t>((begin - first) * dim_));
     if (const std::size_t leaving = coded - coded_before; leaving > 0)
-      side.encode(codecs_.of(which, of_sequence), std::span(recent).first(leaving * dim_), coded_before);
+      side.encode(codecs_.of(which, of_sequence), std::span(recent).first(leaving * dim_), coded_before, sequences_[batch].blocks);
     if (layer_.window() == 0) recent.clear();
   }
 
@@ -212,11 +212,12 @@ class PackedStep {
                       count = std::min(end * kPackedBlockTokens, sequence_of(head).coded) - first;
     const auto blocks_of_side = [&](Side which) {
       const auto& side = which == Side::kKeys ? head_at(head).keys : head_at(head).values;
+      const auto& all = sequence_of(head).blocks;
       // While these are computed with, the next ones: their lines lie far apart.
-      for (std::size_t block = end; block < std::min(end + (end - begin), last); ++block) fetch(side.blocks[block]);
+      for (std::size_t block = end; block < std::min(end + (end - begin), last); ++block) fetch(side.of(all[block]));
       std::vector<CodedBlock> blocks;
       for (std::size_t at = 0; at < count; at += kPackedBlockTokens)
-        blocks.push_back({side.blocks[begin + blocks.size()].data(), std::min(kPackedBlockTokens, count - at)});
+        blocks.push_back({side.of(all[begin + blocks.size()]).data(), std::min(kPackedBlockTokens, count - at)});
       if (rows_ < kManyQueries) codec(which, head).look_up(blocks);
       return blocks;
     };

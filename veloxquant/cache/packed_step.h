@@ -9,12 +9,6 @@
 
 namespace veloxquant {
 
-/// A sequence in memory: sinks, then `coded` tokens as codes, then those of the window.
-struct PackedSequence {
-  std::size_t tokens = 0, coded = 0;
-  std::vector<PackedHead> heads = {};  // none before the first token
-};
-
 /// What a call does to a sequence: it has `first` tokens and `coded_before` codes, and then `tokens` more and `coded` codes.  Of
 /// the tokens that come, the first `skipped` are padding.
 struct SequenceStep {
