@@ -127,6 +127,7 @@ Generation generate(const LanguageModel& model, std::span<const std::int32_t> pr
       first = Clock::now();
     }
     if (on_token && !on_token(token)) break;
+    limit_kept_buffers();
     if (static_cast<int>(result.tokens.size()) < options.max_tokens)
       logits = last_logits(model, model.forward(token_row({&token, 1}), caches));
   }

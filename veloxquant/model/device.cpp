@@ -2,6 +2,7 @@
 
 #include <atomic>
 
+#include "mlx/memory.h"
 #include "veloxquant/core/error.h"
 #include "veloxquant/core/warning.h"
 
@@ -32,6 +33,11 @@ mx::Device resolve_device_or_cpu(std::string_view name) {
 
 std::string_view device_name(mx::Device device) {
   return device == mx::Device::gpu ? "gpu" : "cpu";
+}
+
+void limit_kept_buffers() {
+  constexpr std::size_t kShare = 4;
+  if (mx::get_cache_memory() > mx::get_memory_limit() / kShare) mx::clear_cache();
 }
 
 }  // namespace veloxquant

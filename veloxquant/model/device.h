@@ -21,6 +21,11 @@ mx::Device resolve_device_or_cpu(std::string_view name);
 /// "cpu" or "gpu".
 std::string_view device_name(mx::Device device);
 
+/// Gives buffers that MLX keeps for later ones back once they are a quarter of what it may use.  It keeps them up to nearly all of a
+/// GPU, and takes one again only for an array of about its size, which the arrays of a growing context are not: a context of 32k
+/// tokens filled an H200 with them, and CUDA then moved weights and keys to the host and back for every token.
+void limit_kept_buffers();
+
 /// Makes `device` MLX's default for its own life.
 class DeviceScope {
  public:

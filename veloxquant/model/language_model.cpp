@@ -32,6 +32,7 @@ mx::array LanguageModel::forward_by_layers(const mx::array& tokens, const Attent
     mx::async_eval(hidden);
     // A GPU must not run out of work while the host describes the next layer.
     (waits ? hidden : before).eval();
+    limit_kept_buffers();
     after_layer();
   }
   return hidden;
