@@ -174,3 +174,53 @@ def test_samples_of_calibration_begin_with_it(run, begins, demo_model, text, wor
     for source in ((begins,), (begins, Odd()), (model, wrapper), (model, hugging_face), (model, Odd())):
         assert means(*source) == pytest.approx(expected, rel=0.01), source
     assert means(demo_model) != pytest.approx(expected, rel=0.01)
+
+
+# Saved logits ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_full_precision_is_computed_once(run, demo_model, text, tmp_path):
+    """Saved in one go, compared with in steps."""
+    path = tmp_path / "logits.safetensors"
+    few = [demo_model, "--text", text, "--windows", 3, "--length", 128, "--score-from", 64]
+    assert run("evaluate", *few, "--save-logits", path).returncode == 0
+    measure = [*few, "--peer", "mlx2", "--peer", "turboquant3", "--stepwise", "--step", 8]
+    exact, saved = rows_of(run, *measure), rows_of(run, *measure, "--logits", path)
+    for a, b in zip(exact, saved):
+        assert a["kl_sampling_error"] is None and b["kl_sampling_error"] < 0.01 * a["kl_mean"] + 1e-9
+        assert b["kl_mean"] == pytest.approx(a["kl_mean"], abs=4 * b["kl_sampling_error"] + 1e-6)
+        assert b["top1"] == a["top1"]
+        assert b["perplexity"] == pytest.approx(a["perplexity"], rel=1e-4)
+        assert b["perplexity_change_error"] == pytest.approx(a["perplexity_change_error"], rel=0.02, abs=1e-3)
+
+
+def test_logits_of_something_else(run, demo_model, begins, tiny, text, plan, tmp_path):
+    path, other = tmp_path / "logits.safetensors", tmp_path / "other"
+    few = ["--text", text, "--windows", 2, "--length", 64]
+    assert run("evaluate", demo_model, *few, "--score-from", 8, "--save-logits", path).returncode == 0
+
+    def refused(*parts, model=demo_model, few=few, more=("--score-from", 8)):
+        fails(run("evaluate", model, *few, *more, "--logits", path), path, *parts)
+
+    refused("model: expected llama of 3 layers", "got qwen2 of 12 layers", model=tiny)
+    refused("SHA-256 of the windows' tokens", model=begins)
+    refused("windows: expected 3, got 2", few=[*few[:3], 3, *few[4:]])
+    refused("length: expected 65, got 64", few=[*few[:5], 65])
+    refused("score_from: expected at most 7, got 8", more=("--score-from", 7))
+    refused("SHA-256", few=["--windows", 2, "--length", 64], more=("--score-from", 8))  # own text
+    # the same shape, other weights
+    shutil.copytree(demo_model, other)
+    weights = dict(mx.load(str(other / "model.safetensors")))
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.05
+    mx.save_safetensors(str(other / "model.safetensors"), weights)
+    refused("model: expected logits of its weights", model=other)
+    # not such a file
+    shutil.copy(plan, path)
+    refused("format: expected veloxquant-logits")
+    path.write_bytes(b"")
+    refused()
+    path.unlink()
+    refused()
+    fails(run("evaluate", demo_model, *few, "--save-logits", tmp_path / "no" / "where"), tmp_path / "no")
+    fails(run("evaluate", demo_model, *few, "--save-logits", path, "--logits", path), "--logits", "--save-logits", status=2)
+    assert not path.exists()

@@ -75,7 +75,7 @@ def test_plan_is_described_verified_and_evaluated(run, demo_model, text, plan):
     for row in rows:
         measures = {"perplexity", "perplexity_change", "kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "top1"}
         measures |= {f"{name}_error" for name in measures}
-        assert set(row) == measures | {"storage", "effective_bits", "bits_at", "constant_bytes", "sliding_bytes", "recall", "recall_second", "differences",
+        assert set(row) == measures | {"storage", "effective_bits", "bits_at", "constant_bytes", "sliding_bytes", "recall", "recall_second", "differences", "kl_sampling_error",
                                        "windows", "length", "score_from", "step"}
         assert (row["windows"], row["length"], row["score_from"], row["step"]) == (2, 448, 0, 0)
         others = [other for other in rows if other is not row]

@@ -10,6 +10,7 @@
 #include "veloxquant/cli/options.h"
 #include "veloxquant/cli/terminal.h"
 #include "veloxquant/core/error.h"
+#include "veloxquant/core/file.h"
 #include "veloxquant/core/random.h"
 #include "veloxquant/core/warning.h"
 #include "veloxquant/generate/own_text.h"
@@ -29,6 +30,7 @@ struct Options {
   std::vector<std::string> plans, peers;
   int windows = 0, length = 0, recall = 0, step = 1;
   std::optional<int> score_from;
+  std::optional<std::string> logits, save_logits;
   std::set<int> contexts;
   TextOptions text;
   RunOptions run;
@@ -36,7 +38,10 @@ struct Options {
 
   // Of windows of `length` tokens.  Steps need something that they go on from.
   ScoringOptions scoring(int length) const {
-    return {.score_from = score_from.value_or(stepwise ? length / 2 : 0), .step = stepwise ? step : 0};
+    ScoringOptions scoring;
+    scoring.score_from = score_from.value_or(stepwise ? length / 2 : 0);
+    scoring.step = stepwise ? step : 0;
+    return scoring;
   }
 };
 
@@ -111,6 +116,7 @@ nlohmann::ordered_json row_json(const std::vector<EvaluationRow>& rows, std::siz
                                  {"constant_bytes", row.constant_bytes},
                                  {"sliding_bytes", row.sliding_bytes}};
   add_measures(row, row.error, json);
+  json["kl_sampling_error"] = to_json(row.kl_sampling_error);
   json["recall"] = to_json(row.recall);
   json["recall_second"] = to_json(row.recall_second);
   json["differences"] = differences_json(rows, index);
@@ -202,14 +208,23 @@ void run(const Options& options) {
   const LoadedModel loaded = load_model(options.model);
   const int longest = loaded.model.config().max_position_embeddings,
             length = options.length > 0 ? options.length : std::min(longest, kLongestWindow);
-  const ScoringOptions scoring = options.scoring(length);
+  ScoringOptions scoring = options.scoring(length);
   check_scoring(scoring, length);
   if (length > longest)
     warn(fmt::format("windows of {} tokens, and the model was made for {}: what lies beyond may make no sense", length, longest));
   const auto progress = terminal_progress();
   // Plans and texts are read before anything that takes long.
   auto storages = storages_of_plans(options, loaded.model);
+  SavedLogits logits;
+  if (options.logits) logits = read_logits(*options.logits);
+  if (options.save_logits) check_writable(*options.save_logits);
   const TokenBatch windows = windows_of(options, loaded, length, progress);
+  if (options.logits) {
+    check_logits(logits, loaded.model, windows, scoring.score_from);
+    scoring.logits = &logits;
+  } else if (options.save_logits) {
+    scoring.save = &logits;
+  }
   for (const auto& name : options.peers) storages.push_back(peer_storage(name, loaded.model, progress));
   const auto filler = text_of(windows, loaded.tokenizer.prefix());
   const auto documents = [&](Wording wording) {
@@ -219,6 +234,7 @@ void run(const Options& options) {
   };
   const auto rows = evaluate(loaded.model, windows, std::span(storages).subspan(1),
                              {documents(Wording::kFirst), documents(Wording::kSecond)}, progress, scoring);
+  if (options.save_logits) write_logits(logits, *options.save_logits);
   clear_progress();
   const Protocol protocol{windows.count, length, scoring};
   if (options.json) {
@@ -284,6 +300,13 @@ void add_evaluate(CLI::App& program) {
           "several times")
       ->allow_extra_args(false)
       ->transform(token_count());
+  auto* save =
+      command.add_option("--save-logits", options->save_logits,
+                         "Write full precision's logits into this file: of each position the likeliest tokens and some drawn "
+                         "from the others");
+  command
+      .add_option("--logits", options->logits, "Compare with the full precision that --save-logits wrote, which is then not run")
+      ->excludes(save);
   options->text.add_to(command);
   options->run.add_to(command);
   add_json_flag(command, options->json);

@@ -34,6 +34,11 @@ struct Tally {
     }
     window.targets = scores.size() - 1;
   }
+
+  void add(const std::vector<PositionScore>& reference, const SavedScores& saved) {
+    add(reference, saved.scores);
+    windows.back().kl_variance = saved.kl_variance;
+  }
 };
 
 // The token that follows each position; −1 for the last.
@@ -90,34 +95,74 @@ mx::array read_in_steps(const LanguageModel& model, const mx::array& tokens, con
   return mx::concatenate(steps, 1);
 }
 
-void score_window(const LanguageModel& model, const TokenBatch& windows, int index, std::span<const Storage> storages,
-                  const ScoringOptions& scoring, std::vector<Tally>& tallies, ProgressStage& stage) {
-  const auto tokens = token_array(windows, index, index + 1);
-  const auto targets = next_tokens(windows.row(index).subspan(static_cast<std::size_t>(scoring.score_from)));
-  const Advance advance = [&](int read) { stage.advance(static_cast<std::size_t>(read)); };
-  const auto hidden_of = [&](std::size_t storage) {
-    const CacheFactory& factory = storages[storage].factory;
-    auto hidden = storage == 0 || scoring.step == 0 ? read_in_one_go(model, tokens, factory, scoring.score_from, advance)
-                                                    : read_in_steps(model, tokens, factory, scoring, advance);
+// Scores one window by all storages, full precision first.
+class WindowScoring {
+ public:
+  WindowScoring(const LanguageModel& model, std::span<const Storage> storages, const ScoringOptions& scoring,
+                std::vector<Tally>& tallies, ProgressStage& stage)
+      : model_(model), storages_(storages), scoring_(scoring), tallies_(tallies), stage_(stage) {}
+
+  void operator()(const TokenBatch& windows, int index) {
+    const auto tokens = token_array(windows, index, index + 1);
+    const auto targets = next_tokens(windows.row(index).subspan(static_cast<std::size_t>(scoring_.score_from)));
+    scoring_.logits ? by_saved_logits(index, tokens, targets) : by_full_precision(index, tokens, targets);
+  }
+
+ private:
+  mx::array hidden_of(std::size_t storage, const mx::array& tokens) {
+    const CacheFactory& factory = storages_[storage].factory;
+    const Advance advance = [&](int read) { stage_.advance(static_cast<std::size_t>(read)); };
+    auto hidden = storage == 0 || scoring_.step == 0 ? read_in_one_go(model_, tokens, factory, scoring_.score_from, advance)
+                                                     : read_in_steps(model_, tokens, factory, scoring_, advance);
     mx::eval(hidden);
     return hidden;
-  };
-  // The reference's come first in each group, since both logits are needed at once.
-  std::vector<mx::array> hidden = {hidden_of(0)};
-  const std::size_t group = std::max<std::size_t>(kHiddenBytes / hidden[0].nbytes(), 2) - 1;
-  std::size_t begin = 1, end;
-  do {
-    end = std::min(begin + group, storages.size());
-    for (std::size_t s = begin; s < end; ++s) hidden.push_back(hidden_of(s));
-    const auto scores = score_hidden(model, hidden, targets);
-    for (std::size_t i = begin == 1 ? 0 : 1; i < hidden.size(); ++i) {
-      const std::size_t s = i == 0 ? 0 : begin + i - 1;
-      check_finite(scores[i], storages[s], index, scoring.score_from);
-      tallies[s].add(scores[0], scores[i]);
+  }
+
+  void by_full_precision(int index, const mx::array& tokens, std::span<const std::int32_t> targets) {
+    // The reference's come first in each group, since both logits are needed at once.
+    std::vector<mx::array> hidden = {hidden_of(0, tokens)};
+    const std::size_t group = std::max<std::size_t>(kHiddenBytes / hidden[0].nbytes(), 2) - 1;
+    std::size_t begin = 1, end;
+    do {
+      end = std::min(begin + group, storages_.size());
+      for (std::size_t s = begin; s < end; ++s) hidden.push_back(hidden_of(s, tokens));
+      const auto scores = score_hidden(model_, hidden, targets);
+      for (std::size_t i = begin == 1 ? 0 : 1; i < hidden.size(); ++i) {
+        const std::size_t s = i == 0 ? 0 : begin + i - 1;
+        check_finite(scores[i], storages_[s], index, scoring_.score_from);
+        tallies_[s].add(scores[0], scores[i]);
+      }
+      hidden.resize(1, hidden[0]);
+      begin = end;
+    } while (end < storages_.size());
+    if (scoring_.save) add_window(model_, hidden[0], targets, *scoring_.save);
+  }
+
+  void by_saved_logits(int index, const mx::array& tokens, std::span<const std::int32_t> targets) {
+    const auto reference = reference_scores(*scoring_.logits, index, scoring_.score_from);
+    tallies_[0].add(reference, reference);
+    for (std::size_t s = 1; s < storages_.size(); ++s) {
+      const auto saved = score_saved(model_, *scoring_.logits, index, scoring_.score_from, hidden_of(s, tokens), targets);
+      check_finite(saved.scores, storages_[s], index, scoring_.score_from);
+      tallies_[s].add(reference, saved);
     }
-    hidden.resize(1, hidden[0]);
-    begin = end;
-  } while (end < storages.size());
+  }
+
+  const LanguageModel& model_;
+  std::span<const Storage> storages_;
+  const ScoringOptions& scoring_;
+  std::vector<Tally>& tallies_;
+  ProgressStage& stage_;
+};
+
+// Of the mean KL, by what was drawn.
+double sampling_error(std::span<const WindowScores> windows) {
+  double variance = 0, positions = 0;
+  for (const auto& window : windows) {
+    variance += window.kl_variance;
+    positions += static_cast<double>(window.kl.size());
+  }
+  return std::sqrt(variance) / positions;
 }
 
 EvaluationRow row_of(const LanguageModel& model, const Storage& storage, const Tally& tally, const WindowStatistics& statistics,
@@ -135,12 +180,13 @@ EvaluationRow row_of(const LanguageModel& model, const Storage& storage, const T
 }
 
 std::vector<EvaluationRow> report(const LanguageModel& model, std::span<const Storage> storages, std::span<const Tally> tallies,
-                                  int context) {
+                                  int context, bool sampled) {
   std::vector<WindowStatistics> statistics;
   for (const auto& tally : tallies) statistics.push_back(window_statistics(tally.windows, tallies[0].windows));
   std::vector<EvaluationRow> rows;
   for (std::size_t s = 0; s < storages.size(); ++s) {
     rows.push_back(row_of(model, storages[s], tallies[s], statistics[s], context));
+    if (sampled) rows.back().kl_sampling_error = sampling_error(tallies[s].windows);
     for (const auto& other : statistics) rows.back().differences.push_back(paired_difference(statistics[s], other));
   }
   return rows;
@@ -162,14 +208,19 @@ std::vector<EvaluationRow> evaluate(const LanguageModel& model, const TokenBatch
                                     const ScoringOptions& scoring) {
   check_scoring(scoring, windows.length);
   if (windows.count < 1) throw_invalid("evaluate", "expected at least 1 window, got {}", windows.count);
+  if (scoring.logits && scoring.save) throw_invalid("evaluate", "expected logits to compare with or to save, got both");
+  if (scoring.logits) check_logits(*scoring.logits, model, windows, scoring.score_from);
   const Float32Scope scope;
+  if (scoring.save) *scoring.save = start_logits(model, windows, scoring.score_from);
   std::vector<Storage> storages = {full_storage()};
   storages.insert(storages.end(), peers_and_plans.begin(), peers_and_plans.end());
   std::vector<Tally> tallies(storages.size());
 
+  const std::size_t runs = storages.size() - (scoring.logits ? 1 : 0);
   ProgressStage stage(progress, "scoring windows",
-                      windows.tokens.size() * storages.size() * static_cast<std::size_t>(model.config().num_layers));
-  for (int i = 0; i < windows.count; ++i) score_window(model, windows, i, storages, scoring, tallies, stage);
+                      windows.tokens.size() * runs * static_cast<std::size_t>(model.config().num_layers));
+  WindowScoring score(model, storages, scoring, tallies, stage);
+  for (int i = 0; i < windows.count; ++i) score(windows, i);
 
   ProgressStage asking(progress, "asking for facts", (documents.first.size() + documents.second.size()) * storages.size());
   const auto ask_all = [&](const std::vector<RecallDocument>& all, RecallCount Tally::*count) {
@@ -182,7 +233,7 @@ std::vector<EvaluationRow> evaluate(const LanguageModel& model, const TokenBatch
   };
   ask_all(documents.first, &Tally::first);
   ask_all(documents.second, &Tally::second);
-  return report(model, storages, tallies, windows.length);
+  return report(model, storages, tallies, windows.length, scoring.logits != nullptr);
 }
 
 }  // namespace veloxquant

@@ -11,6 +11,7 @@ namespace veloxquant {
 /// What one storage scored in one window.
 struct WindowScores {
   std::vector<float> kl;       // of each position, nats
+  double kl_variance = 0;      // of their sum, where it is an estimate (SavedLogits)
   std::size_t agreements = 0;  // positions whose likeliest token is that of full precision
   double cross_entropy = 0;    // sum of −log p̃ of the tokens that follow, nats
   std::size_t targets = 0;     // tokens that follow
