@@ -160,8 +160,7 @@ SavedLogits start_logits(const LanguageModel& model, const TokenBatch& windows, 
 }
 
 void add_window(const LanguageModel& model, const mx::array& hidden, std::span<const std::int32_t> targets, SavedLogits& logits) {
-  const std::size_t begin = logits.log_rest.size(), end = begin + targets.size(),
-                    each = static_cast<std::size_t>(logits.top + logits.drawn);
+  const std::size_t begin = logits.log_rest.size(), end = begin + targets.size(), each = logits.each();
   logits.tokens.resize(end * each);
   logits.log_probabilities.resize(end * each);
   logits.log_rest.resize(end);
@@ -203,7 +202,7 @@ void check_logits(const SavedLogits& logits, const LanguageModel& model, const T
 
 std::vector<PositionScore> reference_scores(const SavedLogits& logits, int window, int score_from) {
   std::vector<PositionScore> scores;
-  const std::size_t first = first_position(logits, window, score_from), each = static_cast<std::size_t>(logits.top + logits.drawn);
+  const std::size_t first = first_position(logits, window, score_from), each = logits.each();
   for (std::size_t t = first; t < first + static_cast<std::size_t>(logits.length - score_from); ++t)
     scores.push_back({0, logits.cross_entropy[t], logits.tokens[t * each]});
   return scores;
@@ -278,7 +277,7 @@ class Reader {
     return found->second;
   }
 
-  int number(const std::string& name, int least, int most) const {
+  int number(const std::string& name, int least, int most = std::numeric_limits<int>::max()) const {
     const std::string& value = text(name);
     int number = 0;
     const auto [stop, error] = std::from_chars(value.data(), value.data() + value.size(), number);
@@ -355,17 +354,16 @@ void write_logits(const SavedLogits& logits, const std::filesystem::path& path) 
 }
 
 SavedLogits read_logits(const std::filesystem::path& path) {
-  constexpr int kMost = std::numeric_limits<int>::max();
   const Reader file(path);
   SavedLogits logits;
   logits.source = path.string();
   logits.model = file.text("model");
   logits.text = file.text("text");
-  logits.windows = file.number("windows", 1, kMost);
-  logits.length = file.number("length", 2, kMost);
+  logits.windows = file.number("windows", 1);
+  logits.length = file.number("length", 2);
   logits.score_from = file.number("score_from", 0, logits.length - 2);
   const std::int64_t vocabulary = file.size("probe"), positions = std::int64_t{logits.windows} * logits.positions();
-  logits.top = file.number("top", 1, static_cast<int>(std::min<std::int64_t>(vocabulary, kMost)));
+  logits.top = file.number("top", 1, static_cast<int>(std::min<std::int64_t>(vocabulary, 1 << 24)));
   logits.drawn = file.number("drawn", 2, 1 << 20);
   const std::int64_t each = std::int64_t{logits.top} + logits.drawn;
   logits.probe = file.values<float>("probe", {vocabulary});

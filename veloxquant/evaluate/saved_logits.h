@@ -1,6 +1,7 @@
 // Full precision's next-token distributions in a file, so that they are computed once for any number of evaluations.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <span>
@@ -37,7 +38,8 @@ struct SavedLogits {
   std::vector<float> log_rest = {};           // [P]: log r
   std::vector<float> cross_entropy = {};      // [P]: −log p(token that follows), 0 at the last position of a window
 
-  int positions() const { return length - score_from; }  // of a window
+  int positions() const { return length - score_from; }                                                 // of a window
+  std::size_t each() const { return static_cast<std::size_t>(top) + static_cast<std::size_t>(drawn); }  // tokens of a position
 };
 
 /// With no window yet.
