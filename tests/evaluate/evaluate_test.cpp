@@ -40,15 +40,16 @@ TEST(Evaluate, FullPrecisionComesFirstAndLosesNothing) {
 // A measure that is no number is an error that names what was measured, not a row of a report.
 // What running the model over one window takes at most, beyond the weights and before the logits, whose pieces are as large for
 // any.
-double peak_bytes(int length, const std::vector<Storage>& storages) {
+double peak_bytes(int length, const std::vector<Storage>& storages, const ScoringOptions& scoring = {}) {
   TokenBatch window(1, length);
   for (int t = 0; t < length; ++t) window.row(0)[static_cast<std::size_t>(t)] = t * 37 % demo_model().config().vocab_size;
   const std::size_t before = mx::get_active_memory();
   std::size_t peak = 0;
   mx::reset_peak_memory();
-  evaluate(demo_model(), window, storages, {}, [&](std::string_view stage, std::size_t, std::size_t) {
+  const auto watch = [&](std::string_view stage, std::size_t, std::size_t) {
     if (stage == "scoring windows") peak = mx::get_peak_memory();
-  });
+  };
+  evaluate(demo_model(), window, storages, {}, watch, scoring);
   return static_cast<double>(peak - before);
 }
 
@@ -62,6 +63,21 @@ TEST(Evaluate, MemoryGrowsWithTheTokensOfOneLayer) {
   // A storage more is its hidden states more.
   const double hidden = 1024.0 * sizeof(float) * demo_model().config().hidden_size;
   EXPECT_LE(peak_bytes(1024, std::vector<Storage>(3, one[0])) - large, 2.5 * hidden);
+}
+
+// Besides full precision, which is read in one go, in steps there are the caches of all layers, which take 12 KiB a token, and grow
+// by copies.
+TEST(Evaluate, MemoryInStepsGrowsWithTheCaches) {
+  const std::vector<Storage> one = {peer_storage("turboquant2+window", demo_model())};
+  const auto peak = [&](int length) {
+    ScoringOptions scoring;
+    scoring.score_from = length - 32;
+    scoring.step = 8;
+    return peak_bytes(length, one, scoring);
+  };
+  peak(64);
+  const double small = peak(1024), large = peak(2048);
+  EXPECT_LE((large - small) / 1024, (28 + 2 * 12) << 10);
 }
 
 TEST(Evaluate, RefusesWhatIsNotFinite) {
