@@ -174,6 +174,10 @@ def test_samples_of_calibration_begin_with_it(run, begins, demo_model, text, wor
     for source in ((begins,), (begins, Odd()), (model, wrapper), (model, hugging_face), (model, Odd())):
         assert means(*source) == pytest.approx(expected, rel=0.01), source
     assert means(demo_model) != pytest.approx(expected, rel=0.01)
+    # and where a model runs by its own code
+    own_forward = pytest.importorskip("veloxquant_mlx._own_forward").OwnForward(model, Odd(), "cpu")
+    samples = own_forward.samples([("text", text.read_text())], 2, 64, 0, lambda *_: None)
+    assert samples[0].tolist() == hugging_face.encode(text.read_text())[:64] and samples[1][0] == 0
 
 
 # Saved logits ----------------------------------------------------------------------------------------------------------------------
