@@ -308,6 +308,19 @@ TEST_F(LogitsFile, WhatDoesNotFitIsNamed) {
   rest[3] = NAN;
   rewrite([&](auto& entries, auto&) { entries.at("log_rest").data = std::as_bytes(std::span(rest)); });
   refuses("log_rest: expected finite values, got nan");
+  std::vector<float> probe = saved().probe;
+  probe[3] = INFINITY;
+  rewrite([&](auto& entries, auto&) { entries.at("probe").data = std::as_bytes(std::span(probe)); });
+  refuses("probe: expected finite values, got inf");
+  // One that says of itself that it is of the model, and is not.
+  probe = saved().probe;
+  probe.resize(8193);
+  rewrite([&](auto& entries, auto&) {
+    entries.at("probe").data = std::as_bytes(std::span(probe));
+    entries.at("probe").shape = {8193};
+  });
+  EXPECT_THAT([&] { check_logits(read_logits(path_), demo_model(), windows(), kFrom); },
+              ThrowsMessage<std::runtime_error>(HasSubstr("vocab_size: expected 8192, got 8193")));
 }
 
 }  // namespace

@@ -190,10 +190,11 @@ void check_logits(const SavedLogits& logits, const LanguageModel& model, const T
   if (logits.score_from > score_from)
     throw_failure("logits", "{}: score_from: expected at most {}, got {}", logits.source, score_from, logits.score_from);
   const auto now = probe(model, windows);
+  compare("vocab_size", logits.probe.size(), now.size());
   float largest = 0, difference = 0;
   for (std::size_t i = 0; i < now.size(); ++i) {
     largest = std::max(largest, std::abs(now[i]));
-    difference = std::max(difference, std::abs(now[i] - logits.probe.at(i)));
+    difference = std::max(difference, std::abs(now[i] - logits.probe[i]));
   }
   if (!(difference <= kProbeTolerance * largest))
     throw_failure("logits", "{}: model: expected logits of its weights, got some that differ by {:.3g} at the first tokens",
@@ -372,6 +373,7 @@ SavedLogits read_logits(const std::filesystem::path& path) {
   logits.log_rest = file.values<float>("log_rest", {positions});
   logits.cross_entropy = file.values<float>("cross_entropy", {positions});
   file.check_tokens(logits.tokens, vocabulary);
+  file.check_finite("probe", logits.probe);
   for (const auto& [name, values] : {std::pair("log_probabilities", &logits.log_probabilities),
                                      std::pair("log_rest", &logits.log_rest), std::pair("cross_entropy", &logits.cross_entropy)})
     file.check_finite(name, *values);

@@ -23,7 +23,7 @@ inline constexpr int kSavedTop = 128, kSavedDrawn = 32;
 /// KL(p ‖ p̃) = Σ p·f(d) with d = log p − log p̃ and f(d) = e^−d − 1 + d ≥ 0, since both sum to 1.  The likeliest tokens T, and what
 /// the others R have together, are known: Σ_T p·f(d) + r·f(d_R), with r = Σ_R p, is never more than KL (by the log-sum inequality),
 /// and less by r·KL(p ‖ p̃ within R).  That is estimated from tokens drawn within R by p: r · mean f(d − d_R), at least 0, and KL in
-/// expectation.  So a KL averaged over positions is off by no more than kl_variance says, some 10⁻³ of it over thousands of
+/// expectation.  So a KL averaged over positions is known to within what kl_variance says, some 10⁻³ of it over thousands of
 /// positions; that of one position by r times about a quarter of its share within R.  Estimates fall short, by r at most, where a
 /// storage gives much to single tokens of R that p all but excludes.  Perplexity and agreement are exact.
 struct SavedLogits {
