@@ -28,7 +28,9 @@
 #include "veloxquant/model/attention.h"
 
 // Measuring: `evaluate` compares each `Storage` (`plan_storage`, `peer_storage`, `peer_names`) with full precision → an
-// `EvaluationRow` each; with `RecallDocuments` of `make_recall_documents` also what facts are still answered.
+// `EvaluationRow` each, with `Measures` of its KL, their standard errors and a `PairedDifference` to every other row; with
+// `RecallDocuments` of `make_recall_documents` also what facts are still answered.  `ScoringOptions` say from which position windows
+// are scored, in which steps, and by which `SavedLogits` (`read_logits`, `write_logits`).
 #include "veloxquant/evaluate/evaluate.h"
 #include "veloxquant/evaluate/peers.h"
 #include "veloxquant/text/recall.h"

@@ -19,7 +19,8 @@ int main(int argc, char** argv) try {
   if (argc > 3) {
     std::ifstream file(argv[3], std::ios::binary);
     const std::string text(std::istreambuf_iterator<char>(file), {});
-    windows = leading_windows(Tokenizer::load(argv[1]).encode(text), kWindows, kLength);
+    const Tokenizer tokenizer = Tokenizer::load(argv[1]);
+    windows = leading_windows(tokenizer.encode(text), kWindows, kLength, tokenizer.prefix());
   } else {
     windows = generate_own_text(model, kWindows, kLength, /* seed= */ 1);
   }

@@ -25,7 +25,7 @@ namespace {
 // A tokenizer of somebody else's: a Python callable, text → tokens.
 class CallableEncoder : public TextEncoder {
  public:
-  explicit CallableEncoder(nb::object encode) : encode_(std::move(encode)) {}
+  CallableEncoder(nb::object encode, std::vector<std::int32_t> prefix) : encode_(std::move(encode)), prefix_(std::move(prefix)) {}
   ~CallableEncoder() override {
     const nb::gil_scoped_acquire interpreter;
     encode_.reset();
@@ -36,8 +36,11 @@ class CallableEncoder : public TextEncoder {
     return nb::cast<std::vector<std::int32_t>>(encode_(nb::str(text.data(), text.size())));
   }
 
+  std::vector<std::int32_t> prefix() const override { return prefix_; }
+
  private:
   nb::object encode_;
+  std::vector<std::int32_t> prefix_;
 };
 
 nb::dict to_dict(const ModelIdentity& identity) {
@@ -109,7 +112,8 @@ void bind_models(nb::module_& module) {
 
   nb::class_<TextEncoder>(module, "TextEncoder", "What turns text into tokens.")
       .def("encode", nb::overload_cast<std::string_view>(&TextEncoder::encode, nb::const_), nb::arg("text"),
-           "Text → list of tokens.");
+           "Text → list of tokens.")
+      .def_prop_ro("prefix", &TextEncoder::prefix, "Tokens that it puts before a text where special tokens are asked for.");
   nb::class_<Tokenizer, TextEncoder>(module, "Tokenizer",
                                      "A tokenizer.json with a BPE model, read as Hugging Face's tokenizers do.")
       .def_static("load", &Tokenizer::load, nb::arg("folder"), WithoutInterpreter(), "Read folder/tokenizer.json.")
@@ -121,7 +125,8 @@ void bind_models(nb::module_& module) {
           nb::arg("tokens"), "List of tokens → text, special tokens left out.")
       .def_prop_ro("vocabulary_size", &Tokenizer::vocabulary_size);
   nb::class_<CallableEncoder, TextEncoder>(module, "CallableEncoder", "A callable that takes text and gives a list of tokens.")
-      .def(nb::init<nb::object>(), nb::arg("encode"));
+      .def(nb::init<nb::object, std::vector<std::int32_t>>(), nb::arg("encode"), nb::arg("prefix"),
+           "prefix: tokens that stand before a text.");
 
   module.def(
       "generate_own_text",
@@ -137,11 +142,10 @@ void bind_models(nb::module_& module) {
       "What the model writes itself → [num_samples, length] int32.");
   module.def(
       "cut_samples",
-      [](const std::vector<std::vector<std::int32_t>>& texts, int num_samples, int length) {
-        return tokens_of(cut_samples(texts, num_samples, length));
-      },
-      nb::arg("texts"), nb::arg("num_samples"), nb::arg("length"),
-      "Texts as tokens → samples [num_samples, length] int32 at even distances over all of them.");
+      [](const std::vector<std::vector<std::int32_t>>& texts, int num_samples, int length,
+         const std::vector<std::int32_t>& prefix) { return tokens_of(cut_samples(texts, num_samples, length, prefix)); },
+      nb::arg("texts"), nb::arg("num_samples"), nb::arg("length"), nb::arg("prefix") = std::vector<std::int32_t>{},
+      "Texts as tokens → samples [num_samples, length] int32 at even distances over all of them, each behind the prefix.");
 }
 
 }  // namespace veloxquant::python

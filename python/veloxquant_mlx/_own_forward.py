@@ -90,7 +90,7 @@ class OwnForward:
     def samples(self, texts, num_samples, length, seed, progress):
         if texts:
             tokenize = encoder(self.tokenizer, rows_of(self.model))
-            return core.cut_samples([tokenize.encode(text) for _, text in texts], num_samples, length)
+            return core.cut_samples([tokenize.encode(text) for _, text in texts], num_samples, length, tokenize.prefix)
         return self._own_text(num_samples, length, seed, progress)
 
     def _own_text(self, num_samples, length, seed, progress):

@@ -34,7 +34,7 @@ def encoder(tokenizer, rows=None):
             _parsed[tokenizer] = made
         except TypeError:  # no weak references
             pass
-    return made or core.CallableEncoder(lambda text: _encode(tokenizer, text, rows))
+    return made or core.CallableEncoder(lambda text: _encode(tokenizer, text, rows), _prefix(tokenizer, rows))
 
 
 def vocabulary_size(tokenizer):
@@ -71,8 +71,18 @@ def _parse(tokenizer):
         return None
 
 
-def _encode(tokenizer, text, rows):
-    found = tokenizer.encode(text, add_special_tokens=False)
+def _prefix(tokenizer, rows):
+    """What it puts before a text."""
+    text = _encode(tokenizer, "a", rows)
+    whole = _encode(tokenizer, "a", rows, add_special_tokens=True)
+    for begin in range(len(whole) - len(text) + 1):
+        if whole[begin : begin + len(text)] == text:
+            return whole[:begin]
+    return []
+
+
+def _encode(tokenizer, text, rows, add_special_tokens=False):
+    found = tokenizer.encode(text, add_special_tokens=add_special_tokens)
     tokens = list(getattr(found, "ids", found))
     for token in tokens:
         if not isinstance(token, (int, np.integer)):

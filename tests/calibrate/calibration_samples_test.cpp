@@ -146,5 +146,35 @@ TEST(CalibrationSamples, TokensMustBeTheModels) {
               ::testing::ThrowsMessage<std::invalid_argument>(::testing::HasSubstr("token 1048576, and the model has 8192")));
 }
 
+// As Gemma's, of which token 5 is the begin of text.
+class WithBegin : public TextEncoder {
+ public:
+  std::vector<std::int32_t> encode(std::string_view text) const override { return demo_tokenizer().encode(text); }
+  std::vector<std::int32_t> prefix() const override { return {5}; }
+};
+
+TEST(CalibrationSamples, TextsStandBehindABeginOfText) {
+  const auto samples = calibration_samples(demo_model(), WithBegin(), {testing::kText}, 3, 64, 0);
+  EXPECT_EQ(samples.tokens, cut_samples({demo_tokenizer().encode(testing::kText)}, 3, 64, std::vector{5}).tokens);
+  std::string text;
+  for (int i = 0; i < 4; ++i) text += testing::kText;
+  const auto set = calibration_set(demo_model(), WithBegin(), {text}, 6, 256, 5);
+  for (int i = 2; i < 6; ++i) EXPECT_EQ(set.samples.row(i)[0], 5) << i;  // of the text, and with facts
+  expect_weights(set);
+  const auto tokens = static_cast<int>(demo_tokenizer().encode(text).size());
+  EXPECT_EQ(calibration_set(demo_model(), WithBegin(), {text}, 3, tokens + 1, 5).samples.row(1)[0], 5);
+  EXPECT_THROW(calibration_set(demo_model(), WithBegin(), {text}, 3, tokens + 2, 5), std::invalid_argument);
+}
+
+class StrangeBegin : public WithBegin {
+ public:
+  std::vector<std::int32_t> prefix() const override { return {8192}; }
+};
+
+TEST(CalibrationSamples, TheBeginMustBeTheModelsToo) {
+  EXPECT_THAT([] { calibration_samples(demo_model(), StrangeBegin(), {testing::kText}, 1, 16, 0); },
+              ::testing::ThrowsMessage<std::invalid_argument>(::testing::HasSubstr("token 8192, and the model has 8192")));
+}
+
 }  // namespace
 }  // namespace veloxquant

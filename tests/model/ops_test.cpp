@@ -216,6 +216,20 @@ TEST(Ops, NothingIsKeptOfWeightsInFloat32) {
   EXPECT_LE(largest_difference(by_stack, mx::expand_dims(mx::take(mx::sum(each, 1), which, 0), 1)), 1e-3f);
 }
 
+// Products of few tokens are in the precision of their weights, but for what is measured.
+TEST(Ops, FewTokensInFloat32WhereAskedFor) {
+  const auto values = mx::astype(normal({48, 64}, 1), mx::bfloat16), x = normal({3, 64}, 2);
+  const Matrix matrix(values);
+  const auto exact = mx::matmul(x, mx::transpose(mx::astype(values, mx::float32)));
+  const MlxOperationsScope scope;
+  EXPECT_GT(largest_difference(matrix.product(x), exact), 1e-3f);
+  {
+    const Float32Scope in_float32;
+    EXPECT_LE(largest_difference(matrix.product(x), exact), 1e-4f);
+  }
+  EXPECT_GT(largest_difference(matrix.product(x), exact), 1e-3f);
+}
+
 // What mx::quantize packs is read as it restores it, on our kernels and on MLX's.
 TEST(Ops, PackedMatrices) {
   const auto values = normal({24, 64}, 1);

@@ -73,7 +73,16 @@ def test_plan_is_described_verified_and_evaluated(run, demo_model, text, plan):
     rows = json.loads(done.stdout)
     assert [row["storage"] for row in rows] == ["full", plan.name, "mlx4", "kivi2"]
     for row in rows:
-        assert set(row) == {"storage", "effective_bits", "bits_at", "constant_bytes", "sliding_bytes", "perplexity", "kl_mean", "kl_p999", "top1", "recall", "recall_second"}
+        measures = {"perplexity", "perplexity_change", "kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "top1"}
+        measures |= {f"{name}_error" for name in measures}
+        assert set(row) == measures | {"storage", "effective_bits", "bits_at", "constant_bytes", "sliding_bytes", "recall", "recall_second", "differences", "kl_sampling_error",
+                                       "windows", "length", "score_from", "step"}
+        assert (row["windows"], row["length"], row["score_from"], row["step"]) == (2, 448, 0, 0)
+        others = [other for other in rows if other is not row]
+        assert [difference["storage"] for difference in row["differences"]] == [other["storage"] for other in others]
+        for difference, other in zip(row["differences"], others):
+            assert set(difference) == measures | {"storage"}
+            assert difference["kl_mean"] == pytest.approx(row["kl_mean"] - other["kl_mean"], abs=1e-12)
     assert rows[0]["kl_mean"] == 0 and rows[1]["effective_bits"] == 1 and rows[2]["effective_bits"] == 4.5
     assert rows[1]["kl_mean"] > rows[3]["kl_mean"] > rows[2]["kl_mean"] > 0
 

@@ -244,5 +244,39 @@ TEST_F(RecallTest, FactSamplesSayWhatTheyNeed) {
   EXPECT_THROW(make_fact_samples(tokenizer_, filler_, 100'000, 1 << 20, 1), std::invalid_argument);
 }
 
+class WithPrefix : public TextEncoder {
+ public:
+  explicit WithPrefix(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
+  std::vector<std::int32_t> encode(std::string_view text) const override { return tokenizer_.encode(text); }
+  std::vector<std::int32_t> prefix() const override { return {7, 3}; }
+
+ private:
+  const Tokenizer& tokenizer_;
+};
+
+// Once, at the begin; the facts are the same as without, behind it.
+TEST_F(RecallTest, DocumentsBeginWithThePrefix) {
+  const WithPrefix prefixed(tokenizer_);
+  const auto check = [&](std::span<const std::int32_t> tokens, const AnswerSpans& answers, std::span<const std::int32_t> bare,
+                         const AnswerSpans& bare_answers) {
+    EXPECT_EQ(tokens.size(), bare.size());
+    EXPECT_EQ(tokens[0], 7);
+    EXPECT_EQ(tokens[1], 3);
+    EXPECT_NE(tokens[2], 7);
+    ASSERT_EQ(answers.size(), bare_answers.size());
+    for (std::size_t a = 0; a < answers.size(); ++a) EXPECT_EQ(text(part(tokens, answers[a])), text(part(bare, bare_answers[a])));
+    EXPECT_EQ(answers.back().second, static_cast<int>(tokens.size()));
+  };
+  const auto documents = make_recall_documents(prefixed, filler_, 5, kContext, 1),
+             without = make_recall_documents(tokenizer_, filler_, 5, kContext, 1);
+  for (std::size_t i = 0; i < 5; ++i) check(documents[i].tokens, documents[i].answers, without[i].tokens, without[i].answers);
+  const auto made = make_fact_samples(prefixed, filler_, 6, 600, 1);
+  for (int i = 0; i < 6; ++i) {
+    EXPECT_EQ(made.samples.row(i)[0], 7);
+    EXPECT_EQ(made.samples.row(i)[1], 3);
+    EXPECT_EQ(made.answers[static_cast<std::size_t>(i)].back().second, 600);
+  }
+}
+
 }  // namespace
 }  // namespace veloxquant

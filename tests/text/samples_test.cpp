@@ -96,5 +96,27 @@ TEST(Samples, LeadingWindowsAreTheFirst) {
   EXPECT_THROW(leading_windows(text, 1, -4), std::invalid_argument);
 }
 
+// A begin of text stands in every window, and takes the place of a token of the text.
+TEST(Samples, BeginWithThePrefix) {
+  const std::vector<std::int32_t> prefix = {-1, -2};
+  EXPECT_EQ(leading_windows(counting(0, 8), 0, 5, prefix).tokens, (std::vector{-1, -2, 0, 1, 2, -1, -2, 3, 4, 5}));
+  EXPECT_EQ(leading_windows(counting(0, 8), 1, 10, prefix).tokens.size(), 10u);
+  EXPECT_EQ(cut_samples({counting(0, 4), counting(10, 3)}, 2, 5, prefix).tokens,
+            (std::vector{-1, -2, 0, 1, 2, -1, -2, 10, 11, 12}));
+  EXPECT_EQ(message_of([&] { leading_windows(counting(0, 8), 1, 2, prefix); }),
+            "[samples] length: expected more than the 2 tokens that the tokenizer puts before a text, got 2");
+  const std::string message = message_of([&] { cut_samples({counting(0, 7)}, 2, 6, prefix); });
+  EXPECT_NE(message.find("2 samples of 6 tokens need 8 tokens without overlap, it has 7"), std::string::npos) << message;
+  EXPECT_NE(message.find("length of at most 5 for"), std::string::npos) << message;
+  EXPECT_EQ(cut_samples({counting(0, 7)}, 2, 5, prefix).count, 2);
+}
+
+TEST(Samples, TextOfWindowsIsWithoutTheirPrefix) {
+  const std::vector<std::int32_t> prefix = {-1, -2};
+  EXPECT_EQ(text_of(leading_windows(counting(0, 9), 0, 5, prefix), prefix), counting(0, 9));
+  EXPECT_EQ(text_of(leading_windows(counting(0, 9), 0, 3), prefix), counting(0, 9));  // none has it
+  EXPECT_EQ(text_of(leading_windows(counting(0, 9), 0, 1), prefix), counting(0, 9));  // shorter than it
+}
+
 }  // namespace
 }  // namespace veloxquant

@@ -208,11 +208,19 @@ TEST_F(TokenizerTest, TemplatesGoAroundTheText) {
       {"single", pieces(R"([{"SpecialToken": {"id": "b"}}, {"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "cd"}}])")}};
   file["post_processor"] = inner;
   EXPECT_EQ(load(file).encode("a", true), (Tokens{1, 0, 2, 3}));
+  EXPECT_EQ(load(file).prefix(), (Tokens{1}));
+  EXPECT_EQ(load(small()).prefix(), Tokens{});
   EXPECT_EQ(load(file).encode("a"), (Tokens{0}));
   json outer = inner;
   outer["single"] = pieces(R"([{"SpecialToken": {"id": "cd"}}, {"Sequence": {"id": "A"}}])");
   file["post_processor"] = {{"type", "Sequence"}, {"processors", {{{"type", "ByteLevel"}}, inner, outer}}};
   EXPECT_EQ(load(file).encode("a", true), (Tokens{2, 3, 1, 0, 2, 3}));
+  EXPECT_EQ(load(file).prefix(), (Tokens{2, 3, 1}));
+  // So that a model with fewer rows is known not to be of it.
+  EXPECT_EQ(load(file).vocabulary_size(), 8);
+  outer["special_tokens"]["cd"]["ids"] = {40};
+  file["post_processor"] = outer;
+  EXPECT_EQ(load(file).vocabulary_size(), 41);
 }
 
 TEST_F(TokenizerTest, OneTokenizerServesManyThreads) {

@@ -53,13 +53,15 @@ std::vector<std::vector<std::int32_t>> encode_all(const LanguageModel& model, co
                                                   const std::vector<std::string>& texts, int length) {
   const int longest = model.config().max_position_embeddings;
   if (length > longest) throw_invalid("samples", "length: expected at most {} (the model's maximum), got {}", longest, length);
-  std::vector<std::vector<std::int32_t>> tokens;
-  for (const auto& text : texts) {
-    for (const auto token : tokens.emplace_back(tokenizer.encode(text)))
+  const auto check = [&](const std::vector<std::int32_t>& tokens) {
+    for (const auto token : tokens)
       if (token < 0 || token >= model.config().vocab_size)
         throw_invalid("samples", "the tokenizer gives token {}, and the model has {}: they are not of one model", token,
                       model.config().vocab_size);
-  }
+  };
+  check(tokenizer.prefix());
+  std::vector<std::vector<std::int32_t>> tokens;
+  for (const auto& text : texts) check(tokens.emplace_back(tokenizer.encode(text)));
   return tokens;
 }
 
@@ -69,8 +71,10 @@ TokenBatch some_samples(const LanguageModel& model, const TextEncoder& tokenizer
   if (texts.empty()) return TokenBatch(0, length);
   const auto tokens = encode_all(model, tokenizer, texts, length);
   std::size_t held = 0;
-  for (const auto& text : tokens) held += text.size() / static_cast<std::size_t>(length);
-  return cut_samples(tokens, static_cast<int>(std::clamp<std::size_t>(held, 1, static_cast<std::size_t>(wanted))), length);
+  const auto prefix = tokenizer.prefix();
+  const std::size_t width = std::max(static_cast<std::size_t>(length), prefix.size() + 1) - prefix.size();
+  for (const auto& text : tokens) held += text.size() / width;
+  return cut_samples(tokens, static_cast<int>(std::clamp<std::size_t>(held, 1, static_cast<std::size_t>(wanted))), length, prefix);
 }
 
 }  // namespace
@@ -78,7 +82,7 @@ TokenBatch some_samples(const LanguageModel& model, const TextEncoder& tokenizer
 TokenBatch calibration_samples(const LanguageModel& model, const TextEncoder& tokenizer, const std::vector<std::string>& texts,
                                int num_samples, int length, std::uint64_t seed, const ProgressCallback& progress) {
   if (texts.empty()) return own_text(model, num_samples, length, seed, progress);
-  return cut_samples(encode_all(model, tokenizer, texts, length), num_samples, length);
+  return cut_samples(encode_all(model, tokenizer, texts, length), num_samples, length, tokenizer.prefix());
 }
 
 CalibrationSet calibration_set(const LanguageModel& model, const TextEncoder& tokenizer, const std::vector<std::string>& texts,
@@ -98,7 +102,7 @@ CalibrationSet calibration_set(const LanguageModel& model, const TextEncoder& to
     if (given.count == 0) throw;
     warn(fmt::format("{}: only the texts are read", error.what()));
   }
-  const auto filler = set.samples.count > 0 ? set.samples.tokens : given.tokens;
+  const auto filler = text_of(set.samples.count > 0 ? set.samples : given, tokenizer.prefix());
   append(set.samples, given);
   set.running_samples = set.samples.count;
   if (facts == 0) return set;

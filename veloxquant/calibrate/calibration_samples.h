@@ -13,7 +13,8 @@
 
 namespace veloxquant {
 
-/// Samples of the texts (UTF-8; at even distances over all of them), or of the model's own text where there are none.
+/// Samples of the texts (UTF-8; at even distances over all of them, each behind the tokenizer's prefix), or of the model's own text
+/// where there are none.
 /// Throws std::invalid_argument if the texts are too short, or the length exceeds the model's maximum, and as own_text does.
 TokenBatch calibration_samples(const LanguageModel& model, const TextEncoder& tokenizer, const std::vector<std::string>& texts,
                                int num_samples, int length, std::uint64_t seed, const ProgressCallback& progress = {});

@@ -19,8 +19,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::size_t kPromptChunk = 512;
-
 double seconds_since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
@@ -63,7 +61,7 @@ std::vector<float> read_prompt(const LanguageModel& model, std::span<const std::
                                const ProgressCallback& progress) {
   ProgressStage stage(progress, "reading the prompt", prompt.size() * caches.size());
   for (;; prompt = prompt.subspan(kPromptChunk)) {
-    const auto chunk = prompt.first(std::min(kPromptChunk, prompt.size()));
+    const auto chunk = prompt.first(std::min<std::size_t>(kPromptChunk, prompt.size()));
     const auto hidden = model.forward_by_layers(token_row(chunk), caches, [&] { stage.advance(chunk.size()); });
     if (chunk.size() == prompt.size()) return last_logits(model, hidden);
   }

@@ -12,6 +12,9 @@
 
 namespace veloxquant {
 
+/// Tokens of a prompt that are read at once.
+inline constexpr int kPromptChunk = 512;
+
 struct GenerateOptions {
   int max_tokens = 256;
   double temperature = 0.0;                    // 0: the likeliest token
@@ -32,9 +35,9 @@ struct Generation {
 /// Called with each token; false ends the text.
 using TokenCallback = std::function<bool(std::int32_t token)>;
 
-/// Reads the prompt in chunks of 512 tokens, reporting each layer of each, then writes token by token.  Same seed, same text on one
-/// device.  Throws std::invalid_argument for an empty prompt, tokens outside the vocabulary and options out of range, and
-/// std::runtime_error for logits that are not finite; warns where prompt and text together go beyond the model's maximum.
+/// Reads the prompt in chunks of kPromptChunk tokens, reporting each layer of each, then writes token by token.  Same seed, same
+/// text on one device.  Throws std::invalid_argument for an empty prompt, tokens outside the vocabulary and options out of range,
+/// and std::runtime_error for logits that are not finite; warns where prompt and text together go beyond the model's maximum.
 Generation generate(const LanguageModel& model, std::span<const std::int32_t> prompt, const CacheFactory& factory,
                     const GenerateOptions& options, const TokenCallback& on_token = {}, const ProgressCallback& progress = {});
 

@@ -141,7 +141,7 @@ mx::array Experts::operator()(const mx::array& x) const {
 
 mx::array Experts::by_mlx(const mx::array& x, const mx::array& chosen, const mx::array& weights) const {
   const int tokens = x.shape(0), hidden = x.shape(1), visits = tokens * config_.per_token;
-  const bool many = tokens > kFewTokens;
+  const bool many = in_float32(static_cast<std::size_t>(tokens));
   auto which = mx::astype(mx::flatten(chosen), mx::uint32);
   auto visitors = mx::reshape(mx::broadcast_to(mx::expand_dims(x, 1), {tokens, config_.per_token, hidden}), {visits, 1, hidden});
   // Few wait for their weights alone; many go through each expert together.

@@ -1,6 +1,7 @@
 #include "veloxquant/model/matrix.h"
 
 #include <algorithm>
+#include <atomic>
 #include <functional>
 #include <tuple>
 #include <utility>
@@ -25,6 +26,8 @@ struct Matrix::Forms {
 };
 
 namespace {
+
+std::atomic<int> float32_scopes = 0;
 
 mx::array rows_of(const mx::array& x, int begin, int end) {
   return mx::slice(x, {begin, 0}, {end, x.shape(1)});
@@ -89,6 +92,17 @@ mx::array restored(const PackedMatrix& x) {
                         mx::float32);
 }
 
+Float32Scope::Float32Scope() {
+  ++float32_scopes;
+}
+Float32Scope::~Float32Scope() {
+  --float32_scopes;
+}
+
+bool in_float32(std::size_t tokens) {
+  return tokens > static_cast<std::size_t>(kFewTokens) || float32_scopes > 0;
+}
+
 Matrix::Matrix(std::shared_ptr<const void> owner, const StoredMatrix& stored, int rows, int columns)
     : forms_(std::make_shared<Forms>()), rows_(rows), columns_(columns) {
   stored.check("matrix", static_cast<std::size_t>(columns));
@@ -150,7 +164,7 @@ mx::array Matrix::product(const mx::array& x) const {
   if (const auto& p = forms_->packed)
     return to_float32(
         mx::quantized_matmul(x, p->weight, p->scales, p->biases, true, p->packing.group_size, p->packing.bits, p->packing.mode));
-  const bool many = x.size() / static_cast<std::size_t>(columns_) > static_cast<std::size_t>(kFewTokens);
+  const bool many = in_float32(x.size() / static_cast<std::size_t>(columns_));
   const auto forward = [&](const mx::array& rows) {
     const auto w = many ? to_float32(array()) : array();
     return to_float32(mx::matmul(mx::astype(rows, w.dtype()), mx::transpose(w)));

@@ -31,6 +31,18 @@ mx::array restored(const PackedMatrix& packed);
 /// to bfloat16 alone change a model by more than the storage that is measured does.
 inline constexpr int kFewTokens = 64;
 
+/// Products of few tokens are in float32 too for its life: for measuring what is read a few tokens at a time.
+class Float32Scope {
+ public:
+  Float32Scope();
+  ~Float32Scope();
+  Float32Scope(const Float32Scope&) = delete;
+  Float32Scope& operator=(const Float32Scope&) = delete;
+};
+
+/// Whether MLX's operations make a product of `tokens` in float32.
+bool in_float32(std::size_t tokens);
+
 /// An immutable matrix [rows, columns].  Copies share it.
 ///
 /// Our CPU kernels read it as it is stored, where it lies in the mapped file if it comes from one.  So do MLX's operations on a
@@ -97,8 +109,8 @@ class MatrixStack {
   /// What our kernels read of the i-th; see Matrix::stored.
   StoredMatrix stored(int i) const;
 
-  /// x [N, 1, columns] float32, which [N] uint32 → x[n]·W[which[n]]ᵀ, [N, 1, rows] float32, by MLX's operations.  `many`: for more
-  /// than kFewTokens; `which` is then ascending.
+  /// x [N, 1, columns] float32, which [N] uint32 → x[n]·W[which[n]]ᵀ, [N, 1, rows] float32, by MLX's operations.  `many`: in
+  /// float32 (in_float32()); `which` is then ascending.
   mx::array product(const mx::array& x, const mx::array& which, bool many) const;
 
  private:

@@ -83,13 +83,16 @@ Parts draw_calibration_parts(const TextEncoder& tokenizer, const FactWording& wo
   }
 }
 
-RecallDocument assemble(const Parts& parts, std::span<const std::int32_t> filler, std::size_t room, Random& random) {
+// `prefix`, the parts, and `room` tokens of filler.
+RecallDocument assemble(std::span<const std::int32_t> prefix, const Parts& parts, std::span<const std::int32_t> filler,
+                        std::size_t room, Random& random) {
   const std::size_t start = random.below(filler.size() - room + 1);
   auto places = draw_distinct(random, room, parts.notes.size());
   std::sort(places.begin(), places.end());
   RecallDocument document;
   auto& tokens = document.tokens;
   const auto append = [&](std::span<const std::int32_t> piece) { tokens.insert(tokens.end(), piece.begin(), piece.end()); };
+  append(prefix);
   std::size_t done = 0;
   for (std::size_t i = 0; i < places.size(); ++i) {
     append(filler.subspan(start + done, places[i] - done));
@@ -127,12 +130,12 @@ std::vector<Draft> draft(int count, std::uint64_t seed, const ProgressCallback& 
 }
 
 // Documents of `given` + `more` tokens, where `name` is what the caller calls `given`.
-std::vector<RecallDocument> finish(std::vector<Draft> drafts, std::span<const std::int32_t> filler, const char* name, int given,
-                                   int more) {
+std::vector<RecallDocument> finish(std::vector<Draft> drafts, std::span<const std::int32_t> prefix,
+                                   std::span<const std::int32_t> filler, const char* name, int given, int more) {
   std::size_t longest = 0, smallest = std::numeric_limits<std::size_t>::max();
   for (const auto& [random, parts] : drafts) {
-    longest = std::max(longest, parts.least_length());
-    smallest = std::min(smallest, parts.size());
+    longest = std::max(longest, prefix.size() + parts.least_length());
+    smallest = std::min(smallest, prefix.size() + parts.size());
   }
   const std::size_t length = static_cast<std::size_t>(std::max(given, 0)) + static_cast<std::size_t>(more);
   if (length < longest)
@@ -141,7 +144,8 @@ std::vector<RecallDocument> finish(std::vector<Draft> drafts, std::span<const st
   if (filler.size() < length - smallest)
     throw_invalid("recall", "the text is too short: a document needs {} tokens of it, it has {}", length - smallest, filler.size());
   std::vector<RecallDocument> documents;
-  for (auto& [random, parts] : drafts) documents.push_back(assemble(parts, filler, length - parts.size(), random));
+  for (auto& [random, parts] : drafts)
+    documents.push_back(assemble(prefix, parts, filler, length - prefix.size() - parts.size(), random));
   return documents;
 }
 
@@ -154,19 +158,20 @@ std::vector<RecallDocument> make_recall_documents(const TextEncoder& tokenizer, 
   return finish(
       draft(count, seed, progress,
             [&](std::size_t, Random& random) { return draw_evaluation_parts(tokenizer, evaluation_wording(wording), random); }),
-      filler, "context", context, 1);
+      tokenizer.prefix(), filler, "context", context, 1);
 }
 
 FactSamples make_fact_samples(const TextEncoder& tokenizer, std::span<const std::int32_t> filler, int count, int length,
                               std::uint64_t seed, const ProgressCallback& progress) {
   check_count(count, length);
   const auto wordings = calibration_wordings();
-  const auto tokens = static_cast<std::size_t>(std::max(length, 0));
+  const auto prefix = tokenizer.prefix();
+  const std::size_t tokens = static_cast<std::size_t>(std::max(length, 0)), room = tokens - std::min(tokens, prefix.size());
   const auto documents = finish(draft(count, seed, progress,
                                       [&](std::size_t i, Random& random) {
-                                        return draw_calibration_parts(tokenizer, wordings[i % wordings.size()], tokens, random);
+                                        return draw_calibration_parts(tokenizer, wordings[i % wordings.size()], room, random);
                                       }),
-                                filler, "length", length, 0);
+                                prefix, filler, "length", length, 0);
   FactSamples made{TokenBatch(count, length), {}};
   for (int i = 0; i < count; ++i) {
     const auto& [document, answers] = documents[static_cast<std::size_t>(i)];

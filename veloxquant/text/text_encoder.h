@@ -14,6 +14,9 @@ class TextEncoder {
 
   /// UTF-8 → tokens, with no special tokens around them.
   virtual std::vector<std::int32_t> encode(std::string_view text) const = 0;
+
+  /// What it puts before a text where special tokens are asked for: a begin of text, for models that were trained with one; or none.
+  virtual std::vector<std::int32_t> prefix() const { return {}; }
 };
 
 }  // namespace veloxquant

@@ -1,5 +1,6 @@
 #include "veloxquant/text/tokenizer.h"
 
+#include <algorithm>
 #include <unordered_set>
 #include <utility>
 
@@ -85,6 +86,8 @@ void Tokenizer::index_tokens(const std::string& where) {
   }
   for (const auto& [id, content] : contents) tokens_[id] = {content, specials.contains(content)};
   vocabulary_size_ = contents.empty() ? 0 : contents.rbegin()->first + 1;
+  for (const auto* around : {&before_, &after_})
+    for (const std::int32_t id : *around) vocabulary_size_ = std::max(vocabulary_size_, id + 1);
   raw_finder_.emplace(std::move(raw));
   normalized_finder_.emplace(std::move(normalized));
 }

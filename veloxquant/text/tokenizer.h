@@ -39,10 +39,14 @@ class Tokenizer : public TextEncoder {
   /// `add_special_tokens` puts the template's tokens (such as a begin of text) around the text.
   std::vector<std::int32_t> encode(std::string_view text, bool add_special_tokens) const;
 
+  /// The template's tokens before a text.  As in transformers 5, tokenizer.json alone decides: an add_bos_token in
+  /// tokenizer_config.json says nothing where there is one.
+  std::vector<std::int32_t> prefix() const override { return before_; }
+
   /// Tokens that do not exist are left out; bytes that are not UTF-8 become U+FFFD.
   std::string decode(std::span<const std::int32_t> tokens, bool skip_special_tokens = true) const;
 
-  /// The highest id and one, added tokens included.
+  /// The highest id and one, added tokens and the template's included.
   int vocabulary_size() const { return vocabulary_size_; }
 
   std::optional<std::int32_t> token_to_id(std::string_view token) const;
