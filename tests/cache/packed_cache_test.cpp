@@ -8,6 +8,7 @@
 #include "mlx/ops.h"
 #include "tests/cache/packed_inputs.h"
 #include "veloxquant/cache/restoring_cache.h"
+#include "veloxquant/model/array_entry.h"
 
 namespace veloxquant {
 namespace {
@@ -127,9 +128,10 @@ TEST(PackedCache, ServesEveryShape) {
         const auto some = [&](const mx::array& y) { return cut(y, begin, end); };
         const auto expected = restoring.attend(some(q), some(k), some(v), spec),
                    got = packed.attend(some(q), some(k), some(v), spec);
-        if (end != kMany - 1)
+        if (end != kMany - 1) {
           EXPECT_LT(mx::max(mx::abs(mx::subtract(expected, got))).item<float>() / mx::max(mx::abs(expected)).item<float>(),
                     kWholeRounding);
+        }
         begin = end;
       }
     }
@@ -172,6 +174,27 @@ TEST(PackedCache, RefusesOtherShapes) {
   cache.attend(x.q, x.k, x.v, spec);
   EXPECT_THAT(attend(x.q, x.k, one(x.v)),
               ::testing::ThrowsMessage<std::invalid_argument>(::testing::HasSubstr("got [1, 2, 8, 64] and [1, 1, 8, 64]")));
+}
+
+// Half of a call may be in what is stored when it throws: nothing is left of it, and every later call says so.
+TEST(PackedCache, AFailedStepIsKnown) {
+  const Sequence x(1, 8, 64);
+  const auto stored = rotated(Sequence(1, 300, 64), 64, Rotation::kFull, 0);
+  const Rope rope({}, 64);
+  const AttentionSpec spec{.rope = &rope};
+  const PackedLayer layer(stored.keys, stored.values, 4, 0);
+  std::vector<PackedSequence> sequences(1);
+  const auto step = [&](std::size_t first) {
+    auto out = array_of_zeros({1, 8, x.q.shape(1), 64}, mx::float32);
+    packed_step(layer, {{.first = first, .coded_before = 0, .skipped = 0, .tokens = 8, .coded = 4}}, spec, x.q, x.k, x.v, sequences,
+                out);
+  };
+  step(0);
+  EXPECT_EQ(sequences.at(0).tokens, 8u);
+  const auto missing = ::testing::ThrowsMessage<std::logic_error>(::testing::HasSubstr("a call before this one failed"));
+  EXPECT_THAT([&] { step(16); }, missing);  // as if eight tokens between were lost
+  EXPECT_TRUE(sequences.empty());
+  EXPECT_THAT([&] { step(8); }, missing);
 }
 
 TEST(PackedCache, RefusesWhatItCannotStore) {
