@@ -176,7 +176,7 @@ TEST(PackedCache, RefusesOtherShapes) {
               ::testing::ThrowsMessage<std::invalid_argument>(::testing::HasSubstr("got [1, 2, 8, 64] and [1, 1, 8, 64]")));
 }
 
-// Half of a call may be in what is stored when it throws: nothing is left of it, and every later call says so.
+// A step that does not begin where the last one ended: nothing is left of what is stored, and every later step says so.
 TEST(PackedCache, AFailedStepIsKnown) {
   const Sequence x(1, 8, 64);
   const auto stored = rotated(Sequence(1, 300, 64), 64, Rotation::kFull, 0);
@@ -192,7 +192,7 @@ TEST(PackedCache, AFailedStepIsKnown) {
   step(0);
   EXPECT_EQ(sequences.at(0).tokens, 8u);
   const auto missing = ::testing::ThrowsMessage<std::logic_error>(::testing::HasSubstr("a call before this one failed"));
-  EXPECT_THAT([&] { step(16); }, missing);  // as if eight tokens between were lost
+  EXPECT_THAT([&] { step(16); }, missing);  // eight tokens between are lost
   EXPECT_TRUE(sequences.empty());
   EXPECT_THAT([&] { step(8); }, missing);
 }
